@@ -1,0 +1,176 @@
+"""Time axes of pytrees: prefixes, positions, slices, and the merging of blocks."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tdjax._checks import describe, is_array
+
+
+class PerStep:
+    """An axis spec for adapters: time first, and no batch axis behind it.
+
+    Random keys go in and layer state comes out this way. `vmap` maps it as axis 0.
+    `fold` calls the function once a block, so it takes the block's first entry in,
+    and gives every step of the block the same entry out.
+    """
+
+    def __repr__(self):
+        return "PER_STEP"
+
+
+PER_STEP = PerStep()
+Axis = int | None | PerStep
+
+
+class Inputs(NamedTuple):
+    """Positional arguments, flattened, with one time axis a leaf."""
+
+    leaves: list[Any]
+    axes: list[Axis]
+    treedef: Any
+
+    @property
+    def mapped(self) -> list[Any]:
+        return [x for x, axis in zip(self.leaves, self.axes) if axis is not None]
+
+    @property
+    def mapped_axes(self) -> list[Axis]:
+        return [axis for axis in self.axes if axis is not None]
+
+    def rebuild(self, mapped) -> Any:
+        """The arguments, with `mapped` in place of the leaves that have a time axis."""
+        fill = iter(mapped)
+        leaves = [
+            x if axis is None else next(fill) for x, axis in zip(self.leaves, self.axes)
+        ]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+
+def flatten_inputs(args: tuple, in_axes: Any) -> Inputs:
+    """Pairs every leaf of `args` with its axis, and checks that the leaf has it."""
+    if isinstance(in_axes, list):
+        in_axes = tuple(in_axes)
+    if isinstance(in_axes, tuple) and len(in_axes) != len(args):
+        raise ValueError(
+            f"in_axes must have an entry for each positional argument: got {in_axes} "
+            f"for {len(args)} argument(s)."
+        )
+    axes = broadcast_axes("in_axes", in_axes, args, "the positional arguments")
+    paths, treedef = jax.tree_util.tree_flatten_with_path(args)
+    names = ["args" + jax.tree_util.keystr(path) for path, _ in paths]
+    leaves = [leaf for _, leaf in paths]
+    axes = [positive_axis(*each) for each in zip(names, leaves, axes)]
+    _check_same_timesteps(names, leaves, axes)
+    return Inputs(leaves, axes, treedef)
+
+
+def broadcast_axes(name: str, prefix: Any, tree: Any, tree_name: str) -> list[Axis]:
+    """One axis for each leaf of `tree`, from a pytree prefix."""
+    axes: list[Axis] = []
+
+    def repeat(axis, subtree):
+        _check_axis(name, axis)
+        axes.extend([axis] * len(jax.tree.leaves(subtree)))
+
+    try:
+        jax.tree.map(repeat, prefix, tree, is_leaf=lambda node: node is None)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} must be an int, None, or a pytree prefix of {tree_name}: got "
+            f"{prefix} for the structure {jax.tree.structure(tree)}."
+        ) from error
+    return axes
+
+
+def positive_axis(name: str, x: Any, axis: Axis) -> Axis:
+    if not isinstance(axis, int):
+        return axis
+    if not is_array(x):
+        raise TypeError(
+            f"{name} is mapped over axis {axis} and must be an array, got "
+            f"{describe(x)}. Give it None in in_axes if every step shares it."
+        )
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(
+            f"{name} is mapped over axis {axis} and must have that axis, got "
+            f"{describe(x)}. Give it None in in_axes if every step shares it."
+        )
+    return axis % x.ndim
+
+
+def time_size(inputs: Inputs) -> Any:
+    return inputs.mapped[0].shape[position(inputs.mapped_axes[0])]
+
+
+def position(axis: Axis) -> int:
+    return axis if isinstance(axis, int) else 0
+
+
+def slice_steps(x, axis: Axis, start, stop):
+    return jax.lax.slice_in_dim(x, start, stop, axis=position(axis))
+
+
+def blocks_first(x, axis: Axis, size: int):
+    """(..., n * size, ...) -> (n, ..., size, ...)."""
+    axis = position(axis)
+    shape = (*x.shape[:axis], x.shape[axis] // size, size, *x.shape[axis + 1 :])
+    return jnp.moveaxis(jnp.reshape(x, shape), axis, 0)
+
+
+def join_blocks(x, axis: Axis):
+    """(n, ..., size, ...) -> (..., n * size, ...); a shared result is the first's."""
+    if axis is None:
+        return x[0]
+    axis = output_position(axis, x.ndim - 1)
+    shape = (
+        *x.shape[1 : axis + 1],
+        x.shape[0] * x.shape[axis + 1],
+        *x.shape[axis + 2 :],
+    )
+    return jnp.reshape(jnp.moveaxis(x, 0, axis), shape)
+
+
+def concatenate_blocks(blocks: list, axis: Axis):
+    if axis is None:
+        return blocks[0]
+    return jnp.concatenate(blocks, output_position(axis, blocks[0].ndim))
+
+
+def output_position(axis: Axis, rank: int) -> int:
+    """Where time is in a result that has `rank` axes, time included."""
+    at = position(axis)
+    if not -rank <= at < rank:
+        raise ValueError(
+            f"out_axes must lie within the result's {rank} axes (time included), "
+            f"got {at}."
+        )
+    return at % rank
+
+
+def _check_axis(name: str, axis: Any) -> None:
+    allowed = isinstance(axis, int | PerStep) or axis is None
+    if isinstance(axis, bool) or not allowed:
+        raise TypeError(f"{name} must hold ints and None only, got {describe(axis)}.")
+
+
+def _check_same_timesteps(names, leaves, axes) -> None:
+    sizes = {
+        name: (describe(x), position(axis), x.shape[position(axis)])
+        for name, x, axis in zip(names, leaves, axes)
+        if axis is not None
+    }
+    if not sizes:
+        raise ValueError(
+            "in_axes must give at least one array an axis to map over; got None for "
+            "every argument, or arguments without arrays."
+        )
+    if len({size for _, _, size in sizes.values()}) > 1:
+        listing = "; ".join(
+            f"{name} {shape} has {size} on axis {axis}"
+            for name, (shape, axis, size) in sizes.items()
+        )
+        raise ValueError(
+            f"in_axes must point at time axes of one size, got different sizes: {listing}."
+        )

@@ -1,0 +1,62 @@
+"""Checks of arguments, and the words their errors share."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def describe(value: Any) -> str:
+    """An array as `float32[8,16]`, anything else as its type's name."""
+    if not is_array(value):
+        return f"{type(value).__name__} ({value!r:.80})"
+    return f"{value.dtype}[{','.join(str(size) for size in value.shape)}]"
+
+
+def is_array(value: Any) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def require_array(name: str, value: Any, min_rank: int, layout: str) -> None:
+    if not is_array(value):
+        raise TypeError(f"{name} must be an array {layout}, got {describe(value)}.")
+    if value.ndim < min_rank:
+        raise ValueError(f"{name} must have shape {layout}, got {describe(value)}.")
+
+
+def require_positive_int(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be a positive int, got {describe(value)}.")
+    if value < 1:
+        raise ValueError(f"{name} must be a positive int, got {value}.")
+
+
+def require_params(
+    params: Any, kernel_rank: int, kernel_layout: str, bias_layout: str
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns `(kernel, bias)` of a Dense-like parameter dict."""
+    if not hasattr(params, "keys"):
+        raise TypeError(
+            "params must be a dict with 'kernel' and, if there is one, 'bias'; "
+            f"got {describe(params)}."
+        )
+    if "kernel" not in params or set(params.keys()) - {"kernel", "bias"}:
+        raise ValueError(
+            "params must have the key 'kernel' and may have 'bias'; "
+            f"got {sorted(params.keys())}."
+        )
+    kernel, bias = params["kernel"], params.get("bias")
+    require_array("params['kernel']", kernel, kernel_rank, kernel_layout)
+    if kernel.ndim != kernel_rank:
+        raise ValueError(
+            f"params['kernel'] must have shape {kernel_layout}, got {describe(kernel)}."
+        )
+    if bias is not None:
+        require_array("params['bias']", bias, 1, bias_layout)
+        expected = kernel.shape[:-2] + kernel.shape[-1:]
+        if bias.shape != expected:
+            raise ValueError(
+                f"params['bias'] must have shape {bias_layout} = {expected} to go with "
+                f"a kernel {describe(kernel)}, got {describe(bias)}."
+            )
+    return kernel, bias

@@ -1,0 +1,256 @@
+"""How a block of steps is compiled, and how blocks follow each other."""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from tdjax._axes import (
+    PER_STEP,
+    Axis,
+    Inputs,
+    blocks_first,
+    broadcast_axes,
+    concatenate_blocks,
+    join_blocks,
+    output_position,
+    position,
+    slice_steps,
+    time_size,
+)
+from tdjax._checks import describe, require_positive_int
+
+METHODS = ("vmap", "fold")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowering:
+    """How `y[:, t] = fun(x[:, t])` is compiled; the fields are `time_distributed`'s."""
+
+    method: Literal["vmap", "fold"] = "vmap"
+    chunk_size: int | None = None
+    unroll: int | bool = 1
+    remat: bool = False
+    axis_name: Any = None
+    spmd_axis_name: Any = None
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {METHODS}, got {self.method!r}.")
+        if self.chunk_size is not None:
+            require_positive_int("chunk_size", self.chunk_size)
+        if not isinstance(self.unroll, bool):
+            require_positive_int("unroll", self.unroll)
+        if not isinstance(self.remat, bool):
+            raise TypeError(f"remat must be a bool, got {describe(self.remat)}.")
+        self._check_names()
+
+    def _check_names(self):
+        if self.axis_name is not None and self.chunk_size is not None:
+            raise ValueError(
+                f"axis_name={self.axis_name!r} lets fun see all steps at once; "
+                f"chunk_size={self.chunk_size} must then be None."
+            )
+        for name in ("axis_name", "spmd_axis_name"):
+            if self.method != "vmap" and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} names the axis that vmap maps "
+                    f"over; it needs method='vmap', got method={self.method!r}."
+                )
+
+
+def distribute(call, inputs: Inputs, out_axes: Any, lowering: Lowering) -> Any:
+    """Runs `call`, a function of the leaves that have a time axis, over all steps."""
+    lower = {"vmap": _vmap_block, "fold": _fold_block}[lowering.method]
+    axes, timesteps = inputs.mapped_axes, time_size(inputs)
+    block = lower(call, axes, out_axes, lowering)
+    if lowering.method == "fold" or lowering.chunk_size is not None:
+        _check_shared_results(call, inputs, out_axes)
+    chunk = lowering.chunk_size
+    # A symbolic size can't be compared; the loop below handles it as it comes.
+    if chunk is None or (isinstance(timesteps, int) and timesteps <= chunk):
+        return _maybe_remat(block, lowering.remat)(inputs.mapped)
+    if chunk == 1:
+        block = _step_block(call, axes, out_axes)
+    if lowering.unroll is True or lowering.unroll > 1:
+        _require_known_size(timesteps, lowering.unroll)
+    loop = _straight_line if lowering.unroll is True else _compiled_loop
+    return loop(block, inputs, out_axes, timesteps, lowering)
+
+
+def _vmap_block(call, axes, out_axes, lowering: Lowering):
+    return jax.vmap(
+        call,
+        in_axes=([position(axis) for axis in axes],),
+        out_axes=_as_vmap_axes(out_axes),
+        axis_name=lowering.axis_name,
+        spmd_axis_name=lowering.spmd_axis_name,
+    )
+
+
+def _as_vmap_axes(out_axes):
+    swap = lambda axis: 0 if axis is PER_STEP else axis
+    return jax.tree.map(swap, out_axes, is_leaf=lambda node: node is None)
+
+
+def _step_block(call, axes, out_axes):
+    """A block of one step: index it, call, and put the axis back."""
+
+    def block(mapped):
+        steps = [jnp.squeeze(x, position(axis)) for x, axis in zip(mapped, axes)]
+        restore = lambda y, axis: (
+            y
+            if axis is None
+            else jnp.expand_dims(y, output_position(axis, jnp.ndim(y) + 1))
+        )
+        return _map_results(restore, call(steps), out_axes)
+
+    return block
+
+
+def _fold_block(call, axes, out_axes, lowering: Lowering):
+    time_major = next((axis == 0 for axis in axes if axis is not PER_STEP), False)
+
+    def block(mapped):
+        batch, timesteps = _fold_sizes(mapped, axes)
+        folded = [_merge_time(x, axis, time_major) for x, axis in zip(mapped, axes)]
+        y = _call_folded(call, folded, batch, timesteps)
+        split = functools.partial(_split_time, batch, timesteps, time_major)
+        return _map_results(split, y, out_axes)
+
+    return block
+
+
+def _fold_sizes(mapped, axes) -> tuple[Any, Any]:
+    """`(batch, timesteps)`, the same for every array that has both."""
+    folded = [(x, axis) for x, axis in zip(mapped, axes) if axis is not PER_STEP]
+    for x, axis in folded:
+        if x.ndim < 2:
+            raise ValueError(
+                "method='fold' needs a batch axis beside the time axis of every mapped "
+                f"array, got {describe(x)} with time on axis {axis}. Use method='vmap'."
+            )
+    batches = {_batch_size(x, axis) for x, axis in folded}
+    if len(batches) > 1:
+        shapes = "; ".join(f"{describe(x)} with time on axis {a}" for x, a in folded)
+        raise ValueError(
+            "method='fold' needs one batch size in every mapped array (axis 0 without "
+            f"the time axis), got {shapes}. Use method='vmap'."
+        )
+    x, axis = folded[0]
+    return batches.pop(), x.shape[axis]
+
+
+def _batch_size(x, axis):
+    return x.shape[1] if axis == 0 else x.shape[0]
+
+
+def _merge_time(x, axis: Axis, time_major: bool):
+    """(batch, time, ...) -> (batch * time, ...), or (time * batch, ...)."""
+    if axis is PER_STEP:
+        return x[0]
+    # Adjacent in the order of the merge, the axes are merged by a reshape alone.
+    x = jnp.moveaxis(x, axis, 0 if time_major else 1)
+    return jnp.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]))
+
+
+def _split_time(batch, timesteps, time_major: bool, y, axis: Axis):
+    """The inverse of `_merge_time` for one result."""
+    if axis is PER_STEP:
+        return jnp.broadcast_to(y, (timesteps, *jnp.shape(y)))
+    if axis is None:
+        return y
+    if jnp.ndim(y) < 1 or y.shape[0] != batch * timesteps:
+        raise ValueError(
+            "method='fold' needs results with the batch on axis 0: fun was given "
+            f"batch * time = {batch} * {timesteps} = {batch * timesteps} examples and "
+            f"returned {describe(y)}. Use method='vmap'."
+        )
+    leading = (timesteps, batch) if time_major else (batch, timesteps)
+    y = jnp.reshape(y, (*leading, *y.shape[1:]))
+    return jnp.moveaxis(y, 0 if time_major else 1, output_position(axis, y.ndim))
+
+
+def _call_folded(call, folded, batch, timesteps):
+    try:
+        return call(folded)
+    except (TypeError, ValueError) as error:
+        error.add_note(
+            f"This was raised with method='fold', where fun sees batch * time = {batch} "
+            f"* {timesteps} examples, and arguments shared by all steps (None in "
+            "in_axes) as they are. If a shared argument has a batch axis, repeat it "
+            "over time and map it, or use method='vmap'."
+        )
+        raise
+
+
+def _map_results(fun, results, out_axes):
+    """Maps `fun(leaf, axis)` over results, with axes from a pytree prefix."""
+    axes = broadcast_axes("out_axes", out_axes, results, "the results")
+    leaves, treedef = jax.tree.flatten(results)
+    return jax.tree.unflatten(treedef, map(fun, leaves, axes))
+
+
+def _check_shared_results(call, inputs: Inputs, out_axes) -> None:
+    """Lets `vmap` refuse a result that is declared shared and depends on the step."""
+    axes = jax.tree.leaves(out_axes, is_leaf=lambda node: node is None)
+    if any(axis is None for axis in axes):
+        reference = _vmap_block(call, inputs.mapped_axes, out_axes, Lowering())
+        jax.eval_shape(reference, inputs.mapped)
+
+
+def _maybe_remat(block, remat: bool, prevent_cse: bool = True):
+    return jax.checkpoint(block, prevent_cse=prevent_cse) if remat else block
+
+
+def _require_known_size(timesteps, unroll) -> None:
+    if not isinstance(timesteps, int):
+        raise ValueError(
+            f"unroll={unroll} needs a known number of steps, got the symbolic size "
+            f"{timesteps}. Use unroll=1."
+        )
+
+
+def _straight_line(block, inputs: Inputs, out_axes, timesteps, lowering: Lowering):
+    block, chunk = _maybe_remat(block, lowering.remat), lowering.chunk_size
+    results = [
+        block(_slice(inputs, start, min(start + chunk, timesteps)))
+        for start in range(0, timesteps, chunk)
+    ]
+    return _concatenate(results, out_axes)
+
+
+def _compiled_loop(block, inputs: Inputs, out_axes, timesteps, lowering: Lowering):
+    chunk = lowering.chunk_size
+    whole = timesteps // chunk * chunk
+    xs = [
+        blocks_first(x, axis, chunk)
+        for x, axis in zip(_slice(inputs, 0, whole), inputs.mapped_axes)
+    ]
+    # Inside a loop nothing can be merged across iterations, so the barriers that
+    # would prevent it are left out.
+    body = _maybe_remat(block, lowering.remat, prevent_cse=False)
+    _, stacked = jax.lax.scan(
+        lambda _, x: (None, body(x)), None, xs, unroll=int(lowering.unroll) or 1
+    )
+    results = _map_results(join_blocks, stacked, out_axes)
+    if whole == timesteps:
+        return results
+    tail = _maybe_remat(block, lowering.remat)(_slice(inputs, whole, timesteps))
+    return _concatenate([results, tail], out_axes)
+
+
+def _slice(inputs: Inputs, start, stop) -> list:
+    pairs = zip(inputs.mapped, inputs.mapped_axes)
+    return [slice_steps(x, axis, start, stop) for x, axis in pairs]
+
+
+def _concatenate(blocks: list, out_axes):
+    leaves, treedefs = zip(*(jax.tree.flatten(block) for block in blocks))
+    axes = broadcast_axes("out_axes", out_axes, blocks[0], "the results")
+    joined = [
+        concatenate_blocks(list(each), axis) for *each, axis in zip(*leaves, axes)
+    ]
+    return jax.tree.unflatten(treedefs[0], joined)

@@ -1,0 +1,112 @@
+"""Interval arithmetic for elementwise primitives (Moore 1966, "Interval Analysis").
+
+A range is `(2, *shape)`: lower and upper bounds. Each function takes the equation and
+its operands' ranges. NaN says that a range is not known.
+"""
+
+import numpy as np
+
+
+def _increasing(fun):
+    return lambda eqn, x: fun(x)
+
+
+def _times(x, y):
+    # Zero times an unbounded value is zero: values are finite, ranges need not be.
+    return np.where((x == 0) | (y == 0), 0.0, x * y)
+
+
+def _hull(candidates):
+    candidates = np.stack(np.broadcast_arrays(*candidates))
+    return np.min(candidates, axis=0), np.max(candidates, axis=0)
+
+
+def _mul(eqn, x, y):
+    return _hull([_times(a, b) for a in x for b in y])
+
+
+def _div(eqn, x, y):
+    away_from_zero = (y[0] > 0) | (y[1] < 0)
+    low, high = _hull([_times(a, 1 / b) for a in x for b in y])
+    zero = (x[0] == 0) & (x[1] == 0)
+    known = away_from_zero | zero
+    return tuple(np.where(known, np.where(zero, 0.0, z), np.nan) for z in (low, high))
+
+
+def _less(eqn, x, y):
+    return x[1] < y[0], x[0] < y[1]
+
+
+def _less_equal(eqn, x, y):
+    return x[1] <= y[0], x[0] <= y[1]
+
+
+def _equal(eqn, x, y):
+    always = (x[0] == x[1]) & (y[0] == y[1]) & (x[0] == y[0])
+    return always, (x[0] <= y[1]) & (y[0] <= x[1])
+
+
+def _not_equal(eqn, x, y):
+    always, ever = _equal(eqn, x, y)
+    return ~ever, ~always
+
+
+def _comparison(compare):
+    return lambda eqn, x, y: tuple(
+        np.asarray(z, np.float64) for z in compare(eqn, x, y)
+    )
+
+
+def _swapped(compare):
+    return lambda eqn, x, y: compare(eqn, y, x)
+
+
+def _logical(fun):
+    """Of bools; the bits of integers are not followed."""
+
+    def ranges(eqn, *operands):
+        if eqn.outvars[0].aval.dtype == np.bool_:
+            return fun(*operands)
+        unknown = np.full(np.broadcast_shapes(*(x.shape for x in operands)), np.nan)
+        return unknown
+
+    return ranges
+
+
+def _convert(eqn, x):
+    dtype = eqn.outvars[0].aval.dtype
+    if dtype == np.bool_:
+        surely = (x[0] > 0) | (x[1] < 0)
+        return surely.astype(float), ((x[0] != 0) | (x[1] != 0)).astype(float)
+    return np.trunc(x) if np.issubdtype(dtype, np.integer) else x
+
+
+RANGES = {
+    "add": lambda eqn, x, y: (x[0] + y[0], x[1] + y[1]),
+    "sub": lambda eqn, x, y: (x[0] - y[1], x[1] - y[0]),
+    "mul": _mul,
+    "div": _div,
+    "neg": lambda eqn, x: (-x[1], -x[0]),
+    "max": lambda eqn, x, y: np.maximum(x, y),
+    "min": lambda eqn, x, y: np.minimum(x, y),
+    "clamp": lambda eqn, low, x, high: np.minimum(np.maximum(x, low), high),
+    "lt": _comparison(_less),
+    "le": _comparison(_less_equal),
+    "gt": _comparison(_swapped(_less)),
+    "ge": _comparison(_swapped(_less_equal)),
+    "eq": _comparison(_equal),
+    "ne": _comparison(_not_equal),
+    "and": _logical(np.minimum),
+    "or": _logical(np.maximum),
+    "not": _logical(lambda x: (1 - x[1], 1 - x[0])),
+    "convert_element_type": _convert,
+    "copy": _increasing(lambda x: x),
+    "stop_gradient": _increasing(lambda x: x),
+    "optimization_barrier": _increasing(lambda x: x),
+    "reduce_precision": _increasing(lambda x: x),
+    "exp": _increasing(np.exp),
+    "exp2": _increasing(np.exp2),
+    "log": _increasing(np.log),
+    "sqrt": _increasing(np.sqrt),
+    "logistic": _increasing(lambda x: 1 / (1 + np.exp(-x))),
+}

@@ -1,0 +1,376 @@
+"""The Dense family: one kernel for all steps, one for the whole sequence, one a step.
+
+Each is a pure function of a parameter dict with Flax's names and shapes, so the
+parameters of an `nn.Dense` can be used as they are:
+
+| function         | kernel                      | output step t depends on |
+| ---------------- | --------------------------- | ------------------------ |
+| `dense`          | `(in, features)`            | input step t             |
+| `per_step_dense` | `(T, in, features)`         | input step t             |
+| `flatten_dense`  | `(T * in, T * features)`    | every input step         |
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, PRNGKeyArray, Shaped
+
+from tdjax._checks import (
+    describe,
+    require_array,
+    require_params,
+    require_positive_int,
+)
+
+Params = dict[str, Array]
+Initializer = Callable[..., Any]
+
+default_kernel_init = jax.nn.initializers.lecun_normal()
+default_per_step_kernel_init = jax.nn.initializers.lecun_normal(batch_axis=0)
+default_bias_init = jax.nn.initializers.zeros
+
+
+def init_dense(
+    key: PRNGKeyArray | Array,
+    in_features: int,
+    features: int,
+    *,
+    use_bias: bool = True,
+    dtype: Any = jnp.float32,
+    kernel_init: Initializer = default_kernel_init,
+    bias_init: Initializer = default_bias_init,
+) -> Params:
+    """Makes the parameters of `dense`.
+
+    Args:
+      key: a PRNG key.
+      in_features: size of the input's last axis.
+      features: size of the output's last axis.
+      use_bias: whether there is a bias.
+      dtype: the parameters' dtype.
+      kernel_init: initializer of the kernel, as in `jax.nn.initializers`. The
+        default is Flax's: LeCun normal.
+      bias_init: initializer of the bias.
+
+    Returns:
+      `{"kernel": (in_features, features), "bias": (features,)}`.
+
+    Raises:
+      TypeError: if a size is not an int.
+      ValueError: if a size is not positive.
+
+    Example:
+      >>> import jax, tdjax
+      >>> params = tdjax.init_dense(jax.random.key(0), 10, 5)
+      >>> sum(p.size for p in params.values())
+      55
+    """
+    require_positive_int("in_features", in_features)
+    require_positive_int("features", features)
+    shape = (in_features, features)
+    return _init(key, shape, use_bias, dtype, kernel_init, bias_init)
+
+
+def init_flatten_dense(
+    key: PRNGKeyArray | Array,
+    timesteps: int,
+    in_features: int,
+    features: int,
+    *,
+    use_bias: bool = True,
+    dtype: Any = jnp.float32,
+    kernel_init: Initializer = default_kernel_init,
+    bias_init: Initializer = default_bias_init,
+) -> Params:
+    """Makes the parameters of `flatten_dense`; arguments as in `init_dense`.
+
+    Args:
+      key: a PRNG key.
+      timesteps: number of steps, the same for input and output.
+      in_features: input features of each step.
+      features: output features of each step.
+      use_bias: whether there is a bias.
+      dtype: the parameters' dtype.
+      kernel_init: initializer of the kernel.
+      bias_init: initializer of the bias.
+
+    Returns:
+      `{"kernel": (timesteps * in_features, timesteps * features),
+      "bias": (timesteps * features,)}`.
+
+    Raises:
+      TypeError: if a size is not an int.
+      ValueError: if a size is not positive.
+
+    Example:
+      >>> import jax, tdjax
+      >>> params = tdjax.init_flatten_dense(jax.random.key(0), 4, 3, 5)
+      >>> sum(p.size for p in params.values())
+      260
+    """
+    require_positive_int("timesteps", timesteps)
+    require_positive_int("in_features", in_features)
+    require_positive_int("features", features)
+    shape = (timesteps * in_features, timesteps * features)
+    return _init(key, shape, use_bias, dtype, kernel_init, bias_init)
+
+
+def init_per_step_dense(
+    key: PRNGKeyArray | Array,
+    timesteps: int,
+    in_features: int,
+    features: int,
+    *,
+    use_bias: bool = True,
+    dtype: Any = jnp.float32,
+    kernel_init: Initializer = default_per_step_kernel_init,
+    bias_init: Initializer = default_bias_init,
+) -> Params:
+    """Makes the parameters of `per_step_dense`; arguments as in `init_dense`.
+
+    Args:
+      key: a PRNG key.
+      timesteps: number of steps.
+      in_features: input features of each step.
+      features: output features of each step.
+      use_bias: whether there is a bias.
+      dtype: the parameters' dtype.
+      kernel_init: initializer of the kernel. The default takes the first axis as
+        a batch of kernels, so each step starts as a `dense` would.
+      bias_init: initializer of the bias.
+
+    Returns:
+      `{"kernel": (timesteps, in_features, features), "bias": (timesteps, features)}`.
+
+    Raises:
+      TypeError: if a size is not an int.
+      ValueError: if a size is not positive.
+
+    Example:
+      >>> import jax, tdjax
+      >>> params = tdjax.init_per_step_dense(jax.random.key(0), 4, 3, 5)
+      >>> sum(p.size for p in params.values())
+      80
+    """
+    require_positive_int("timesteps", timesteps)
+    require_positive_int("in_features", in_features)
+    require_positive_int("features", features)
+    shape = (timesteps, in_features, features)
+    return _init(key, shape, use_bias, dtype, kernel_init, bias_init)
+
+
+def dense(
+    params: Mapping[str, Any], x: Shaped[ArrayLike, "*lead in_features"]
+) -> Shaped[Array, "*lead features"]:
+    """Multiplies the last axis by one kernel, the same at every step.
+
+    It already is time-distributed: whatever axes stand before the last are
+    batch-like, so `dense(params, x)` and `time_distributed(dense)` are one program.
+    The result's dtype follows JAX's promotion of `x`, kernel and bias.
+
+    Args:
+      params: `{"kernel": (in_features, features), "bias": (features,)}`; the bias
+        may be absent or None.
+      x: `(..., in_features)`, any rank from 1.
+
+    Returns:
+      `(..., features)`.
+
+    Raises:
+      TypeError: if `params` is not a mapping or `x` not an array.
+      ValueError: if shapes do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, tdjax
+      >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.array([0.0, 1.0])}
+      >>> tdjax.dense(params, jnp.ones((8, 16, 3))).shape
+      (8, 16, 2)
+    """
+    kernel, bias = require_params(params, 2, "(in_features, features)", "(features,)")
+    require_array("x", x, 1, "(..., in_features)")
+    _require_size("x", x, -1, "in_features", kernel.shape[0], kernel)
+    return _add_bias(jnp.matmul(x, kernel), bias)
+
+
+def flatten_dense(
+    params: Mapping[str, Any], x: Shaped[ArrayLike, "*lead timesteps in_features"]
+) -> Shaped[Array, "*lead timesteps features"]:
+    """Flattens time and features, multiplies by one kernel, and splits them again.
+
+    Every output step depends on every input step, and the number of steps is fixed
+    by the kernel.
+
+    Args:
+      params: `{"kernel": (timesteps * in_features, timesteps * features),
+        "bias": (timesteps * features,)}`; the bias may be absent or None.
+      x: `(..., timesteps, in_features)`, any rank from 2.
+
+    Returns:
+      `(..., timesteps, features)`.
+
+    Raises:
+      TypeError: if `params` is not a mapping or `x` not an array.
+      ValueError: if shapes do not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, tdjax
+      >>> params = tdjax.init_flatten_dense(jax.random.key(0), 4, 3, 5)
+      >>> tdjax.flatten_dense(params, jnp.ones((2, 4, 3))).shape
+      (2, 4, 5)
+    """
+    kernel, _ = require_params(
+        params, 2, "(timesteps * in_features, timesteps * features)", "(T * features,)"
+    )
+    require_array("x", x, 2, "(..., timesteps, in_features)")
+    timesteps, in_features = x.shape[-2:]
+    fits = timesteps and kernel.shape[0] == timesteps * in_features
+    if not fits or kernel.shape[1] % timesteps:
+        raise ValueError(
+            f"x must have shape (..., timesteps, in_features) with timesteps * "
+            f"in_features == {kernel.shape[0]} and timesteps a divisor of "
+            f"{kernel.shape[1]} to go with params['kernel'] {describe(kernel)}, got "
+            f"{describe(x)}. The number of steps is part of this layer: "
+            "use dense for sequences of any length."
+        )
+    flat = jnp.reshape(x, (*x.shape[:-2], timesteps * in_features))
+    y = dense(params, flat)
+    return jnp.reshape(y, (*x.shape[:-1], kernel.shape[1] // timesteps))
+
+
+def per_step_dense(
+    params: Mapping[str, Any], x: Shaped[ArrayLike, "*lead timesteps in_features"]
+) -> Shaped[Array, "*lead timesteps features"]:
+    """Multiplies each step by a kernel of its own.
+
+    Keras has no such layer for Dense; its `LocallyConnected1D` of kernel size 1 was it.
+
+    Args:
+      params: `{"kernel": (timesteps, in_features, features),
+        "bias": (timesteps, features)}`; the bias may be absent or None.
+      x: `(..., timesteps, in_features)`, any rank from 2.
+
+    Returns:
+      `(..., timesteps, features)`.
+
+    Raises:
+      TypeError: if `params` is not a mapping or `x` not an array.
+      ValueError: if shapes do not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, tdjax
+      >>> params = tdjax.init_per_step_dense(jax.random.key(0), 4, 3, 5)
+      >>> tdjax.per_step_dense(params, jnp.ones((2, 4, 3))).shape
+      (2, 4, 5)
+    """
+    kernel, bias = require_params(
+        params, 3, "(timesteps, in_features, features)", "(timesteps, features)"
+    )
+    require_array("x", x, 2, "(..., timesteps, in_features)")
+    _require_size("x", x, -2, "timesteps", kernel.shape[0], kernel)
+    _require_size("x", x, -1, "in_features", kernel.shape[1], kernel)
+    return _add_bias(jnp.einsum("...ti,tif->...tf", x, kernel), bias)
+
+
+def as_per_step(params: Mapping[str, Any], timesteps: int) -> Params:
+    """Writes `dense` parameters as those of the same function in `per_step_dense`.
+
+    Args:
+      params: parameters of `dense`.
+      timesteps: number of steps.
+
+    Returns:
+      `{"kernel": (timesteps, in_features, features), "bias": (timesteps, features)}`,
+      every step's slice equal.
+
+    Raises:
+      TypeError: if `params` is not a mapping or `timesteps` not an int.
+      ValueError: if shapes do not fit.
+
+    Example:
+      >>> import jax, tdjax
+      >>> shared = tdjax.init_dense(jax.random.key(0), 3, 5)
+      >>> tdjax.as_per_step(shared, 4)["kernel"].shape
+      (4, 3, 5)
+    """
+    kernel, bias = require_params(params, 2, "(in_features, features)", "(features,)")
+    require_positive_int("timesteps", timesteps)
+    repeat = lambda a: jnp.broadcast_to(a, (timesteps, *a.shape))
+    return _as_params(repeat(kernel), None if bias is None else repeat(bias))
+
+
+def as_flatten(params: Mapping[str, Any], timesteps: int) -> Params:
+    """Writes `dense` or `per_step_dense` parameters as those of `flatten_dense`.
+
+    The kernel is block diagonal, one block a step; for shared parameters it is the
+    Kronecker product of the identity and the kernel (Van Loan 2000, "The ubiquitous
+    Kronecker product"). The blocks outside the diagonal are exact zeros, also where
+    the kernel holds inf or NaN.
+
+    Args:
+      params: parameters of `dense` (kernel of rank 2) or `per_step_dense` (rank 3).
+      timesteps: number of steps.
+
+    Returns:
+      `{"kernel": (timesteps * in_features, timesteps * features),
+      "bias": (timesteps * features,)}`.
+
+    Raises:
+      TypeError: if `params` is not a mapping or `timesteps` not an int.
+      ValueError: if shapes do not fit.
+
+    Example:
+      >>> import jax, tdjax
+      >>> shared = tdjax.init_dense(jax.random.key(0), 3, 5)
+      >>> tdjax.as_flatten(shared, 4)["kernel"].shape
+      (12, 20)
+    """
+    per_step = params
+    if jnp.ndim(getattr(params, "get", lambda _: None)("kernel")) != 3:
+        per_step = as_per_step(params, timesteps)
+    kernel, bias = require_params(
+        per_step, 3, "(timesteps, in_features, features)", "(timesteps, features)"
+    )
+    if kernel.shape[0] != timesteps:
+        raise ValueError(
+            f"timesteps must be {kernel.shape[0]} to go with params['kernel'] "
+            f"{describe(kernel)}, got {timesteps}."
+        )
+    flat_bias = None if bias is None else jnp.reshape(bias, (-1,))
+    return _as_params(_block_diagonal(kernel), flat_bias)
+
+
+def _init(key, kernel_shape, use_bias, dtype, kernel_init, bias_init) -> Params:
+    kernel_key, bias_key = jax.random.split(key)
+    kernel = kernel_init(kernel_key, kernel_shape, dtype)
+    bias_shape = kernel_shape[:-2] + kernel_shape[-1:]
+    return _as_params(
+        kernel, bias_init(bias_key, bias_shape, dtype) if use_bias else None
+    )
+
+
+def _as_params(kernel, bias) -> Params:
+    return {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
+
+
+def _add_bias(y, bias):
+    return y if bias is None else y + bias
+
+
+def _block_diagonal(blocks):
+    """(n, rows, columns) -> (n * rows, n * columns)."""
+    n, rows, columns = blocks.shape
+    diagonal = jnp.arange(n)
+    grid = jnp.zeros((n, rows, n, columns), blocks.dtype)
+    # The two index arrays stand apart, so the indexed axis moves to the front.
+    grid = grid.at[diagonal, :, diagonal, :].set(blocks)
+    return jnp.reshape(grid, (n * rows, n * columns))
+
+
+def _require_size(name, x, axis, axis_name, size, kernel) -> None:
+    if x.shape[axis] != size:
+        raise ValueError(
+            f"{name} must have {axis_name} = {size} on axis {axis} to go with "
+            f"params['kernel'] {describe(kernel)}, got {describe(x)}."
+        )

@@ -1,0 +1,239 @@
+"""Flax Linen modules: any layer over time, and the Dense family."""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import DenyList, FrozenDict, lift
+
+from tdjax._checks import describe, require_array
+from tdjax._state import distribute_stateful, first_step, make_lowering, over_steps
+from tdjax.dense import (
+    Initializer,
+    default_bias_init,
+    default_kernel_init,
+    default_per_step_kernel_init,
+    flatten_dense,
+    init_flatten_dense,
+    init_per_step_dense,
+    per_step_dense,
+)
+
+
+class TimeDistributed(nn.Module):
+    """Applies `layer` to every time step, with the same parameters at each.
+
+    The variables are those of `layer`, no more: the same tree, shapes and initial
+    values as without the wrapper, so checkpoints go from one to the other. Methods,
+    axes and chunks are those of `tdjax.time_distributed`.
+
+    * **Randomness**: each step draws its own noise from each stream (dropout), or all
+      steps the same with `share_rng=True` (only with `method="vmap"`).
+    * **State**: what `layer` writes to variables is kept. `batch_stats` work under every
+      method: `"vmap"` normalises each step by its own statistics over the batch and
+      moves the running ones by the mean over steps; `"fold"` normalises by statistics
+      over batch and time together; with `chunk_size`, over batch and the chunk's steps.
+      Integer state is the last step's. What `layer` sows is stacked, time first.
+
+    Attributes:
+      layer: the module to apply, or one that is already part of the surrounding module.
+      in_axes: the time axis of the positional arguments of the call.
+      out_axes: the time axis of the results.
+      method: `"vmap"` or `"fold"`.
+      chunk_size: steps per block, or None for all in one.
+      unroll: how the loop over blocks is compiled.
+      remat: recompute activations in the backward pass.
+      axis_name: a name for the time axis, as `nn.BatchNorm(axis_name=...)` takes to
+        normalise over all steps with `method="vmap"`.
+      spmd_axis_name: the mesh axis over which time is sharded.
+      share_rng: whether all steps draw the same noise.
+
+    Raises:
+      TypeError: if `layer` is not a Linen module.
+      ValueError: as `tdjax.time_distributed`.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, tdjax
+      >>> model = tdjax.linen.TimeDistributed(nn.Dense(5))
+      >>> x = jnp.ones((2, 50, 10))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> jax.tree.map(jnp.shape, variables["params"])
+      {'bias': (5,), 'kernel': (10, 5)}
+      >>> model.apply(variables, x).shape
+      (2, 50, 5)
+    """
+
+    layer: nn.Module
+    in_axes: Any = 1
+    out_axes: Any = 1
+    method: Literal["vmap", "fold"] = "vmap"
+    chunk_size: int | None = None
+    unroll: int | bool = 1
+    remat: bool = False
+    axis_name: Any = None
+    spmd_axis_name: Any = None
+    share_rng: bool = False
+
+    def __post_init__(self):
+        layer = self.layer
+        if not isinstance(layer, nn.Module):
+            raise TypeError(
+                f"layer must be a flax.linen.Module, got {describe(layer)}. Use "
+                "tdjax.time_distributed for a function."
+            )
+        make_lowering(self)
+        # Linen would give `layer` a scope of its own below this one, with other names
+        # and other initial values. Hide it until there is a scope to share; a module
+        # with a name is not adopted.
+        object.__setattr__(self, "layer", None)
+        super().__post_init__()
+        if self.scope is not None and layer.scope is None:
+            layer = layer.clone(parent=self.scope, name=self.scope.name or "layer")
+        object.__setattr__(self, "layer", layer)
+
+    def __call__(self, *args, **kwargs):
+        """Calls `layer` on every step; keyword arguments are shared by all steps."""
+        in_axes, out_axes = _thaw(self.in_axes), _thaw(self.out_axes)
+        if self.is_initializing():
+            # One plain call makes the variables exactly as they are without a wrapper.
+            self.layer(*first_step(args, in_axes), **kwargs)
+
+        def lift_over_time(call):
+            def over_time(scope_fn, repack, variables, rngs, args):
+                def step(rngs, *args):
+                    scope = scope_fn(variables, rngs)
+                    return call(scope, *args, **kwargs), repack(scope)
+
+                y, states = distribute_stateful(
+                    step,
+                    rngs,
+                    args,
+                    {},
+                    in_axes,
+                    out_axes,
+                    make_lowering(self),
+                    self.share_rng,
+                )
+                # Initialisation leaves the state as the one plain call left it.
+                kept = () if self.is_initializing() else over_steps(variables, states)
+                return y, kept
+
+            everything, written = (True,), (DenyList(("params",)),)
+            packed = lift.pack(over_time, everything, written, everything)
+            return lambda scopes, *args: packed(scopes, args)
+
+        return nn.transforms.lift_transform(lift_over_time, _call)(self.layer, *args)
+
+
+def _call(layer, *args, **kwargs):
+    return layer(*args, **kwargs)
+
+
+def _thaw(axes: Any) -> Any:
+    """Linen freezes the dicts of its attributes; a prefix must have the user's own."""
+    if isinstance(axes, dict | FrozenDict):
+        return {key: _thaw(value) for key, value in axes.items()}
+    if type(axes) in (tuple, list):
+        return type(axes)(map(_thaw, axes))
+    return axes
+
+
+class FlattenDense(nn.Module):
+    """Dense over time and features together: every step sees every step.
+
+    Parameters: `kernel` `(timesteps * in_features, timesteps * features)` and `bias`
+    `(timesteps * features,)`. The number of steps is fixed by the first input. See
+    `tdjax.flatten_dense`.
+
+    Attributes:
+      features: output features of each step.
+      use_bias: whether there is a bias.
+      dtype: dtype of the computation, by default that of JAX's promotion of input and
+        parameters.
+      param_dtype: dtype of the parameters.
+      kernel_init: initializer of the kernel.
+      bias_init: initializer of the bias.
+
+    Raises:
+      TypeError: if `features` is not an int.
+      ValueError: if the input is not `(..., timesteps, in_features)` with the steps and
+        features of the kernel.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, tdjax
+      >>> model = tdjax.linen.FlattenDense(5)
+      >>> params = model.init(jax.random.key(0), jnp.ones((2, 4, 3)))["params"]
+      >>> jax.tree.map(jnp.shape, params)
+      {'bias': (20,), 'kernel': (12, 20)}
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = default_kernel_init
+    bias_init: Initializer = default_bias_init
+
+    @nn.compact
+    def __call__(self, x):
+        """`(..., timesteps, in_features)` -> `(..., timesteps, features)`."""
+        return _apply_dense(self, init_flatten_dense, flatten_dense, x)
+
+
+class PerStepDense(nn.Module):
+    """Dense with weights of its own for each step.
+
+    Parameters: `kernel` `(timesteps, in_features, features)` and `bias`
+    `(timesteps, features)`. The number of steps is fixed by the first input. See
+    `tdjax.per_step_dense`.
+
+    Attributes:
+      features: output features of each step.
+      use_bias: whether there is a bias.
+      dtype: dtype of the computation, by default that of JAX's promotion of input and
+        parameters.
+      param_dtype: dtype of the parameters.
+      kernel_init: initializer of the kernel; by default each step's is what `nn.Dense`
+        would have.
+      bias_init: initializer of the bias.
+
+    Raises:
+      TypeError: if `features` is not an int.
+      ValueError: if the input is not `(..., timesteps, in_features)` with the steps and
+        features of the kernel.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, tdjax
+      >>> model = tdjax.linen.PerStepDense(5)
+      >>> params = model.init(jax.random.key(0), jnp.ones((2, 4, 3)))["params"]
+      >>> jax.tree.map(jnp.shape, params)
+      {'bias': (4, 5), 'kernel': (4, 3, 5)}
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = default_per_step_kernel_init
+    bias_init: Initializer = default_bias_init
+
+    @nn.compact
+    def __call__(self, x):
+        """`(..., timesteps, in_features)` -> `(..., timesteps, features)`."""
+        return _apply_dense(self, init_per_step_dense, per_step_dense, x)
+
+
+def _apply_dense(module, init, apply, x):
+    require_array("x", x, 2, "(..., timesteps, in_features)")
+    shapes = jax.eval_shape(
+        lambda key: init(key, *x.shape[-2:], module.features, use_bias=module.use_bias),
+        jax.random.key(0),
+    )
+    inits = {"kernel": module.kernel_init, "bias": module.bias_init}
+    params = {
+        name: module.param(name, inits[name], like.shape, module.param_dtype)
+        for name, like in sorted(shapes.items(), reverse=True)
+    }
+    x, params = nn.dtypes.promote_dtype(x, params, dtype=module.dtype)
+    return apply(params, x)

@@ -1,0 +1,255 @@
+"""Flax NNX modules: any layer over time, and the Dense family."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tdjax._checks import describe
+from tdjax._state import distribute_stateful, make_lowering, over_steps
+from tdjax.dense import (
+    Initializer,
+    default_bias_init,
+    default_kernel_init,
+    default_per_step_kernel_init,
+    flatten_dense,
+    init_flatten_dense,
+    init_per_step_dense,
+    per_step_dense,
+)
+
+
+class TimeDistributed(nnx.Module):
+    """Applies `layer` to every time step, with the same parameters at each.
+
+    `layer` stays the object it is, with its variables; the methods, axes and chunks are
+    those of `tdjax.time_distributed`. It can be called any number of times, under
+    `nnx.jit` or not, in training and in inference.
+
+    * **Randomness**: each step draws its own noise (dropout), or all steps the same
+      with `share_rng=True` (only with `method="vmap"`).
+    * **State**: what `layer` writes to its variables is kept. Batch statistics work
+      under every method: `"vmap"` normalises each step by its own statistics over the
+      batch and moves the running ones by the mean over steps; `"fold"` normalises by
+      statistics over batch and time together; with `chunk_size`, over batch and the
+      chunk's steps. Integer state is the last step's. Parameters are not
+      written to.
+
+    Args:
+      layer: the module to apply.
+      in_axes: the time axis of the positional arguments of the call.
+      out_axes: the time axis of the results.
+      method: `"vmap"` or `"fold"`.
+      chunk_size: steps per block, or None for all in one.
+      unroll: how the loop over blocks is compiled.
+      remat: recompute activations in the backward pass.
+      axis_name: a name for the time axis, as `nnx.BatchNorm(axis_name=...)` takes to
+        normalise over all steps with `method="vmap"`.
+      spmd_axis_name: the mesh axis over which time is sharded.
+      share_rng: whether all steps draw the same noise.
+
+    Raises:
+      TypeError: if `layer` is not an NNX module.
+      ValueError: as `tdjax.time_distributed`.
+
+    Example:
+      >>> import jax.numpy as jnp, tdjax
+      >>> from flax import nnx
+      >>> model = tdjax.nnx.TimeDistributed(nnx.Linear(10, 5, rngs=nnx.Rngs(0)))
+      >>> model(jnp.ones((2, 50, 10))).shape
+      (2, 50, 5)
+    """
+
+    def __init__(
+        self,
+        layer: nnx.Module,
+        *,
+        in_axes: Any = 1,
+        out_axes: Any = 1,
+        method: Literal["vmap", "fold"] = "vmap",
+        chunk_size: int | None = None,
+        unroll: int | bool = 1,
+        remat: bool = False,
+        axis_name: Any = None,
+        spmd_axis_name: Any = None,
+        share_rng: bool = False,
+    ):
+        if not isinstance(layer, nnx.Module):
+            raise TypeError(
+                f"layer must be a flax.nnx.Module, got {describe(layer)}. Use "
+                "tdjax.time_distributed for a function."
+            )
+        self.layer = layer
+        self.in_axes, self.out_axes = in_axes, out_axes
+        self.method, self.chunk_size, self.unroll = method, chunk_size, unroll
+        self.remat, self.share_rng = remat, share_rng
+        self.axis_name, self.spmd_axis_name = axis_name, spmd_axis_name
+        make_lowering(self)
+
+    def __call__(self, *args, **kwargs):
+        """Calls `layer` on every step; keyword arguments are shared by all steps."""
+        graphdef, keys, params, state = nnx.split(
+            self.layer, nnx.RngKey, nnx.Param, ...
+        )
+
+        # Rebuilt from leaves, the variables belong to the trace that writes to them.
+        leaves, treedef = jax.tree.flatten((params, state))
+
+        def step(keys, *args, **kwargs):
+            layer = nnx.merge(graphdef, keys, *jax.tree.unflatten(treedef, leaves))
+            y = layer(*args, **kwargs)
+            return y, nnx.split(layer, nnx.RngKey, nnx.Param, ...)[3]
+
+        y, states = distribute_stateful(
+            step,
+            keys,
+            args,
+            kwargs,
+            self.in_axes,
+            self.out_axes,
+            make_lowering(self),
+            self.share_rng,
+        )
+        nnx.update(self.layer, over_steps(state, states))
+        return y
+
+
+class FlattenDense(nnx.Module):
+    """Dense over time and features together: every step sees every step.
+
+    Parameters: `kernel` `(timesteps * in_features, timesteps * features)` and `bias`
+    `(timesteps * features,)`. See `tdjax.flatten_dense`.
+
+    Args:
+      timesteps: number of steps.
+      in_features: input features of each step.
+      features: output features of each step.
+      use_bias: whether there is a bias.
+      dtype: dtype of the computation, by default that of JAX's promotion of input and
+        parameters.
+      param_dtype: dtype of the parameters.
+      kernel_init: initializer of the kernel.
+      bias_init: initializer of the bias.
+      rngs: the stream `params` makes the parameters.
+
+    Raises:
+      TypeError: if a size is not an int.
+      ValueError: if a size is not positive, or the input of a call is not
+        `(..., timesteps, in_features)`.
+
+    Example:
+      >>> import jax.numpy as jnp, tdjax
+      >>> from flax import nnx
+      >>> model = tdjax.nnx.FlattenDense(4, 3, 5, rngs=nnx.Rngs(0))
+      >>> model(jnp.ones((2, 4, 3))).shape
+      (2, 4, 5)
+    """
+
+    def __init__(
+        self,
+        timesteps: int,
+        in_features: int,
+        features: int,
+        *,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = default_bias_init,
+        rngs: nnx.Rngs,
+    ):
+        params = init_flatten_dense(
+            rngs.params(),
+            timesteps,
+            in_features,
+            features,
+            use_bias=use_bias,
+            dtype=param_dtype,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+        )
+        _set_params(self, params, dtype)
+
+    def __call__(self, x):
+        """`(..., timesteps, in_features)` -> `(..., timesteps, features)`."""
+        return _apply(self, flatten_dense, x)
+
+
+class PerStepDense(nnx.Module):
+    """Dense with weights of its own for each step.
+
+    Parameters: `kernel` `(timesteps, in_features, features)` and `bias`
+    `(timesteps, features)`. See `tdjax.per_step_dense`.
+
+    Args:
+      timesteps: number of steps.
+      in_features: input features of each step.
+      features: output features of each step.
+      use_bias: whether there is a bias.
+      dtype: dtype of the computation, by default that of JAX's promotion of input and
+        parameters.
+      param_dtype: dtype of the parameters.
+      kernel_init: initializer of the kernel; by default each step's is what
+        `nnx.Linear` would have.
+      bias_init: initializer of the bias.
+      rngs: the stream `params` makes the parameters.
+
+    Raises:
+      TypeError: if a size is not an int.
+      ValueError: if a size is not positive, or the input of a call is not
+        `(..., timesteps, in_features)`.
+
+    Example:
+      >>> import jax.numpy as jnp, tdjax
+      >>> from flax import nnx
+      >>> model = tdjax.nnx.PerStepDense(4, 3, 5, rngs=nnx.Rngs(0))
+      >>> model(jnp.ones((2, 4, 3))).shape
+      (2, 4, 5)
+    """
+
+    def __init__(
+        self,
+        timesteps: int,
+        in_features: int,
+        features: int,
+        *,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Initializer = default_per_step_kernel_init,
+        bias_init: Initializer = default_bias_init,
+        rngs: nnx.Rngs,
+    ):
+        params = init_per_step_dense(
+            rngs.params(),
+            timesteps,
+            in_features,
+            features,
+            use_bias=use_bias,
+            dtype=param_dtype,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+        )
+        _set_params(self, params, dtype)
+
+    def __call__(self, x):
+        """`(..., timesteps, in_features)` -> `(..., timesteps, features)`."""
+        return _apply(self, per_step_dense, x)
+
+
+def _set_params(module, params, dtype) -> None:
+    module.dtype = dtype
+    module.kernel = nnx.Param(params["kernel"])
+    if "bias" in params:
+        module.bias = nnx.Param(params["bias"])
+
+
+def _apply(module, apply, x):
+    params = {"kernel": module.kernel[...]}
+    if hasattr(module, "bias"):
+        params["bias"] = module.bias[...]
+    if module.dtype is not None:
+        x, *leaves = (jnp.asarray(a, module.dtype) for a in (x, *params.values()))
+        params = dict(zip(params, leaves))
+    return apply(params, x)
