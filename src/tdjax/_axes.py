@@ -172,5 +172,6 @@ def _check_same_timesteps(names, leaves, axes) -> None:
             for name, (shape, axis, size) in sizes.items()
         )
         raise ValueError(
-            f"in_axes must point at time axes of one size, got different sizes: {listing}."
+            f"in_axes must point at time axes of one size, got different sizes: "
+            f"{listing}."
         )

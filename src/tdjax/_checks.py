@@ -1,5 +1,6 @@
 """Checks of arguments, and the words their errors share."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -35,7 +36,7 @@ def require_params(
     params: Any, kernel_rank: int, kernel_layout: str, bias_layout: str
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns `(kernel, bias)` of a Dense-like parameter dict."""
-    if not hasattr(params, "keys"):
+    if not isinstance(params, Mapping):
         raise TypeError(
             "params must be a dict with 'kernel' and, if there is one, 'bias'; "
             f"got {describe(params)}."

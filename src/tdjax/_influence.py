@@ -8,8 +8,8 @@ has a rule, and one without a rule makes every output depend on every input step
 import functools
 from typing import Any
 
-import jax
 import numpy as np
+from jax import core
 from jax.extend.core import Jaxpr
 
 from tdjax._influence_rules import RULES, everything
@@ -61,9 +61,9 @@ def _run(program, args, bound: float) -> list[Any]:
 def _bind(eqn, args) -> list[Any]:
     """Lets JAX evaluate one equation."""
     known = {v: x for v, x in zip(eqn.invars, args) if not hasattr(v, "val")}
-    kept = [v for v in eqn.outvars if not type(v).__name__ == "DropVar"]
+    kept = [v for v in eqn.outvars if type(v).__name__ != "DropVar"]
     jaxpr = Jaxpr((), list(known), kept, [eqn])
-    outs = dict(zip(kept, jax.core.eval_jaxpr(jaxpr, (), *known.values())))
+    outs = dict(zip(kept, core.eval_jaxpr(jaxpr, (), *known.values())))
     return [outs.get(v) for v in eqn.outvars]
 
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -73,23 +74,20 @@ def _move(data: tuple[int, ...] | None, move: Callable[..., Any], eqn, args, bou
     if any(isinstance(x, Spread) for i, x in enumerate(args) if i not in data):
         return everything(eqn, args, bound)
     spreads = as_spreads([args[i] for i in data])
-    sizes = [x.low.size for x in spreads]
-    starts = np.cumsum([0, *sizes[:-1]])
-    numbered = list(args)
-    for i, x, start, size in zip(data, spreads, starts, sizes):
-        numbers = np.arange(start, start + size, dtype=np.int32)
-        numbered[i] = jnp.asarray(numbers.reshape(x.shape))
-    flat = lambda parts: np.concatenate([part for part in parts], axis=-1)
-    steps = flat([x.steps.reshape(len(x.steps), -1) for x in spreads])
-    low, high = (
-        flat([x.low.ravel() for x in spreads]),
-        flat([x.high.ravel() for x in spreads]),
-    )
-    outs = move(eqn, *numbered)
-    return [
-        _pick(steps, low, high, np.asarray(places), bound)
-        for places in (outs if isinstance(outs, list | tuple) else [outs])
-    ]
+    numbered = dict(enumerate(args)) | dict(zip(data, _numbers(spreads)))
+    outs = move(eqn, *numbered.values())
+    steps = np.concatenate([x.flat_steps for x in spreads], axis=1)
+    low = np.concatenate([x.low.ravel() for x in spreads])
+    high = np.concatenate([x.high.ravel() for x in spreads])
+    pick = lambda places: _pick(steps, low, high, np.asarray(places), bound)
+    return [pick(out) for out in (outs if isinstance(outs, list | tuple) else [outs])]
+
+
+def _numbers(spreads: list[Spread]) -> list[Any]:
+    """Consecutive numbers for the elements of several arrays."""
+    starts = np.cumsum([0, *(x.low.size for x in spreads)])
+    ranges = [np.arange(*pair, dtype=np.int32) for pair in pairwise(starts)]
+    return [jnp.asarray(r.reshape(x.shape)) for r, x in zip(ranges, spreads)]
 
 
 def _pick(steps, low, high, places, bound: float) -> Spread:
@@ -225,14 +223,78 @@ def _sort(eqn, args, bound: float) -> list[Spread]:
     return [within_bound(steps, bound) for _ in eqn.outvars]
 
 
-_ELEMENTWISE = """
-    abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp conj
-    convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2
-    expm1 floor ge gt imag integer_pow is_finite le lgamma log log1p logistic lt max min
-    mul ne neg nextafter not optimization_barrier or pow real reduce_precision rem round
-    rsqrt shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt
-    square stop_gradient sub tan tanh xor
-""".split()
+_ELEMENTWISE = frozenset(
+    (
+        "abs",
+        "acos",
+        "acosh",
+        "add",
+        "add_any",
+        "and",
+        "asin",
+        "asinh",
+        "atan",
+        "atan2",
+        "atanh",
+        "cbrt",
+        "ceil",
+        "clamp",
+        "conj",
+        "convert_element_type",
+        "copy",
+        "cos",
+        "cosh",
+        "digamma",
+        "div",
+        "eq",
+        "erf",
+        "erf_inv",
+        "erfc",
+        "exp",
+        "exp2",
+        "expm1",
+        "floor",
+        "ge",
+        "gt",
+        "imag",
+        "integer_pow",
+        "is_finite",
+        "le",
+        "lgamma",
+        "log",
+        "log1p",
+        "logistic",
+        "lt",
+        "max",
+        "min",
+        "mul",
+        "ne",
+        "neg",
+        "nextafter",
+        "not",
+        "optimization_barrier",
+        "or",
+        "pow",
+        "real",
+        "reduce_precision",
+        "rem",
+        "round",
+        "rsqrt",
+        "shift_left",
+        "shift_right_arithmetic",
+        "shift_right_logical",
+        "sign",
+        "sin",
+        "sinh",
+        "sqrt",
+        "square",
+        "stop_gradient",
+        "sub",
+        "tan",
+        "tanh",
+        "xor",
+    )
+)
 
 RULES: dict[str, Callable[..., list[Spread]]] = {
     **dict.fromkeys(_ELEMENTWISE, _elementwise),

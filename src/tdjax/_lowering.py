@@ -65,6 +65,7 @@ def distribute(call, inputs: Inputs, out_axes: Any, lowering: Lowering) -> Any:
     """Runs `call`, a function of the leaves that have a time axis, over all steps."""
     lower = {"vmap": _vmap_block, "fold": _fold_block}[lowering.method]
     axes, timesteps = inputs.mapped_axes, time_size(inputs)
+    call = functools.partial(_call_and_check, call, out_axes)
     block = lower(call, axes, out_axes, lowering)
     if lowering.method == "fold" or lowering.chunk_size is not None:
         _check_shared_results(call, inputs, out_axes)
@@ -78,6 +79,18 @@ def distribute(call, inputs: Inputs, out_axes: Any, lowering: Lowering) -> Any:
         _require_known_size(timesteps, lowering.unroll)
     loop = _straight_line if lowering.unroll is True else _compiled_loop
     return loop(block, inputs, out_axes, timesteps, lowering)
+
+
+def _call_and_check(call, out_axes, mapped):
+    """Refuses `out_axes` that the results of one step can't have."""
+    y = call(mapped)
+    _map_results(_check_out_axis, y, out_axes)
+    return y
+
+
+def _check_out_axis(y, axis: Axis) -> None:
+    if axis is not None:
+        output_position(axis, jnp.ndim(y) + 1)
 
 
 def _vmap_block(call, axes, out_axes, lowering: Lowering):
@@ -152,7 +165,7 @@ def _merge_time(x, axis: Axis, time_major: bool):
     if axis is PER_STEP:
         return x[0]
     # Adjacent in the order of the merge, the axes are merged by a reshape alone.
-    x = jnp.moveaxis(x, axis, 0 if time_major else 1)
+    x = jnp.moveaxis(x, position(axis), 0 if time_major else 1)
     return jnp.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]))
 
 
@@ -178,9 +191,9 @@ def _call_folded(call, folded, batch, timesteps):
         return call(folded)
     except (TypeError, ValueError) as error:
         error.add_note(
-            f"This was raised with method='fold', where fun sees batch * time = {batch} "
-            f"* {timesteps} examples, and arguments shared by all steps (None in "
-            "in_axes) as they are. If a shared argument has a batch axis, repeat it "
+            "This was raised with method='fold', where fun sees batch * time = "
+            f"{batch} * {timesteps} examples, and arguments shared by all steps (None "
+            "in in_axes) as they are. If a shared argument has a batch axis, repeat it "
             "over time and map it, or use method='vmap'."
         )
         raise
@@ -214,7 +227,8 @@ def _require_known_size(timesteps, unroll) -> None:
 
 
 def _straight_line(block, inputs: Inputs, out_axes, timesteps, lowering: Lowering):
-    block, chunk = _maybe_remat(block, lowering.remat), lowering.chunk_size
+    block = _maybe_remat(block, lowering.remat)
+    chunk = lowering.chunk_size or timesteps
     results = [
         block(_slice(inputs, start, min(start + chunk, timesteps)))
         for start in range(0, timesteps, chunk)
@@ -223,7 +237,7 @@ def _straight_line(block, inputs: Inputs, out_axes, timesteps, lowering: Lowerin
 
 
 def _compiled_loop(block, inputs: Inputs, out_axes, timesteps, lowering: Lowering):
-    chunk = lowering.chunk_size
+    chunk = lowering.chunk_size or timesteps
     whole = timesteps // chunk * chunk
     xs = [
         blocks_first(x, axis, chunk)

@@ -28,9 +28,14 @@ class Spread(NamedTuple):
         return (self.low != 0) | (self.high != 0)
 
     @property
+    def flat_steps(self) -> np.ndarray:
+        """(in_steps, elements)."""
+        return self.steps.reshape(len(self.steps), self.low.size)
+
+    @property
     def any_steps(self) -> np.ndarray:
         """(in_steps,): what any of the elements depends on."""
-        return self.steps.reshape(len(self.steps), -1).any(axis=1)
+        return np.logical_or.reduce(self.flat_steps, axis=1)
 
     def take(self, i: int) -> "Spread":
         return Spread(self.steps[:, i], self.low[i], self.high[i])

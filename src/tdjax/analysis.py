@@ -75,7 +75,8 @@ def step_influence(
     (y,) = evaluate(closed.jaxpr, closed.consts, [_every_input(x, bound)], bound)
     if not isinstance(y, Spread):
         return np.zeros((shape.shape[1], x.shape[1]), bool)
-    return _any_but(y.steps, (2, 0)).T
+    others = tuple(axis for axis in range(y.steps.ndim) if axis not in (0, 2))
+    return np.logical_or.reduce(y.steps, axis=others).T
 
 
 def _every_input(x, bound: float) -> Spread:
@@ -84,8 +85,3 @@ def _every_input(x, bound: float) -> Spread:
     mark = jnp.eye(timesteps, dtype=bool)
     mark = mark.reshape(timesteps, 1, timesteps, *(1,) * (x.ndim - 2))
     return within_bound(np.broadcast_to(mark, (timesteps, *x.shape)), bound)
-
-
-def _any_but(steps: np.ndarray, kept: tuple[int, int]) -> np.ndarray:
-    axes = tuple(axis for axis in range(steps.ndim) if axis not in kept)
-    return steps.any(axis=axes)

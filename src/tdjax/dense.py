@@ -15,7 +15,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, PRNGKeyArray, Shaped
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray, Shaped
 
 from tdjax._checks import (
     describe,
@@ -162,7 +163,7 @@ def init_per_step_dense(
 
 
 def dense(
-    params: Mapping[str, Any], x: Shaped[ArrayLike, "*lead in_features"]
+    params: Mapping[str, Any], x: Shaped[Array | np.ndarray, "*lead in_features"]
 ) -> Shaped[Array, "*lead features"]:
     """Multiplies the last axis by one kernel, the same at every step.
 
@@ -195,7 +196,8 @@ def dense(
 
 
 def flatten_dense(
-    params: Mapping[str, Any], x: Shaped[ArrayLike, "*lead timesteps in_features"]
+    params: Mapping[str, Any],
+    x: Shaped[Array | np.ndarray, "*lead timesteps in_features"],
 ) -> Shaped[Array, "*lead timesteps features"]:
     """Flattens time and features, multiplies by one kernel, and splits them again.
 
@@ -240,7 +242,8 @@ def flatten_dense(
 
 
 def per_step_dense(
-    params: Mapping[str, Any], x: Shaped[ArrayLike, "*lead timesteps in_features"]
+    params: Mapping[str, Any],
+    x: Shaped[Array | np.ndarray, "*lead timesteps in_features"],
 ) -> Shaped[Array, "*lead timesteps features"]:
     """Multiplies each step by a kernel of its own.
 
@@ -326,9 +329,8 @@ def as_flatten(params: Mapping[str, Any], timesteps: int) -> Params:
       >>> tdjax.as_flatten(shared, 4)["kernel"].shape
       (12, 20)
     """
-    per_step = params
-    if jnp.ndim(getattr(params, "get", lambda _: None)("kernel")) != 3:
-        per_step = as_per_step(params, timesteps)
+    is_shared = isinstance(params, Mapping) and jnp.ndim(params.get("kernel", 0)) != 3
+    per_step = as_per_step(params, timesteps) if is_shared else params
     kernel, bias = require_params(
         per_step, 3, "(timesteps, in_features, features)", "(timesteps, features)"
     )

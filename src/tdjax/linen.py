@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import DenyList, FrozenDict, lift
+from flax.linen.dtypes import promote_dtype
 
 from tdjax._checks import describe, require_array
 from tdjax._state import distribute_stateful, first_step, make_lowering, over_steps
@@ -30,11 +31,12 @@ class TimeDistributed(nn.Module):
 
     * **Randomness**: each step draws its own noise from each stream (dropout), or all
       steps the same with `share_rng=True` (only with `method="vmap"`).
-    * **State**: what `layer` writes to variables is kept. `batch_stats` work under every
-      method: `"vmap"` normalises each step by its own statistics over the batch and
-      moves the running ones by the mean over steps; `"fold"` normalises by statistics
-      over batch and time together; with `chunk_size`, over batch and the chunk's steps.
-      Integer state is the last step's. What `layer` sows is stacked, time first.
+    * **State**: what `layer` writes to variables is kept. `batch_stats` work under
+      every method: `"vmap"` normalises each step by its own statistics over the batch
+      and moves the running ones by the mean over steps; `"fold"` normalises by
+      statistics over batch and time together; with `chunk_size`, over batch and the
+      chunk's steps. Integer state is the last step's. What `layer` sows is stacked,
+      time first.
 
     Attributes:
       layer: the module to apply, or one that is already part of the surrounding module.
@@ -235,5 +237,5 @@ def _apply_dense(module, init, apply, x):
         name: module.param(name, inits[name], like.shape, module.param_dtype)
         for name, like in sorted(shapes.items(), reverse=True)
     }
-    x, params = nn.dtypes.promote_dtype(x, params, dtype=module.dtype)
+    x, params = promote_dtype(x, params, dtype=module.dtype)
     return apply(params, x)

@@ -1,0 +1,147 @@
+"""CoNLL-U files as a tagging task: words in, universal parts of speech out.
+
+The format: https://universaldependencies.org/format.html.
+"""
+
+import itertools
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from _sequences import NO_LABEL, InputError, Tagged, Task, cut
+
+UPOS = (
+    "ADJ ADP ADV AUX CCONJ DET INTJ NOUN NUM PART PRON PROPN PUNCT SCONJ SYM VERB X"
+).split()
+BUCKETS = 2**14
+
+_WORD = re.compile(r"[1-9]\d*")
+_RANGE = re.compile(r"([1-9]\d*)-([1-9]\d*)")
+_EMPTY_NODE = re.compile(r"(\d+)\.[1-9]\d*")
+
+
+class Word(NamedTuple):
+    form: str
+    upos: str
+
+
+def conllu_task(train: str, held_out: str, length: int) -> Task:
+    """Parts of speech; sentences longer than `length` words are cut, not dropped."""
+    corpora = [read_conllu(path) for path in (train, held_out)]
+    longest = max(len(sentence) for corpus in corpora for sentence in corpus)
+    tags = tuple(sorted({word.upos for sentence in corpora[0] for word in sentence}))
+    windows = (
+        cut((_tagged(path, sentence, tags) for sentence in corpus), min(length, longest))
+        for path, corpus in zip((train, held_out), corpora)
+    )
+    return Task("parts of speech", "word", tags, BUCKETS, *windows, " ", "\n")
+
+
+def _tagged(path: str, sentence: list[Word], tags: tuple[str, ...]) -> Tagged:
+    labels = [tags.index(w.upos) if w.upos in tags else NO_LABEL for w in sentence]
+    forms = [word.form for word in sentence]
+    ids = np.array([word_ids(form) for form in forms], np.int32)
+    return Tagged(Path(path).name, forms, ids, np.array(labels, np.int32))
+
+
+def word_ids(form: str) -> list[int]:
+    """Buckets of the word, its shape and its ends; unknown words share some of them.
+
+    Python's `hash` of a string differs from run to run, `crc32` does not.
+    """
+    low = form.lower()
+    parts = [form, low, _shape(form)]
+    parts += [low[:n] for n in (1, 2, 3)] + [low[-n:] for n in (1, 2, 3, 4)]
+    return [zlib.crc32(f"{i} {x}".encode()) % BUCKETS for i, x in enumerate(parts)]
+
+
+def _shape(form: str) -> str:
+    """`"McDonald-99"` -> `"XxXx-9"`."""
+    kinds = ["X" if c.isupper() else "x" if c.isalpha() else c for c in form]
+    kinds = ["9" if kind.isdigit() else kind for kind in kinds]
+    return "".join(kind for kind, _ in itertools.groupby(kinds))
+
+
+def read_conllu(path: str | Path) -> list[list[Word]]:
+    """The sentences of a file, as syntactic words (ranges and empty nodes are not).
+
+    Raises:
+      InputError: if the file is malformed, with the line, what it has and what it
+        should have.
+    """
+    sentences, sentence, last_of_range = [], [], 0
+    for where, line in _lines(path):
+        if not line:
+            _check_range_ended(where, last_of_range, len(sentence))
+            sentences.append(sentence)
+            sentence, last_of_range = [], 0
+        elif not line.startswith("#"):
+            columns = _columns(where, line)
+            if _WORD.fullmatch(columns[0]):
+                sentence.append(_word(where, columns, len(sentence) + 1))
+            else:
+                last_of_range = max(
+                    last_of_range, _check_other_node(where, columns[0], len(sentence))
+                )
+    sentences = [sentence for sentence in sentences if sentence]
+    if not sentences:
+        raise InputError(f"{path}: no words, expected at least one sentence")
+    return sentences
+
+
+def _lines(path: str | Path) -> Iterator[tuple[str, str]]:
+    """Each line with its place, and an empty one to end the last sentence."""
+    lines = Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate([*lines, b""], 1):
+        where = f"{path}:{number}"
+        try:
+            yield where, line.decode().rstrip("\r")
+        except UnicodeDecodeError:
+            raise _malformed(where, f"{line[:40]!r}", "text in UTF-8") from None
+
+
+def _malformed(where: str, found: str, expected: str) -> InputError:
+    return InputError(f"{where}: found {found}, expected {expected}")
+
+
+def _columns(where: str, line: str) -> list[str]:
+    columns = line.split("\t")
+    if len(columns) != 10:
+        found = f"{len(columns)} column(s) in {line[:40]!r}"
+        raise _malformed(where, found, "10 columns with tabs between them")
+    return columns
+
+
+def _word(where: str, columns: list[str], expected_id: int) -> Word:
+    identifier, form, _, upos = columns[:4]
+    if int(identifier) != expected_id:
+        raise _malformed(where, f"word ID {identifier}", str(expected_id))
+    if not form:
+        raise _malformed(where, "an empty FORM", "a word")
+    if upos not in UPOS:
+        raise _malformed(where, f"UPOS {upos!r}", f"one of {' '.join(UPOS)}")
+    return Word(form, upos)
+
+
+def _check_other_node(where: str, identifier: str, words: int) -> int:
+    """The last word of a range, or 0 for an empty node."""
+    if match := _RANGE.fullmatch(identifier):
+        first, last = map(int, match.groups())
+        if first == words + 1 and first <= last:
+            return last
+        raise _malformed(where, f"range {identifier}", f"one from word {words + 1} on")
+    if match := _EMPTY_NODE.fullmatch(identifier):
+        if int(match[1]) == words:
+            return 0
+        raise _malformed(where, f"empty node {identifier}", f"{words}.1 or the like")
+    raise _malformed(where, f"ID {identifier!r}", "a number, a range or an empty node")
+
+
+def _check_range_ended(where: str, last_of_range: int, words: int) -> None:
+    if last_of_range > words:
+        raise _malformed(where, f"the end of a sentence at word {words}",
+                         f"word {last_of_range} of a range")

@@ -1,0 +1,112 @@
+"""A corpus on every machine: the standard library, each character with its tag."""
+
+import io
+import keyword
+import sysconfig
+import tokenize
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from _sequences import InputError, Tagged, Task, cut
+
+TAGS = ("other", "keyword", "name", "number", "string", "comment", "operator")
+VOCABULARY = 129
+
+# Installed packages and tests are not the library; `encodings` is a hundred copies of
+# one table, which would be on both sides of the split; `pydoc_data` is one string.
+EXCLUDED = "site-packages dist-packages test idlelib encodings pydoc_data".split()
+FILES = 180
+LARGEST_FILE = 60_000
+HELD_OUT_OF = 12
+
+_LABEL_OF_TYPE = {
+    tokenize.NAME: TAGS.index("name"),
+    tokenize.NUMBER: TAGS.index("number"),
+    tokenize.COMMENT: TAGS.index("comment"),
+    tokenize.OP: TAGS.index("operator"),
+    # STRING, and from Python 3.12 on also FSTRING_START, FSTRING_MIDDLE, ...
+    **{t: TAGS.index("string") for t, name in tokenize.tok_name.items() if "STR" in name},
+}
+
+
+def python_task(length: int) -> Task:
+    """Characters of Python's own source, in windows of `length`."""
+    train, held_out = read_split()
+    if not train or not held_out:
+        raise InputError(f"no Python source in {_library()}; use --conllu instead")
+    train, held_out = cut(train, length), cut(held_out, length)
+    return Task("Python source", "character", TAGS, VOCABULARY, train, held_out)
+
+
+def read_split() -> tuple[list[Tagged], list[Tagged]]:
+    """Training and held-out files; a file's name alone decides on which side it is."""
+    sides = [], []
+    for path in _selection():
+        name = path.relative_to(_library()).as_posix()
+        if tagged := _read(path, name):
+            sides[_hash(name) % HELD_OUT_OF == 0].append(tagged)
+    return sides
+
+
+def _library() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def _hash(name: str) -> int:
+    return zlib.crc32(name.encode())
+
+
+def _selection() -> list[Path]:
+    """The same files on every machine with this Python: the first by hash of name."""
+    library = _library()
+    paths = {
+        path.relative_to(library).as_posix(): path
+        for pattern in ("*.py", "*/*.py")
+        for path in library.glob(pattern)
+        if path.relative_to(library).parts[0] not in EXCLUDED
+        and path.stat().st_size <= LARGEST_FILE
+    }
+    # Not by the bare hash, which decides on the side of the split.
+    return [paths[name] for name in sorted(paths, key=lambda n: _hash(n[::-1]))][:FILES]
+
+
+def _read(path: Path, name: str) -> Tagged | None:
+    try:
+        with tokenize.open(path) as file:
+            source = file.read()
+        labels = label_characters(source)
+    except (SyntaxError, UnicodeError, tokenize.TokenError):
+        return None
+    return Tagged(name, source, character_ids(source), labels) if source else None
+
+
+def character_ids(source: str) -> np.ndarray:
+    """`(characters, 1)`: the ASCII code, and one id for every other character."""
+    codes = np.frombuffer(source.encode("utf-32-le"), np.uint32)
+    return np.minimum(codes, VOCABULARY - 1).astype(np.int32)[:, None]
+
+
+def label_characters(source: str) -> np.ndarray:
+    """`(characters,)`: the index in `TAGS` of the token that each character is in."""
+    lines = io.StringIO(source).readlines()
+    line_starts = np.cumsum([0, *map(len, lines)])
+    labels = np.zeros(len(source), np.int32)
+    for token in tokenize.generate_tokens(iter([*lines, ""]).__next__):
+        if label := _label(token):
+            start, end = (line_starts[row - 1] + col for row, col in token[2:4])
+            labels[start : end + _doubled_brace(token, source[end : end + 1])] = label
+    return labels
+
+
+def _label(token: tokenize.TokenInfo) -> int:
+    if keyword.iskeyword(token.string):
+        return TAGS.index("keyword")
+    return _LABEL_OF_TYPE.get(token.type, TAGS.index("other"))
+
+
+def _doubled_brace(token: tokenize.TokenInfo, following: str) -> bool:
+    """Whether `{{` of an f-string goes on: its token ends before the second brace."""
+    in_text = tokenize.tok_name[token.type].endswith("STRING_MIDDLE")
+    return in_text and following in ("{", "}") and token.string.endswith(following)

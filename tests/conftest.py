@@ -1,0 +1,82 @@
+"""What the tests share: references that know nothing of tdjax, and ways to compare."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from hypothesis import settings
+
+# Each example may compile; a compilation has no deadline.
+settings.register_profile("tdjax", deadline=None, max_examples=20, derandomize=True)
+settings.load_profile("tdjax")
+
+
+@pytest.fixture
+def user_errors():
+    """Switches the test run's type checks off, so that our own errors are seen."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(7)
+
+
+def numpy_dense(params, x):
+    """The referee: float64, one step and one feature sum after the other."""
+    kernel = np.asarray(params["kernel"], np.float64)
+    bias = np.asarray(params.get("bias", np.zeros(kernel.shape[-1])), np.float64)
+    x = np.asarray(x, np.float64)
+    y = np.zeros((*x.shape[:-1], kernel.shape[1]))
+    for place in np.ndindex(*x.shape[:-1]):
+        y[place] = sum(x[place][i] * kernel[i] for i in range(kernel.shape[0])) + bias
+    return y
+
+
+def integers(seed, *shape):
+    """Integer-valued float32: sums of products are exact in any order."""
+    values = np.random.default_rng(seed).integers(-4, 5, shape)
+    return jnp.asarray(values, jnp.float32)
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def assert_trees_close(got, want, rtol=2e-5, atol=2e-5):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want)
+    ):
+        name = jax.tree_util.keystr(path)
+        assert np.shape(a) == np.shape(b), name
+        np.testing.assert_allclose(a, b, rtol, atol, err_msg=name)
+
+
+def assert_trees_equal(got, want):
+    assert_trees_close(got, want, rtol=0, atol=0)
+
+
+def lowerings(timesteps, methods=("vmap", "fold")):
+    """Every method, chunk size (1, 3, T, more), unroll and remat that differ."""
+    loops = itertools.product((1, 3), (1, 2, True), (False, True))
+    single = itertools.product((None, timesteps, timesteps + 2), (1,), (False, True))
+    return [
+        {"method": method, "chunk_size": chunk, "unroll": unroll, "remat": remat}
+        for method in methods
+        for chunk, unroll, remat in (*single, *loops)
+    ]
+
+
+def quick_compile(fun, *args):
+    """Compiles for correctness, not for speed: a third of the time."""
+    options = {
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    }
+    return jax.jit(fun).lower(*args).compile(compiler_options=options)(*args)
