@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-
 from _sequences import NO_LABEL, InputError, Tagged, Task, cut
 
-UPOS = (
-    "ADJ ADP ADV AUX CCONJ DET INTJ NOUN NUM PART PRON PROPN PUNCT SCONJ SYM VERB X"
-).split()
+UPOS = ("ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM")
+UPOS += ("PART", "PRON", "PROPN", "PUNCT", "SCONJ", "SYM", "VERB", "X")
 BUCKETS = 2**14
 
 _WORD = re.compile(r"[1-9]\d*")
@@ -34,11 +32,22 @@ def conllu_task(train: str, held_out: str, length: int) -> Task:
     corpora = [read_conllu(path) for path in (train, held_out)]
     longest = max(len(sentence) for corpus in corpora for sentence in corpus)
     tags = tuple(sorted({word.upos for sentence in corpora[0] for word in sentence}))
-    windows = (
-        cut((_tagged(path, sentence, tags) for sentence in corpus), min(length, longest))
+    windows = [
+        cut(
+            (_tagged(path, sentence, tags) for sentence in corpus), min(length, longest)
+        )
         for path, corpus in zip((train, held_out), corpora)
+    ]
+    return Task(
+        name="parts of speech",
+        unit="word",
+        tags=tags,
+        vocabulary=BUCKETS,
+        train=windows[0],
+        held_out=windows[1],
+        between_symbols=" ",
+        between_windows="\n",
     )
-    return Task("parts of speech", "word", tags, BUCKETS, *windows, " ", "\n")
 
 
 def _tagged(path: str, sentence: list[Word], tags: tuple[str, ...]) -> Tagged:
@@ -143,5 +152,8 @@ def _check_other_node(where: str, identifier: str, words: int) -> int:
 
 def _check_range_ended(where: str, last_of_range: int, words: int) -> None:
     if last_of_range > words:
-        raise _malformed(where, f"the end of a sentence at word {words}",
-                         f"word {last_of_range} of a range")
+        raise _malformed(
+            where,
+            f"the end of a sentence at word {words}",
+            f"word {last_of_range} of a range",
+        )

@@ -8,7 +8,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-
 from _sequences import InputError, Tagged, Task, cut
 
 TAGS = ("other", "keyword", "name", "number", "string", "comment", "operator")
@@ -16,18 +15,19 @@ VOCABULARY = 129
 
 # Installed packages and tests are not the library; `encodings` is a hundred copies of
 # one table, which would be on both sides of the split; `pydoc_data` is one string.
-EXCLUDED = "site-packages dist-packages test idlelib encodings pydoc_data".split()
+EXCLUDED = {"site-packages", "dist-packages", "test", "idlelib"}
+EXCLUDED |= {"encodings", "pydoc_data"}
 FILES = 180
 LARGEST_FILE = 60_000
 HELD_OUT_OF = 12
 
-_LABEL_OF_TYPE = {
-    tokenize.NAME: TAGS.index("name"),
-    tokenize.NUMBER: TAGS.index("number"),
-    tokenize.COMMENT: TAGS.index("comment"),
-    tokenize.OP: TAGS.index("operator"),
-    # STRING, and from Python 3.12 on also FSTRING_START, FSTRING_MIDDLE, ...
-    **{t: TAGS.index("string") for t, name in tokenize.tok_name.items() if "STR" in name},
+_TAG_OF_TYPE = {
+    tokenize.NAME: "name",
+    tokenize.NUMBER: "number",
+    tokenize.COMMENT: "comment",
+    tokenize.OP: "operator",
+    # STRING, and from Python 3.12 on also FSTRING_START, FSTRING_MIDDLE and the like.
+    **{kind: "string" for kind, name in tokenize.tok_name.items() if "STRING" in name},
 }
 
 
@@ -68,8 +68,9 @@ def _selection() -> list[Path]:
         if path.relative_to(library).parts[0] not in EXCLUDED
         and path.stat().st_size <= LARGEST_FILE
     }
-    # Not by the bare hash, which decides on the side of the split.
-    return [paths[name] for name in sorted(paths, key=lambda n: _hash(n[::-1]))][:FILES]
+    # The bare hash already decides on the side of the split.
+    names = sorted(paths, key=lambda name: _hash("order of " + name))
+    return [paths[name] for name in names[:FILES]]
 
 
 def _read(path: Path, name: str) -> Tagged | None:
@@ -90,23 +91,25 @@ def character_ids(source: str) -> np.ndarray:
 
 def label_characters(source: str) -> np.ndarray:
     """`(characters,)`: the index in `TAGS` of the token that each character is in."""
-    lines = io.StringIO(source).readlines()
-    line_starts = np.cumsum([0, *map(len, lines)])
-    labels = np.zeros(len(source), np.int32)
-    for token in tokenize.generate_tokens(iter([*lines, ""]).__next__):
-        if label := _label(token):
-            start, end = (line_starts[row - 1] + col for row, col in token[2:4])
-            labels[start : end + _doubled_brace(token, source[end : end + 1])] = label
+    line_starts = np.cumsum([0, *(len(line) + 1 for line in source.split("\n"))])
+    labels = np.full(len(source), TAGS.index("other"), np.int32)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if tag := _tag(token):
+            (row, column), (end_row, end_column) = token.start, token.end
+            start = line_starts[row - 1] + column
+            end = line_starts[end_row - 1] + end_column
+            end += _is_doubled_brace(token, source[end : end + 1])
+            labels[start:end] = TAGS.index(tag)
     return labels
 
 
-def _label(token: tokenize.TokenInfo) -> int:
-    if keyword.iskeyword(token.string):
-        return TAGS.index("keyword")
-    return _LABEL_OF_TYPE.get(token.type, TAGS.index("other"))
+def _tag(token: tokenize.TokenInfo) -> str | None:
+    if token.type == tokenize.NAME and keyword.iskeyword(token.string):
+        return "keyword"
+    return _TAG_OF_TYPE.get(token.type)
 
 
-def _doubled_brace(token: tokenize.TokenInfo, following: str) -> bool:
+def _is_doubled_brace(token: tokenize.TokenInfo, following: str) -> bool:
     """Whether `{{` of an f-string goes on: its token ends before the second brace."""
     in_text = tokenize.tok_name[token.type].endswith("STRING_MIDDLE")
     return in_text and following in ("{", "}") and token.string.endswith(following)

@@ -37,6 +37,10 @@ class Windows(NamedTuple):
     sources: list[str]
     symbols: list[Sequence[str]]
 
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.ids, self.labels, self.lengths
+
 
 @dataclass(frozen=True)
 class Task:
@@ -78,9 +82,10 @@ def cut(sequences: Iterable[Tagged], length: int) -> Windows:
 
 
 def _pieces(sequence: Tagged, length: int) -> Iterable[Tagged]:
-    source, *columns = sequence
-    for start in range(0, len(sequence.labels), length):
-        yield Tagged(source, *(column[start : start + length] for column in columns))
+    source, symbols, ids, labels = sequence
+    for start in range(0, len(labels), length):
+        span = slice(start, start + length)
+        yield Tagged(source, symbols[span], ids[span], labels[span])
 
 
 def _pad(arrays: list[np.ndarray], length: int, value: int) -> np.ndarray:
@@ -91,8 +96,7 @@ def _pad(arrays: list[np.ndarray], length: int, value: int) -> np.ndarray:
 
 
 def _checksum(windows: Windows) -> str:
-    arrays = (windows.ids, windows.labels, windows.lengths)
-    return f"{functools.reduce(lambda crc, x: zlib.crc32(x.data, crc), arrays, 0):08x}"
+    return f"{zlib.crc32(b''.join(x.tobytes() for x in windows.arrays)):08x}"
 
 
 def batch_rows(seed: int, step: int, batch_size: int, count: int) -> np.ndarray:

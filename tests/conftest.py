@@ -62,9 +62,9 @@ def assert_trees_equal(got, want):
     assert_trees_close(got, want, rtol=0, atol=0)
 
 
-def lowerings(timesteps, methods=("vmap", "fold")):
+def lowerings(timesteps, methods=("vmap", "fold"), unrolls=(1, 2, True)):
     """Every method, chunk size (1, 3, T, more), unroll and remat that differ."""
-    loops = itertools.product((1, 3), (1, 2, True), (False, True))
+    loops = itertools.product((1, 3), unrolls, (False, True))
     single = itertools.product((None, timesteps, timesteps + 2), (1,), (False, True))
     return [
         {"method": method, "chunk_size": chunk, "unroll": unroll, "remat": remat}

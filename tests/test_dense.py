@@ -45,7 +45,10 @@ def test_the_wider_families_write_the_same_function(
     want = numpy_dense(params, x)
     per_step = tdjax.as_per_step(params, timesteps)
     np.testing.assert_array_equal(tdjax.per_step_dense(per_step, x), want)
-    for wide in (tdjax.as_flatten(params, timesteps), tdjax.as_flatten(per_step, timesteps)):
+    for wide in (
+        tdjax.as_flatten(params, timesteps),
+        tdjax.as_flatten(per_step, timesteps),
+    ):
         np.testing.assert_array_equal(tdjax.flatten_dense(wide, x), want)
 
 
@@ -166,7 +169,9 @@ KERNEL = jnp.ones((3, 5))
             r"x must have shape \(\.\.\., in_features\), got float32\[\]",
         ),
         (
-            lambda: tdjax.flatten_dense({"kernel": jnp.ones((12, 20))}, jnp.ones((5, 3))),
+            lambda: tdjax.flatten_dense(
+                {"kernel": jnp.ones((12, 20))}, jnp.ones((5, 3))
+            ),
             ValueError,
             r"timesteps \* in_features == 12 .* got float32\[5,3\].* use dense",
         ),

@@ -47,7 +47,9 @@ def test_every_lowering_of_dense_is_exact_on_integers_and_so_is_its_gradient(par
 
     x64, w64 = np.asarray(x, np.float64), np.asarray(weights, np.float64)
     want_y = numpy_dense(params, x)
-    want_kernel = sum(np.outer(x64[b, t], w64[b, t]) for b in range(2) for t in range(T))
+    want_kernel = sum(
+        np.outer(x64[b, t], w64[b, t]) for b in range(2) for t in range(T)
+    )
     want_x = w64 @ np.asarray(params["kernel"], np.float64).T
     for options in lowerings(T):
         y, (grads, grad_x) = value_and_gradients(options)
@@ -60,7 +62,9 @@ def test_every_lowering_of_dense_is_exact_on_integers_and_so_is_its_gradient(par
 def compiled_program(fun, *args):
     """What the optimised program does: its operations, flops and bytes."""
     compiled = jax.jit(fun).lower(*args).compile()
-    opcodes = re.findall(r"^ *(?:ROOT )?%?\S+ = \S+ ([a-z\-]+)\(", compiled.as_text(), re.M)
+    opcodes = re.findall(
+        r"^ *(?:ROOT )?%?\S+ = \S+ ([a-z\-]+)\(", compiled.as_text(), re.M
+    )
     cost = compiled.cost_analysis()
     return Counter(opcodes), cost["flops"], cost["bytes accessed"]
 
@@ -109,7 +113,10 @@ def test_fold_saves_the_copies_in_the_gradient_of_dense(shape, time):
 
 
 def test_the_program_comparison_sees_a_transpose():
-    params, x = {"kernel": jnp.ones((32, 64)), "bias": jnp.ones(64)}, jnp.ones((8, 16, 32))
+    params, x = (
+        {"kernel": jnp.ones((32, 64)), "bias": jnp.ones(64)},
+        jnp.ones((8, 16, 32)),
+    )
     plain = compiled_program(tdjax.dense, params, x)
     transposed = lambda params, x: jnp.swapaxes(tdjax.dense(params, x), 0, 1)
     assert compiled_program(transposed, params, x) != plain
@@ -183,9 +190,7 @@ def test_pytrees_prefixes_shared_inputs_and_keywords():
             **options,
         )
         got = apply(inputs, scale, offset=offset, negate=True)
-        assert_trees_close(
-            got, {"y": jnp.moveaxis(want, 1, -1), "extra": (b.T, s)}
-        )
+        assert_trees_close(got, {"y": jnp.moveaxis(want, 1, -1), "extra": (b.T, s)})
 
 
 def test_nested_calls_take_one_axis_each(params):
@@ -257,7 +262,9 @@ def test_jit_grad_vmap_scan_and_checkpoint(apply, params):
     np.testing.assert_allclose(mapped, want, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(scanned, want, rtol=1e-5, atol=1e-6)
     slope = 1 - want[0] ** 2
-    np.testing.assert_allclose(gradient, slope @ params["kernel"].T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        gradient, slope @ params["kernel"].T, rtol=1e-4, atol=1e-4
+    )
     np.testing.assert_allclose(tangent, slope * params["kernel"].sum(0), 1e-4, 1e-4)
 
 
@@ -280,7 +287,9 @@ def test_no_tracer_leaks(params):
     with jax.checking_leaks():
         for options in lowerings(T)[::2]:
             apply = tdjax.time_distributed(_layer, in_axes=(None, 1), **options)
-            jax.jit(jax.grad(lambda p, x, f=apply: f(p, x).sum()))(params, jnp.ones((2, T, 3)))
+            jax.jit(jax.grad(lambda p, x, f=apply: f(p, x).sum()))(
+                params, jnp.ones((2, T, 3))
+            )
 
 
 @pytest.mark.parametrize(
@@ -349,10 +358,22 @@ td = tdjax.time_distributed
     ("call", "error", "message"),
     [
         (lambda: td(3), TypeError, r"fun must be callable, got int"),
-        (lambda: td(abs, method="loop"), ValueError, r"method must be one of .* 'loop'"),
-        (lambda: td(abs, chunk_size=0), ValueError, r"chunk_size must be a positive int, got 0"),
+        (
+            lambda: td(abs, method="loop"),
+            ValueError,
+            r"method must be one of .* 'loop'",
+        ),
+        (
+            lambda: td(abs, chunk_size=0),
+            ValueError,
+            r"chunk_size must be a positive int, got 0",
+        ),
         (lambda: td(abs, chunk_size=2.0), TypeError, r"chunk_size .* got float"),
-        (lambda: td(abs, unroll=0), ValueError, r"unroll must be a positive int, got 0"),
+        (
+            lambda: td(abs, unroll=0),
+            ValueError,
+            r"unroll must be a positive int, got 0",
+        ),
         (lambda: td(abs, unroll="all"), TypeError, r"unroll .* got str"),
         (lambda: td(abs, remat=1), TypeError, r"remat must be a bool, got int"),
         (
@@ -395,8 +416,16 @@ td = tdjax.time_distributed
             ValueError,
             r"in_axes must be an int, None, or a pytree prefix of the positional",
         ),
-        (lambda: td(abs, in_axes="1")(ONES), TypeError, r"in_axes must hold ints .* str"),
-        (lambda: td(abs, in_axes=None)(ONES), ValueError, r"in_axes must give at least one"),
+        (
+            lambda: td(abs, in_axes="1")(ONES),
+            TypeError,
+            r"in_axes must hold ints .* str",
+        ),
+        (
+            lambda: td(abs, in_axes=None)(ONES),
+            ValueError,
+            r"in_axes must give at least one",
+        ),
         (lambda: td(abs)(), ValueError, r"in_axes must give at least one"),
         (
             lambda: td(abs, out_axes=(1, 1))(ONES),
@@ -451,5 +480,7 @@ def test_unroll_needs_a_known_number_of_steps(user_errors):
     batch, time = export.symbolic_shape("b, t", constraints=["t >= 2"])
     x = jax.ShapeDtypeStruct((batch, time, 3), jnp.float32)
     for unroll in (True, 2):
-        with pytest.raises(ValueError, match=rf"unroll={unroll} needs a known .* size t"):
+        with pytest.raises(
+            ValueError, match=rf"unroll={unroll} needs a known .* size t"
+        ):
             export.export(jax.jit(td(jnp.sin, chunk_size=1, unroll=unroll)))(x)

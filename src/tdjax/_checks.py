@@ -61,3 +61,12 @@ def require_params(
                 f"a kernel {describe(kernel)}, got {describe(bias)}."
             )
     return kernel, bias
+
+
+def refuse_mask(kwargs: Mapping[str, Any]) -> None:
+    if "mask" in kwargs:
+        raise TypeError(
+            "mask is reserved for a (batch, time) mask of steps, which is not supported "
+            f"yet; got {describe(kwargs['mask'])}. Pass a mask of your own as a "
+            "positional argument, with its entry in in_axes."
+        )

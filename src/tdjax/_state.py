@@ -9,10 +9,8 @@ from tdjax._axes import PER_STEP, Inputs, flatten_inputs, time_size
 from tdjax._lowering import Lowering, distribute
 
 
-def distribute_stateful(
-    step, keys, args, kwargs, in_axes, out_axes, lowering, share_rng
-):
-    """Runs `step(keys, *args, **kwargs) -> (y, state)` over all steps.
+def distribute_stateful(step, keys, args, in_axes, out_axes, lowering, share_rng):
+    """Runs `step(keys, *args) -> (y, state)` over all steps.
 
     Returns `(y, states)`, where `states` has a leading time axis. Each step gets keys
     of its own, unless `share_rng`.
@@ -29,7 +27,7 @@ def distribute_stateful(
 
     def call(mapped):
         step_keys, step_args = both.rebuild(mapped)
-        return step(step_keys, *step_args, **kwargs)
+        return step(step_keys, *step_args)
 
     return distribute(call, both, (out_axes, PER_STEP), lowering)
 

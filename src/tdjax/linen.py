@@ -1,5 +1,6 @@
 """Flax Linen modules: any layer over time, and the Dense family."""
 
+import functools
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from flax.core import DenyList, FrozenDict, lift
 from flax.linen.dtypes import promote_dtype
 
-from tdjax._checks import describe, require_array
+from tdjax._checks import describe, refuse_mask, require_array
 from tdjax._state import distribute_stateful, first_step, make_lowering, over_steps
 from tdjax.dense import (
     Initializer,
@@ -96,36 +97,41 @@ class TimeDistributed(nn.Module):
 
     def __call__(self, *args, **kwargs):
         """Calls `layer` on every step; keyword arguments are shared by all steps."""
-        in_axes, out_axes = _thaw(self.in_axes), _thaw(self.out_axes)
+        refuse_mask(kwargs)
         if self.is_initializing():
             # One plain call makes the variables exactly as they are without a wrapper.
-            self.layer(*first_step(args, in_axes), **kwargs)
+            self.layer(*first_step(args, _thaw(self.in_axes)), **kwargs)
+        over_time = nn.transforms.lift_transform(_lift, _call, self, kwargs)
+        return over_time(self.layer, *args)
 
-        def lift_over_time(call):
-            def over_time(scope_fn, repack, variables, rngs, args):
-                def step(rngs, *args):
-                    scope = scope_fn(variables, rngs)
-                    return call(scope, *args, **kwargs), repack(scope)
 
-                y, states = distribute_stateful(
-                    step,
-                    rngs,
-                    args,
-                    {},
-                    in_axes,
-                    out_axes,
-                    make_lowering(self),
-                    self.share_rng,
-                )
-                # Initialisation leaves the state as the one plain call left it.
-                kept = () if self.is_initializing() else over_steps(variables, states)
-                return y, kept
+def _lift(call, options: TimeDistributed, kwargs):
+    """A function of scopes and one step, lifted as Flax lifts: to all steps."""
 
-            everything, written = (True,), (DenyList(("params",)),)
-            packed = lift.pack(over_time, everything, written, everything)
-            return lambda scopes, *args: packed(scopes, args)
+    def lifted(scopes, *args):
+        run = functools.partial(_over_time, call, options, kwargs, scopes)
+        packed = lift.pack(run, (True,), (DenyList(("params",)),), (True,))
+        return packed(scopes, args)
 
-        return nn.transforms.lift_transform(lift_over_time, _call)(self.layer, *args)
+    return lifted
+
+
+def _over_time(call, options, kwargs, scopes, scope_fn, repack, variables, rngs, args):
+    counters = [dict(scope.rng_counters) for scope in jax.tree.leaves(scopes)]
+
+    def step(rngs, *args):
+        scope = scope_fn(variables, rngs)
+        # Every block draws as the first: the counters start where they were.
+        for inner, counter in zip(jax.tree.leaves(scope), counters):
+            inner.rng_counters.update(counter)
+        return call(scope, *args, **kwargs), repack(scope)
+
+    axes = _thaw(options.in_axes), _thaw(options.out_axes)
+    lowering = make_lowering(options)
+    y, states = distribute_stateful(step, rngs, args, *axes, lowering, options.share_rng)
+    # Initialisation leaves the state as the one plain call left it.
+    kept = () if options.is_initializing() else over_steps(variables, states)
+    return y, kept
 
 
 def _call(layer, *args, **kwargs):
@@ -232,10 +238,14 @@ def _apply_dense(module, init, apply, x):
         lambda key: init(key, *x.shape[-2:], module.features, use_bias=module.use_bias),
         jax.random.key(0),
     )
+    if module.has_variable("params", "kernel"):
+        # Flax would compare shapes of parameters; this compares them with the input.
+        kernel = nn.unbox(module.get_variable("params", "kernel"))
+        jax.eval_shape(apply, {"kernel": kernel}, x)
     inits = {"kernel": module.kernel_init, "bias": module.bias_init}
     params = {
         name: module.param(name, inits[name], like.shape, module.param_dtype)
         for name, like in sorted(shapes.items(), reverse=True)
     }
-    x, params = promote_dtype(x, params, dtype=module.dtype)
-    return apply(params, x)
+    x, *values = promote_dtype(x, *params.values(), dtype=module.dtype)
+    return apply(dict(zip(params, values)), x)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tdjax._checks import describe
+from tdjax._checks import describe, refuse_mask
 from tdjax._state import distribute_stateful, make_lowering, over_steps
 from tdjax.dense import (
     Initializer,
@@ -89,6 +89,7 @@ class TimeDistributed(nnx.Module):
 
     def __call__(self, *args, **kwargs):
         """Calls `layer` on every step; keyword arguments are shared by all steps."""
+        refuse_mask(kwargs)
         graphdef, keys, params, state = nnx.split(
             self.layer, nnx.RngKey, nnx.Param, ...
         )
@@ -96,7 +97,7 @@ class TimeDistributed(nnx.Module):
         # Rebuilt from leaves, the variables belong to the trace that writes to them.
         leaves, treedef = jax.tree.flatten((params, state))
 
-        def step(keys, *args, **kwargs):
+        def step(keys, *args):
             layer = nnx.merge(graphdef, keys, *jax.tree.unflatten(treedef, leaves))
             y = layer(*args, **kwargs)
             return y, nnx.split(layer, nnx.RngKey, nnx.Param, ...)[3]
@@ -105,7 +106,6 @@ class TimeDistributed(nnx.Module):
             step,
             keys,
             args,
-            kwargs,
             self.in_axes,
             self.out_axes,
             make_lowering(self),

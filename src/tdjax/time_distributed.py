@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from tdjax._axes import Inputs, flatten_inputs
-from tdjax._checks import describe
+from tdjax._checks import describe, refuse_mask
 from tdjax._lowering import Lowering, distribute
 
 
@@ -93,12 +93,7 @@ def time_distributed(
     # `updated=()`: a module object's attributes are not the wrapper's.
     @functools.wraps(fun, updated=())
     def distributed(*args, **kwargs):
-        if "mask" in kwargs:
-            raise TypeError(
-                "mask is reserved for a (batch, time) mask of steps, which is not "
-                f"supported yet; got {describe(kwargs['mask'])}. Pass fun's own mask "
-                "as a positional argument with its entry in in_axes."
-            )
+        refuse_mask(kwargs)
         inputs = flatten_inputs(args, in_axes)
         call = functools.partial(_call_on_mapped, fun, inputs, kwargs)
         return distribute(call, inputs, out_axes, lowering)

@@ -1,0 +1,450 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import zoo
+from conftest import assert_trees_close, assert_trees_equal, normal
+from flax.core import FrozenDict
+
+import tdjax
+from tdjax.linen import FlattenDense, PerStepDense, TimeDistributed
+
+B, T = 3, 4
+METHODS = [
+    {"method": "vmap"},
+    {"method": "fold"},
+    {"method": "vmap", "chunk_size": 3},
+    {"method": "fold", "chunk_size": 3, "unroll": True, "remat": True},
+]
+methods = pytest.mark.parametrize("options", METHODS, ids=str)
+
+
+@pytest.fixture
+def x():
+    return normal(0, B, T, 5)
+
+
+def plain(head, **kwargs):
+    return head
+
+
+class Compact(nn.Module):
+    wrap: object
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = self.wrap(nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(4)]))(x)
+        x = self.wrap(nn.BatchNorm(use_running_average=not train))(x)
+        return self.wrap(nn.Dense(2, name="head"))(x)
+
+
+class Setup(nn.Module):
+    wrap: object
+
+    def setup(self):
+        self.shared = nn.Dense(5)
+        self.again = self.wrap(self.shared)
+        self.layers = [self.wrap(nn.Dense(5)) for _ in range(2)]
+
+    def __call__(self, x):
+        x = self.again(x) + self.shared(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Scanned(nn.Module):
+    wrap: object
+
+    @nn.compact
+    def __call__(self, x, _):
+        return x + self.wrap(nn.Dense(5))(x), None
+
+
+# Variables
+
+
+@methods
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_variables_are_those_of_the_layer_without_the_wrapper(key, name, options):
+    kind = zoo.ZOO[name]
+    rngs = {"params": key, "dropout": key}
+    model = TimeDistributed(kind.linen(), in_axes=kind.in_axes, **options)
+    first = zoo._step(kind, 0, kind.inputs)
+    assert_trees_equal(
+        model.init(rngs, *kind.inputs, **kind.kwargs),
+        kind.linen().init(rngs, *first, **kind.kwargs),
+    )
+
+
+@methods
+@pytest.mark.parametrize("model", [Compact, Setup])
+def test_a_model_has_the_same_variables_with_and_without_wrappers(
+    key, x, model, options
+):
+    wrapped = model(lambda layer: TimeDistributed(layer, **options))
+    variables = wrapped.init(key, x)
+    assert_trees_equal(variables, model(plain).init(key, x[:, 0]))
+    steps = [model(plain).apply(variables, x[:, t]) for t in range(T)]
+    assert_trees_close(wrapped.apply(variables, x), jnp.stack(steps, 1))
+
+
+def test_no_steps_initialise_and_give_no_results(key, x):
+    model = TimeDistributed(nn.Dense(2))
+    y, variables = model.init_with_output(key, x[:, :0])
+    assert y.shape == (B, 0, 2)
+    assert_trees_equal(variables, nn.Dense(2).init(key, x[:, 0]))
+
+
+def test_init_with_output_gives_the_output(key, x):
+    y, variables = TimeDistributed(nn.Dense(2)).init_with_output(key, x)
+    np.testing.assert_allclose(y, nn.Dense(2).apply(variables, x), rtol=1e-5)
+
+
+def test_a_shared_embedding_stays_shared(key):
+    class Tied(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            embed = nn.Embed(7, 3)
+            h = TimeDistributed(embed)(tokens)
+            return TimeDistributed(Logits(embed))(h)
+
+    class Logits(nn.Module):
+        embed: nn.Module
+
+        def __call__(self, h):
+            return self.embed.attend(h)
+
+    tokens = jnp.arange(6).reshape(2, 3)
+    variables = Tied().init(key, tokens)
+    assert set(variables["params"]) == {"Embed_0"}
+    table = variables["params"]["Embed_0"]["embedding"]
+    np.testing.assert_allclose(
+        Tied().apply(variables, tokens), table[tokens] @ table.T, rtol=1e-5, atol=1e-6
+    )
+
+
+# Inputs
+
+
+def test_several_inputs_dict_axes_and_keywords(key):
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, inputs, shift, *, negate):
+            y = nn.Dense(2)(inputs["a"] + inputs["b"]) + shift
+            return {"y": -y if negate else y, "shift": shift}
+
+    inputs = {"a": normal(1, T, B, 5), "b": normal(2, B, T, 5)}
+    shift = normal(3, 2)
+    axes = {"in_axes": ({"a": 0, "b": 1}, None), "out_axes": {"y": 0, "shift": None}}
+    for options in METHODS:
+        model = TimeDistributed(Layer(), **axes, **options)
+        variables = model.init(key, inputs, shift, negate=True)
+        got = model.apply(variables, inputs, shift, negate=True)
+        both = inputs["a"] + jnp.swapaxes(inputs["b"], 0, 1)
+        want = (
+            -nn.Dense(2).apply({"params": variables["params"]["Dense_0"]}, both) - shift
+        )
+        assert_trees_close(got, {"y": -(-want), "shift": shift})
+
+
+def test_nested_over_documents_sentences_and_words(key):
+    documents = normal(1, 2, 3, 4, 5, 6)  # batch, section, sentence, word, features
+    nested = TimeDistributed(
+        TimeDistributed(zoo.Encoder(), method="fold"), chunk_size=2
+    )
+    variables = nested.init(key, documents)
+    assert_trees_equal(variables, zoo.Encoder().init(key, documents[:, 0, 0]))
+    flat = zoo.Encoder().apply(variables, documents.reshape(-1, 5, 6))
+    np.testing.assert_allclose(
+        nested.apply(variables, documents),
+        flat.reshape(2, 3, 4, 4),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+# State
+
+
+def batch_norm(**kwargs):
+    return nn.BatchNorm(use_running_average=False, momentum=0.9, **kwargs)
+
+
+def train(model, variables, x):
+    return model.apply(variables, x, mutable=["batch_stats"])
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 3])
+def test_batch_norm_under_vmap_normalises_each_step(key, x, chunk_size):
+    model = TimeDistributed(batch_norm(), chunk_size=chunk_size)
+    variables = model.init(key, x)
+    for _ in range(2):  # a second call as the first
+        y, after = train(model, variables, x)
+        steps = [train(batch_norm(), variables, x[:, t]) for t in range(T)]
+        assert_trees_close(y, jnp.stack([step for step, _ in steps], 1))
+        mean = jax.tree.map(lambda *s: sum(s) / T, *[stats for _, stats in steps])
+        assert_trees_close(after, mean)
+        variables = {**variables, **after}
+
+
+def test_batch_norm_under_fold_normalises_batch_and_time_together(key, x):
+    model = TimeDistributed(batch_norm(), method="fold")
+    variables = model.init(key, x)
+    for _ in range(2):
+        y, after = train(model, variables, x)
+        want, stats = train(batch_norm(), variables, x.reshape(B * T, -1))
+        assert_trees_close((y, after), (want.reshape(x.shape), stats))
+        variables = {**variables, **after}
+
+
+@pytest.mark.parametrize("unroll", [1, True])
+def test_batch_norm_under_fold_in_chunks_normalises_each_chunk(key, x, unroll):
+    model = TimeDistributed(batch_norm(), method="fold", chunk_size=3, unroll=unroll)
+    variables = model.init(key, x)
+    y, after = train(model, variables, x)
+    first, stats_3 = train(batch_norm(), variables, x[:, :3])
+    last, stats_1 = train(batch_norm(), variables, x[:, 3:])
+    assert_trees_close(y, jnp.concatenate([first, last], 1))
+    by_steps = jax.tree.map(lambda a, b: (3 * a + b) / 4, stats_3, stats_1)
+    assert_trees_close(after, by_steps)
+
+
+def test_batch_norm_with_an_axis_name_normalises_all_steps_under_vmap(key, x):
+    model = TimeDistributed(batch_norm(axis_name="time"), axis_name="time")
+    variables = model.init(key, x)
+    y, after = train(model, variables, x)
+    assert_trees_close((y, after), train(batch_norm(), variables, x), 1e-4, 1e-4)
+
+
+def test_counters_are_the_last_steps_and_sown_values_are_stacked(key, x):
+    class Counting(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            count = self.variable("state", "count", lambda: jnp.int32(0))
+            count.value = count.value + 1
+            self.sow("intermediates", "total", x.sum())
+            return x
+
+    for options in ({}, {"chunk_size": 3}):
+        model = TimeDistributed(Counting(), **options)
+        variables = model.init(key, x)
+        assert variables["state"]["count"] == 1  # as without the wrapper
+        _, after = model.apply(variables, x, mutable=["state", "intermediates"])
+        assert after["state"]["count"] == 2
+        (total,) = after["intermediates"]["total"]
+        np.testing.assert_allclose(total, x.sum((0, 2)), rtol=1e-5)
+
+
+# Randomness
+
+
+def dropped(y):
+    """Which elements are dropped; the others must be scaled by 1 / (1 - rate)."""
+    assert set(np.unique(y)) <= {0.0, 2.0}
+    return np.asarray(y) == 0
+
+
+def run_dropout(key, calls=1, **options):
+    model = TimeDistributed(nn.Dropout(0.5, deterministic=False), **options)
+    apply = lambda model, x: [model(x) for _ in range(calls)]
+    ones = jnp.ones((8, 6, 32))
+    return nn.apply(apply, model)({}, ones, rngs={"dropout": key})
+
+
+@methods
+def test_each_step_draws_its_own_noise(key, options):
+    (y,) = run_dropout(key, **options)
+    drops = dropped(y)
+    assert 0.4 < drops.mean() < 0.6
+    if options.get("chunk_size") and options["method"] == "fold":
+        blocks = [drops[:, :3], drops[:, 3:]]
+        assert (blocks[0] != blocks[1]).any()
+    for t in range(1, 6):
+        assert (drops[:, t] != drops[:, 0]).any()
+
+
+def test_share_rng_gives_all_steps_the_same_noise(key):
+    for options in ({}, {"chunk_size": 1}, {"chunk_size": 4}):
+        (y,) = run_dropout(key, share_rng=True, **options)
+        drops = dropped(y)
+        assert 0.4 < drops.mean() < 0.6
+        assert (drops == drops[:, :1]).all()
+
+
+def test_noise_does_not_depend_on_the_chunk_size_and_changes_with_each_call(key):
+    first, second = run_dropout(key, calls=2)
+    assert (first != second).any()
+    for chunk_size in (1, 2, 4):
+        np.testing.assert_array_equal(run_dropout(key, chunk_size=chunk_size)[0], first)
+
+
+# Flax's own tools
+
+
+def test_tabulate_shows_the_layer_and_counts_its_parameters(key, x):
+    model, wide = Compact(lambda layer: TimeDistributed(layer)), {"width": 200}
+    table = nn.tabulate(model, key, console_kwargs=wide)(x)
+    assert "TimeDistributed" in table
+    assert "head" in table
+    count = sum(v.size for v in jax.tree.leaves(Compact(plain).init(key, x)))
+    assert f"Total Parameters: {count}" in table
+
+
+def test_scan_and_remat_and_jit_around_the_wrapper(key, x):
+    def build(wrap):
+        stack = nn.scan(
+            nn.remat(Scanned),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=2,
+            in_axes=nn.broadcast,
+        )
+        return nn.jit(stack)(wrap)
+
+    wrapped = build(lambda layer: TimeDistributed(layer, chunk_size=2))
+    variables = wrapped.init(key, x, None)
+    unwrapped = build(plain)
+    assert_trees_equal(variables, unwrapped.init(key, x, None))
+    assert_trees_close(
+        wrapped.apply(variables, x, None), unwrapped.apply(variables, x, None)
+    )
+
+
+def test_training_with_optax_and_orbax_is_that_of_the_plain_layer(key, x, tmp_path):
+    import orbax.checkpoint as ocp
+
+    targets, optimiser = normal(5, B, T, 2), optax.adam(1e-2)
+
+    def fit(model):
+        params = model.init(key, x)
+        state = optimiser.init(params)
+
+        @jax.jit
+        def step(params, state):
+            loss = lambda p: jnp.mean((model.apply(p, x) - targets) ** 2)
+            updates, state = optimiser.update(jax.grad(loss)(params), state, params)
+            return optax.apply_updates(params, updates), state
+
+        for _ in range(5):
+            params, state = step(params, state)
+        return params
+
+    plain_params = fit(nn.Dense(2))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "plain", plain_params)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "plain", plain_params)
+    for options in METHODS:
+        assert_trees_close(fit(TimeDistributed(nn.Dense(2), **options)), restored)
+
+
+def test_apply_does_not_retrace_and_leaks_no_tracer(key, x):
+    traces = []
+
+    class Noting(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            traces.append(x.shape)
+            return batch_norm()(nn.Dense(2)(x))
+
+    for options in METHODS:
+        model = TimeDistributed(Noting(), **options)
+        variables = model.init(key, x)
+        with jax.checking_leaks():
+            run = jax.jit(lambda v, x, model=model: train(model, v, x))
+            run(variables, x)
+            count = len(traces)
+            run(variables, x + 1)
+        assert len(traces) == count
+
+
+# The Dense family
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_flatten_dense_and_per_step_dense_are_the_core_functions(key, x, use_bias):
+    for layer, apply in (
+        (FlattenDense(2, use_bias=use_bias), tdjax.flatten_dense),
+        (PerStepDense(2, use_bias=use_bias), tdjax.per_step_dense),
+    ):
+        variables = layer.init(key, x)
+        assert ("bias" in variables["params"]) == use_bias
+        np.testing.assert_array_equal(
+            layer.apply(variables, x), apply(variables["params"], x)
+        )
+
+
+@pytest.mark.parametrize("layer", [FlattenDense, PerStepDense])
+def test_dtype_and_param_dtype_are_as_in_flax(key, x, layer):
+    model = layer(2, dtype=jnp.bfloat16, param_dtype=jnp.float16)
+    y, variables = model.init_with_output(key, x)
+    assert y.dtype == jnp.bfloat16
+    assert {p.dtype for p in jax.tree.leaves(variables)} == {jnp.dtype("float16")}
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda key, x: TimeDistributed(nn.relu),
+            TypeError,
+            "layer must be a flax.linen",
+        ),
+        (
+            lambda key, x: TimeDistributed(nn.Dense(2), chunk_size=0),
+            ValueError,
+            "chunk_size must be a positive int, got 0",
+        ),
+        (
+            lambda key, x: run_dropout(key, share_rng=True, method="fold"),
+            ValueError,
+            "share_rng=True needs method='vmap'",
+        ),
+        (
+            lambda key, x: TimeDistributed(nn.Dense(2)).init(key, x[0, 0]),
+            ValueError,
+            r"args\[0\] is mapped over axis 1 .* got float32\[5\]",
+        ),
+        (
+            lambda key, x: TimeDistributed(nn.Dense(2)).init(key, x, mask=x),
+            TypeError,
+            r"mask is reserved .* got float32\[3,4,5\]",
+        ),
+        (
+            lambda key, x: FlattenDense(2).init(key, x[0, 0]),
+            ValueError,
+            r"x must have shape \(\.\.\., timesteps, in_features\), got float32\[5\]",
+        ),
+        (
+            lambda key, x: PerStepDense(2).apply(
+                PerStepDense(2).init(key, x), x[:, 1:]
+            ),
+            ValueError,
+            r"x must have timesteps = 4 on axis -2 .* got float32\[3,3,5\]",
+        ),
+        (
+            lambda key, x: FlattenDense(2.5).init(key, x),
+            TypeError,
+            "features must be a positive int, got float",
+        ),
+    ],
+)
+def test_bad_input_names_the_argument(user_errors, key, x, call, error, message):
+    with pytest.raises(error, match=message):
+        call(key, x)
+
+
+def test_frozen_dict_axes_are_accepted(key):
+    class Add(nn.Module):
+        def __call__(self, inputs):
+            return inputs["a"] + inputs["b"]
+
+    inputs = {"a": normal(1, B, T, 2), "b": normal(2, B, T, 2)}
+    model = TimeDistributed(Add(), in_axes=(FrozenDict({"a": 1, "b": 1}),))
+    np.testing.assert_array_equal(model.apply({}, inputs), inputs["a"] + inputs["b"])

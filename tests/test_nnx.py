@@ -1,0 +1,314 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import zoo
+from conftest import assert_trees_close, assert_trees_equal, normal
+from flax import nnx
+from test_linen import METHODS, dropped, methods
+
+import tdjax
+from tdjax.nnx import FlattenDense, PerStepDense, TimeDistributed
+
+B, T = 3, 4
+
+
+@pytest.fixture
+def x():
+    return normal(0, B, T, 5)
+
+
+class Model(nnx.Module):
+    """Layers of every sort of state, each wrapped, if `wrap` wraps."""
+
+    def __init__(self, wrap, rngs):
+        self.hidden = wrap(nnx.Linear(5, 4, rngs=rngs))
+        self.norm = wrap(nnx.BatchNorm(4, momentum=0.9, rngs=rngs))
+        self.dropout = wrap(nnx.Dropout(0.5, rngs=rngs))
+        self.head = wrap(nnx.Linear(4, 2, rngs=rngs))
+
+    def __call__(self, x):
+        return self.head(self.dropout(self.norm(self.hidden(x))))
+
+
+def wrapped_model(**options):
+    return Model(lambda layer: TimeDistributed(layer, **options), nnx.Rngs(0))
+
+
+def values(module, kind=nnx.Variable):
+    """Arrays by path, without the wrappers' `layer`."""
+    flat = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(module, kind)))
+    name = lambda path: jax.tree_util.keystr(path).replace("['layer']", "")
+    return {name(path): leaf for path, leaf in flat}
+
+
+@methods
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_the_layers_parameters_stay_as_they_are(name, options):
+    kind = zoo.ZOO[name]
+    layer = kind.nnx(nnx.Rngs(0))
+    model = TimeDistributed(layer, in_axes=kind.in_axes, **options)
+    model(*kind.inputs, **kind.kwargs)
+    assert model.layer is layer
+    want = values(kind.nnx(nnx.Rngs(0)), nnx.Param)
+    assert_trees_equal(values(model, nnx.Param), want)
+
+
+# State
+
+
+def batch_norm(**kwargs):
+    return nnx.BatchNorm(5, momentum=0.9, rngs=nnx.Rngs(0), **kwargs)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 3])
+def test_batch_norm_under_vmap_normalises_each_step_at_every_call(x, chunk_size):
+    model = TimeDistributed(batch_norm(), chunk_size=chunk_size)
+    for _ in range(3):
+        steps = [nnx.clone(model.layer) for _ in range(T)]
+        want = jnp.stack([layer(x[:, t]) for t, layer in enumerate(steps)], 1)
+        np.testing.assert_allclose(model(x), want, rtol=1e-4, atol=1e-5)
+        stats = [values(layer, nnx.BatchStat) for layer in steps]
+        mean = jax.tree.map(lambda *each: sum(each) / T, *stats)
+        assert_trees_close(values(model, nnx.BatchStat), mean)
+
+
+def test_batch_norm_under_fold_normalises_batch_and_time_together(x):
+    model, plain = TimeDistributed(batch_norm(), method="fold"), batch_norm()
+    for _ in range(2):
+        want = plain(x)  # over all axes but the last
+        np.testing.assert_allclose(model(x), want, rtol=1e-4, atol=1e-5)
+        assert_trees_close(values(model), values(plain))
+
+
+def test_batch_norm_with_an_axis_name_normalises_all_steps_under_vmap(x):
+    model = TimeDistributed(batch_norm(axis_name="time"), axis_name="time")
+    np.testing.assert_allclose(model(x), batch_norm()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_counters_are_the_last_steps(x):
+    class Counting(nnx.Module):
+        def __init__(self):
+            self.count = nnx.Variable(jnp.int32(0))
+
+        def __call__(self, x):
+            self.count[...] = self.count[...] + 1
+            return x
+
+    for options in METHODS:
+        model = TimeDistributed(Counting(), **options)
+        model(x), model(x)
+        assert model.layer.count[...] == 2
+
+
+# Randomness
+
+
+@methods
+def test_each_step_draws_its_own_noise(options):
+    model = TimeDistributed(nnx.Dropout(0.5, rngs=nnx.Rngs(0)), **options)
+    ones = jnp.ones((8, 6, 32))
+    drops, again = dropped(model(ones)), dropped(model(ones))
+    assert 0.4 < drops.mean() < 0.6
+    assert (drops != again).any()
+    for t in range(1, 6):
+        assert (drops[:, t] != drops[:, 0]).any()
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 4])
+def test_share_rng_gives_all_steps_the_same_noise(chunk_size):
+    layer = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    model = TimeDistributed(layer, share_rng=True, chunk_size=chunk_size)
+    drops = dropped(model(jnp.ones((8, 6, 32))))
+    assert 0.4 < drops.mean() < 0.6
+    assert (drops == drops[:, :1]).all()
+
+
+def test_noise_does_not_depend_on_the_chunk_size():
+    ones = jnp.ones((8, 6, 32))
+    noise = [
+        TimeDistributed(nnx.Dropout(0.5, rngs=nnx.Rngs(0)), chunk_size=chunk_size)(ones)
+        for chunk_size in (None, 1, 4)
+    ]
+    np.testing.assert_array_equal(noise[0], noise[1])
+    np.testing.assert_array_equal(noise[0], noise[2])
+
+
+# NNX's own tools
+
+
+@methods
+def test_train_eval_jit_grad_and_optimizer(x, options):
+    model = wrapped_model(**options)
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+    traces = []
+
+    @nnx.jit
+    def train_step(model, optimizer, x, y):
+        traces.append(x.shape)
+        loss = lambda model: jnp.mean((model(x) - y) ** 2)
+        value, grads = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, grads)
+        return value
+
+    targets = normal(1, B, T, 2)
+    losses = [float(train_step(model, optimizer, x, targets)) for _ in range(30)]
+    assert len(traces) == 1
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    model.eval()
+    first = model(x)
+    np.testing.assert_array_equal(model(x), first)
+    plain = Model(lambda layer: layer, nnx.Rngs(0))
+    nnx.update(plain, _unwrapped(model))
+    plain.eval()
+    np.testing.assert_allclose(plain(x), first, rtol=1e-4, atol=1e-5)
+
+
+def _unwrapped(model):
+    """The state of a wrapped model, as that of the model without wrappers."""
+    plain = Model(lambda layer: layer, nnx.Rngs(0))
+    for name in ("hidden", "norm", "dropout", "head"):
+        setattr(plain, name, getattr(model, name).layer)
+    return nnx.state(plain)
+
+
+def test_gradients_are_those_of_the_plain_layer(x):
+    plain = nnx.Linear(5, 2, rngs=nnx.Rngs(0))
+    loss = lambda model: jnp.sum(jnp.sin(model(x)))
+    want = jax.tree.leaves(nnx.grad(loss)(plain))
+    for options in METHODS:
+        wrapped = TimeDistributed(nnx.Linear(5, 2, rngs=nnx.Rngs(0)), **options)
+        assert_trees_close(jax.tree.leaves(nnx.grad(loss)(wrapped)), want, 1e-4, 1e-4)
+
+
+def test_tabulate_shows_the_layer_and_its_parameters(x):
+    table = nnx.tabulate(wrapped_model(), x, console_kwargs={"width": 200})
+    assert "TimeDistributed" in table
+    assert "norm/layer" in table
+
+
+def test_orbax_saves_and_restores(x, tmp_path):
+    import orbax.checkpoint as ocp
+
+    model = wrapped_model()
+    model(x)
+    state = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngState)))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "model", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "model", state)
+    assert_trees_equal(restored, state)
+
+
+def test_no_tracer_leaks(x):
+    for options in METHODS:
+        graphdef, state = nnx.split(wrapped_model(**options))
+
+        def run(state, x, graphdef=graphdef):
+            model = nnx.merge(graphdef, state)
+            return model(x), nnx.state(model)
+
+        with jax.checking_leaks():
+            jax.jit(run)(state, x)
+
+
+# Inputs
+
+
+def test_several_inputs_and_time_major_axes():
+    class Scale(nnx.Module):
+        def __call__(self, inputs, scale, *, negate):
+            y = inputs["a"] * inputs["b"] * scale
+            return {"y": -y if negate else y, "scale": scale}
+
+    inputs = {"a": normal(1, T, B, 5), "b": normal(2, B, T, 5)}
+    scale = normal(3, 5)
+    for options in METHODS:
+        model = TimeDistributed(
+            Scale(),
+            in_axes=({"a": 0, "b": 1}, None),
+            out_axes={"y": 2, "scale": None},
+            **options,
+        )
+        got = model(inputs, scale, negate=True)
+        y = -(jnp.swapaxes(inputs["a"], 0, 1) * inputs["b"] * scale)
+        assert_trees_close(got, {"y": jnp.moveaxis(y, 1, 2), "scale": scale})
+
+
+def test_nested_over_documents_and_sentences():
+    documents = normal(1, 2, 3, 4, 5, 3)
+    encoder = zoo.NnxEncoder(nnx.Rngs(0))
+    nested = TimeDistributed(TimeDistributed(encoder, method="fold"), chunk_size=2)
+    want = encoder(documents.reshape(-1, 5, 3)).reshape(2, 3, 4, 4)
+    np.testing.assert_allclose(nested(documents), want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(nested(documents), want, rtol=1e-4, atol=1e-5)
+
+
+# The Dense family
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_flatten_dense_and_per_step_dense_are_the_core_functions(x, use_bias):
+    for layer, apply in (
+        (FlattenDense, tdjax.flatten_dense),
+        (PerStepDense, tdjax.per_step_dense),
+    ):
+        model = layer(T, 5, 2, use_bias=use_bias, rngs=nnx.Rngs(0))
+        params = nnx.to_pure_dict(nnx.state(model))
+        assert ("bias" in params) == use_bias
+        np.testing.assert_array_equal(model(x), apply(params, x))
+
+
+@pytest.mark.parametrize("layer", [FlattenDense, PerStepDense])
+def test_dtype_and_param_dtype_are_as_in_flax(x, layer):
+    dtypes = {"dtype": jnp.bfloat16, "param_dtype": jnp.float16}
+    model = layer(T, 5, 2, rngs=nnx.Rngs(0), **dtypes)
+    assert model(x).dtype == jnp.bfloat16
+    assert {p.dtype for p in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float16")}
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: TimeDistributed(nnx.relu), TypeError, "layer must be a flax.nnx.Module"),
+        (
+            lambda x: TimeDistributed(batch_norm(), method="loop"),
+            ValueError,
+            "method must be one of",
+        ),
+        (
+            lambda x: TimeDistributed(
+                nnx.Dropout(0.5, rngs=nnx.Rngs(0)), share_rng=True, method="fold"
+            )(x),
+            ValueError,
+            "share_rng=True needs method='vmap'",
+        ),
+        (
+            lambda x: TimeDistributed(batch_norm())(x, mask=x),
+            TypeError,
+            r"mask is reserved .* got float32\[3,4,5\]",
+        ),
+        (
+            lambda x: TimeDistributed(batch_norm())(x[0, 0]),
+            ValueError,
+            r"args\[0\] is mapped over axis 1 .* got float32\[5\]",
+        ),
+        (
+            lambda x: PerStepDense(T, 5, 2, rngs=nnx.Rngs(0))(x[:, 1:]),
+            ValueError,
+            r"x must have timesteps = 4 on axis -2 .* got float32\[3,3,5\]",
+        ),
+        (
+            lambda x: FlattenDense(T, 5, 0, rngs=nnx.Rngs(0)),
+            ValueError,
+            "features must be a positive int, got 0",
+        ),
+    ],
+)
+def test_bad_input_names_the_argument(user_errors, x, call, error, message):
+    with pytest.raises(error, match=message):
+        call(x)
