@@ -17,9 +17,9 @@ UPOS = ("ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM")
 UPOS += ("PART", "PRON", "PROPN", "PUNCT", "SCONJ", "SYM", "VERB", "X")
 BUCKETS = 2**14
 
-_WORD = re.compile(r"[1-9]\d*")
-_RANGE = re.compile(r"([1-9]\d*)-([1-9]\d*)")
-_EMPTY_NODE = re.compile(r"(\d+)\.[1-9]\d*")
+_WORD = re.compile(r"[1-9][0-9]{,8}")
+_RANGE = re.compile(r"([1-9][0-9]{,8})-([1-9][0-9]{,8})")
+_EMPTY_NODE = re.compile(r"([0-9]{1,9})\.[1-9][0-9]{,8}")
 
 
 class Word(NamedTuple):
@@ -30,24 +30,13 @@ class Word(NamedTuple):
 def conllu_task(train: str, held_out: str, length: int) -> Task:
     """Parts of speech; sentences longer than `length` words are cut, not dropped."""
     corpora = [read_conllu(path) for path in (train, held_out)]
-    longest = max(len(sentence) for corpus in corpora for sentence in corpus)
     tags = tuple(sorted({word.upos for sentence in corpora[0] for word in sentence}))
-    windows = [
-        cut(
-            (_tagged(path, sentence, tags) for sentence in corpus), min(length, longest)
-        )
+    sides = [
+        [_tagged(path, sentence, tags) for sentence in corpus]
         for path, corpus in zip((train, held_out), corpora)
     ]
-    return Task(
-        name="parts of speech",
-        unit="word",
-        tags=tags,
-        vocabulary=BUCKETS,
-        train=windows[0],
-        held_out=windows[1],
-        between_symbols=" ",
-        between_windows="\n",
-    )
+    windows = cut(sides[0], sides[1], length)
+    return Task("parts of speech", "word", tags, BUCKETS, *windows, " ", "\n")
 
 
 def _tagged(path: str, sentence: list[Word], tags: tuple[str, ...]) -> Tagged:
@@ -82,35 +71,43 @@ def read_conllu(path: str | Path) -> list[list[Word]]:
       InputError: if the file is malformed, with the line, what it has and what it
         should have.
     """
-    sentences, sentence, last_of_range = [], [], 0
-    for where, line in _lines(path):
-        if not line:
-            _check_range_ended(where, last_of_range, len(sentence))
-            sentences.append(sentence)
-            sentence, last_of_range = [], 0
-        elif not line.startswith("#"):
-            columns = _columns(where, line)
-            if _WORD.fullmatch(columns[0]):
-                sentence.append(_word(where, columns, len(sentence) + 1))
-            else:
-                last_of_range = max(
-                    last_of_range, _check_other_node(where, columns[0], len(sentence))
-                )
-    sentences = [sentence for sentence in sentences if sentence]
+    sentences = [words for block in _blocks(path) if (words := _words(block))]
     if not sentences:
         raise InputError(f"{path}: no words, expected at least one sentence")
     return sentences
 
 
+def _blocks(path: str | Path) -> Iterator[list[tuple[str, str]]]:
+    """Lines with their places, from one blank line to the next."""
+    for blank, lines in itertools.groupby(_lines(path), lambda line: not line[1]):
+        if not blank:
+            yield list(lines)
+
+
 def _lines(path: str | Path) -> Iterator[tuple[str, str]]:
-    """Each line with its place, and an empty one to end the last sentence."""
-    lines = Path(path).read_bytes().split(b"\n")
-    for number, line in enumerate([*lines, b""], 1):
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         where = f"{path}:{number}"
         try:
             yield where, line.decode().rstrip("\r")
         except UnicodeDecodeError:
             raise _malformed(where, f"{line[:40]!r}", "text in UTF-8") from None
+
+
+def _words(block: list[tuple[str, str]]) -> list[Word]:
+    words, last_of_range = [], 0
+    for where, line in block:
+        if line.startswith("#"):
+            continue
+        columns = _columns(where, line)
+        if _WORD.fullmatch(columns[0]):
+            words.append(_word(where, columns, len(words) + 1))
+        else:
+            last = _last_word_of_node(where, columns[0], len(words))
+            last_of_range = max(last_of_range, last)
+    if last_of_range > len(words):
+        where, found = block[-1][0], f"the end of a sentence of {len(words)} word(s)"
+        raise _malformed(where, found, f"word {last_of_range}, the last of a range")
+    return words
 
 
 def _malformed(where: str, found: str, expected: str) -> InputError:
@@ -136,8 +133,8 @@ def _word(where: str, columns: list[str], expected_id: int) -> Word:
     return Word(form, upos)
 
 
-def _check_other_node(where: str, identifier: str, words: int) -> int:
-    """The last word of a range, or 0 for an empty node."""
+def _last_word_of_node(where: str, identifier: str, words: int) -> int:
+    """Where a range ends; 0 for an empty node, which holds no word."""
     if match := _RANGE.fullmatch(identifier):
         first, last = map(int, match.groups())
         if first == words + 1 and first <= last:
@@ -148,12 +145,3 @@ def _check_other_node(where: str, identifier: str, words: int) -> int:
             return 0
         raise _malformed(where, f"empty node {identifier}", f"{words}.1 or the like")
     raise _malformed(where, f"ID {identifier!r}", "a number, a range or an empty node")
-
-
-def _check_range_ended(where: str, last_of_range: int, words: int) -> None:
-    if last_of_range > words:
-        raise _malformed(
-            where,
-            f"the end of a sentence at word {words}",
-            f"word {last_of_range} of a range",
-        )

@@ -36,8 +36,8 @@ def python_task(length: int) -> Task:
     train, held_out = read_split()
     if not train or not held_out:
         raise InputError(f"no Python source in {_library()}; use --conllu instead")
-    train, held_out = cut(train, length), cut(held_out, length)
-    return Task("Python source", "character", TAGS, VOCABULARY, train, held_out)
+    windows = cut(train, held_out, length)
+    return Task("Python source", "character", TAGS, VOCABULARY, *windows)
 
 
 def read_split() -> tuple[list[Tagged], list[Tagged]]:

@@ -69,8 +69,16 @@ class Task:
         }
 
 
-def cut(sequences: Iterable[Tagged], length: int) -> Windows:
+def cut(
+    train: list[Tagged], held_out: list[Tagged], length: int
+) -> tuple[Windows, Windows]:
     """Cuts sequences into windows of at most `length`; nothing is dropped."""
+    longest = max(len(sequence.labels) for sequence in (*train, *held_out))
+    length = min(length, longest)
+    return _windows(train, length), _windows(held_out, length)
+
+
+def _windows(sequences: list[Tagged], length: int) -> Windows:
     pieces = [piece for sequence in sequences for piece in _pieces(sequence, length)]
     return Windows(
         ids=_pad([piece.ids for piece in pieces], length, 0),

@@ -300,6 +300,8 @@ def main(arguments: list[str]) -> int:
     try:
         task = load_task(settings)
         run = Run(task, settings, open_checkpoints(settings))
+        if settings.resume:
+            print(f"Goes on from step {run.state.step} of {settings.steps}.")
         train(run, console)
         report(run, console)
     except KeyboardInterrupt:

@@ -9,8 +9,6 @@ import functools
 from typing import Any
 
 import numpy as np
-from jax import core
-from jax.extend.core import Jaxpr
 
 from tdjax._influence_rules import RULES, everything
 from tdjax._spread import Spread, as_spreads, spread, stack, union
@@ -60,11 +58,11 @@ def _run(program, args, bound: float) -> list[Any]:
 
 def _bind(eqn, args) -> list[Any]:
     """Lets JAX evaluate one equation."""
-    known = {v: x for v, x in zip(eqn.invars, args) if not hasattr(v, "val")}
-    kept = [v for v in eqn.outvars if type(v).__name__ != "DropVar"]
-    jaxpr = Jaxpr((), list(known), kept, [eqn])
-    outs = dict(zip(kept, core.eval_jaxpr(jaxpr, (), *known.values())))
-    return [outs.get(v) for v in eqn.outvars]
+    params = eqn.primitive.get_bind_params(eqn.params)
+    # Before JAX 0.10 it returned the functions among the parameters separately.
+    subfuns, params = params if isinstance(params, tuple) else ((), params)
+    outs = eqn.primitive.bind(*subfuns, *args, **params)
+    return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
 def _scan(eqn, args, run, bound) -> list[Any]:

@@ -1,0 +1,38 @@
+"""The README's Python runs, and what it says of the project is so."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = [b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "import" in b]
+
+
+def test_there_is_a_block_of_each_kind():
+    assert len(BLOCKS) == 3
+    assert [len(block.strip().splitlines()) <= 14 for block in BLOCKS] == [True] * 3
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=["functional", "linen", "nnx"])
+def test_example_runs(block):
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_each_command_is_one_line_with_its_own_environment():
+    commands = re.findall(r"```sh\n(.*?)```", README, re.S)
+    assert len(commands) == 2
+    for command in commands:
+        assert len(command.strip().splitlines()) == 1
+        assert command.startswith("python3 -m venv")
+
+
+def test_the_oldest_pair_is_that_of_the_metadata():
+    jax, flax = re.search(r"JAX ([\d.]+) with Flax ([\d.]+\d)", README).groups()
+    assert f'"jax>={jax}", "flax>={flax}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
