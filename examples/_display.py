@@ -42,16 +42,14 @@ class TrainingProgress:
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}"),
-            TextColumn("accuracy {task.fields[accuracy]:.1%}"),
-            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
-        nothing = {"loss": float("nan"), "accuracy": float("nan"), "rate": ""}
-        self._bar = self._progress.add_task("", total=total, completed=done, **nothing)
+        start = {"completed": done, "status": "compiling"}
+        self._bar = self._progress.add_task("", total=total, **start)
 
     def __enter__(self):
         self._progress.start()
@@ -61,8 +59,8 @@ class TrainingProgress:
         self._progress.stop()
 
     def step(self, done: int, loss: float, accuracy: float) -> None:
-        fields = {"loss": loss, "accuracy": accuracy, "rate": self._rate()}
-        self._progress.update(self._bar, completed=done, **fields)
+        status = f"loss {loss:.3f} accuracy {accuracy:.1%} {self._rate()}"
+        self._progress.update(self._bar, completed=done, status=status)
 
     def point(self, point: Point) -> None:
         task = self._progress.tasks[0]

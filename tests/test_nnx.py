@@ -139,21 +139,25 @@ def test_noise_does_not_depend_on_the_chunk_size():
 
 
 @methods
-def test_train_eval_jit_grad_and_optimizer(x, options):
+def test_train_eval_jit_grad_and_optax(x, options):
     model = wrapped_model(**options)
-    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
-    traces = []
+    optimiser, traces = optax.adam(1e-2), []
 
     @nnx.jit
-    def train_step(model, optimizer, x, y):
+    def train_step(model, state, x, y):
         traces.append(x.shape)
         loss = lambda model: jnp.mean((model(x) - y) ** 2)
         value, grads = nnx.value_and_grad(loss)(model)
-        optimizer.update(model, grads)
-        return value
+        params = nnx.state(model, nnx.Param)
+        updates, state = optimiser.update(grads, state, params)
+        nnx.update(model, optax.apply_updates(params, updates))
+        return value, state
 
     targets = normal(1, B, T, 2)
-    losses = [float(train_step(model, optimizer, x, targets)) for _ in range(30)]
+    state, losses = optimiser.init(nnx.state(model, nnx.Param)), []
+    for _ in range(30):
+        value, state = train_step(model, state, x, targets)
+        losses.append(float(value))
     assert len(traces) == 1
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
     model.eval()
