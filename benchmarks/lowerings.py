@@ -86,7 +86,9 @@ def conv_case(*shape: int) -> Case:
     wrap = partial(tdjax.time_distributed, apply, in_axes=(None, 1))
     candidates = {
         "jax.vmap over time": jax.vmap(apply, (None, 1), 1),
-        "flax nn.vmap": lambda p, x: Mapped().apply({"params": {"frame": p["params"]}}, x),
+        "flax nn.vmap": lambda p, x: Mapped().apply(
+            {"params": {"frame": p["params"]}}, x
+        ),
         "reshape by hand": lambda p, x: _folded(apply, p, x),
         "jax.lax.map over time": lambda p, x: _mapped_steps(apply, p, x),
         "time_distributed": wrap(),
@@ -125,7 +127,9 @@ def check_agreement(case: Case, compiled) -> None:
         for got, want in zip(result, results[0]):
             # Sums of thousands of float32 products, in another order.
             scale = float(jnp.abs(want).max())
-            np.testing.assert_allclose(got, want, rtol=0, atol=2e-4 * scale, err_msg=name)
+            np.testing.assert_allclose(
+                got, want, rtol=0, atol=2e-4 * scale, err_msg=name
+            )
 
 
 def measure(case: Case, compiled, rounds: int) -> dict[str, list[float]]:
@@ -178,7 +182,9 @@ def write(out: Path, rows) -> None:
     }
     out.mkdir(parents=True, exist_ok=True)
     name = f"lowerings-{device.platform}"
-    write_atomically(out / f"{name}.json", json.dumps({**about, "rows": rows}, indent=1))
+    write_atomically(
+        out / f"{name}.json", json.dumps({**about, "rows": rows}, indent=1)
+    )
     header = "| case | of | candidate | time, ratio | quartiles | temporary MB |"
     lines = [", ".join(f"{k} {v}" for k, v in about.items() if v), "", header]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
@@ -204,7 +210,7 @@ def show(rows) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Times the lowerings.")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--rounds", type=int, default=15, help="measurements of each")
     options = parser.parse_args()

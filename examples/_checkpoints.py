@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+
 from _sequences import InputError
 
 # Orbax reports its own workings as warnings; what fails still raises.

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _checkpoints import write_atomically
-from _sequences import NO_LABEL, Task
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from rich.console import Console
@@ -20,6 +18,9 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+
+from _checkpoints import write_atomically
+from _sequences import NO_LABEL, Task
 
 # The first import on a machine builds a font cache and says so.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)

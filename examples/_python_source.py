@@ -8,6 +8,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+
 from _sequences import InputError, Tagged, Task, cut
 
 TAGS = ("other", "keyword", "name", "number", "string", "comment", "operator")

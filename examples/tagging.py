@@ -37,6 +37,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.training.train_state import TrainState
+from rich.console import Console
+
+import tdjax.linen
 from _checkpoints import Checkpoints, checksum, refuse_differences, write_atomically
 from _conllu import conllu_task
 from _display import Point, TrainingProgress, results, save_curve, snippet
@@ -49,10 +53,6 @@ from _sequences import (
     batch_rows,
     majority_accuracy,
 )
-from flax.training.train_state import TrainState
-from rich.console import Console
-
-import tdjax.linen
 
 POINTS_IN_CURVE = 10
 EVALUATION_BATCH = 128

@@ -3,12 +3,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import normal
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 
 import tdjax
+from conftest import normal
 
 T = 5
 ITSELF = np.eye(T, dtype=bool)
@@ -85,7 +85,8 @@ CASES = {
     "attention": (linen(nn.MultiHeadDotProductAttention(2)), ALL),
     "causal attention, Flax": (
         linen(
-            nn.MultiHeadDotProductAttention(2), mask=nn.make_causal_mask(jnp.ones((2, T)))
+            nn.MultiHeadDotProductAttention(2),
+            mask=nn.make_causal_mask(jnp.ones((2, T))),
         ),
         PAST,
     ),
@@ -126,7 +127,10 @@ CASES = {
     # Moving, adding up, sorting.
     "reversed": (lambda x: x[:, ::-1], ITSELF[::-1]),
     "rolled": (lambda x: jnp.roll(x, 1, axis=1), ITSELF[[4, 0, 1, 2, 3]]),
-    "shifted in": (lambda x: jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1], DISTANCE == 1),
+    "shifted in": (
+        lambda x: jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1],
+        DISTANCE == 1,
+    ),
     "set": (lambda x: x.at[:, 1].set(x[:, 3]), ITSELF[[0, 3, 2, 3, 4]]),
     "added": (
         lambda x: x.at[:, 1].add(x[:, 3]),
@@ -234,7 +238,11 @@ def test_bound_says_how_large_values_may_be():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: tdjax.step_influence(3, X), TypeError, "fun must be callable, got int"),
+        (
+            lambda: tdjax.step_influence(3, X),
+            TypeError,
+            "fun must be callable, got int",
+        ),
         (
             lambda: tdjax.step_influence(jnp.sin, X[0, 0]),
             ValueError,
@@ -251,7 +259,11 @@ def test_bound_says_how_large_values_may_be():
             TypeError,
             "fun must return one array .* got tuple",
         ),
-        (lambda: tdjax.step_influence(jnp.sin, X, bound=0), ValueError, "bound must be pos"),
+        (
+            lambda: tdjax.step_influence(jnp.sin, X, bound=0),
+            ValueError,
+            "bound must be pos",
+        ),
     ],
 )
 def test_bad_input_names_the_argument(user_errors, call, error, message):

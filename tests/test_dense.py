@@ -3,11 +3,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import integers, normal, numpy_dense
 from hypothesis import given
 from hypothesis import strategies as st
 
 import tdjax
+from conftest import integers, normal, numpy_dense
 
 sizes = st.integers(1, 5)
 leads = st.lists(st.integers(0, 3), max_size=3).map(tuple)

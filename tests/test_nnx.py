@@ -3,13 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import zoo
-from conftest import assert_trees_close, assert_trees_equal, normal
 from flax import nnx
-from test_linen import METHODS, dropped, methods
 
 import tdjax
+import zoo
+from conftest import assert_trees_close, assert_trees_equal, normal
 from tdjax.nnx import FlattenDense, PerStepDense, TimeDistributed
+from test_linen import METHODS, dropped, methods
 
 B, T = 3, 4
 
@@ -38,7 +38,9 @@ def wrapped_model(**options):
 
 def values(module, kind=nnx.Variable):
     """Arrays by path, without the wrappers' `layer`."""
-    flat = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(module, kind)))
+    flat = jax.tree_util.tree_leaves_with_path(
+        nnx.to_pure_dict(nnx.state(module, kind))
+    )
     name = lambda path: jax.tree_util.keystr(path).replace("['layer']", "")
     return {name(path): leaf for path, leaf in flat}
 
@@ -269,7 +271,9 @@ def test_dtype_and_param_dtype_are_as_in_flax(x, layer):
     dtypes = {"dtype": jnp.bfloat16, "param_dtype": jnp.float16}
     model = layer(T, 5, 2, rngs=nnx.Rngs(0), **dtypes)
     assert model(x).dtype == jnp.bfloat16
-    assert {p.dtype for p in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float16")}
+    assert {p.dtype for p in jax.tree.leaves(nnx.state(model))} == {
+        jnp.dtype("float16")
+    }
 
 
 # Errors
@@ -278,7 +282,11 @@ def test_dtype_and_param_dtype_are_as_in_flax(x, layer):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda x: TimeDistributed(nnx.relu), TypeError, "layer must be a flax.nnx.Module"),
+        (
+            lambda x: TimeDistributed(nnx.relu),
+            TypeError,
+            "layer must be a flax.nnx.Module",
+        ),
         (
             lambda x: TimeDistributed(batch_norm(), method="loop"),
             ValueError,

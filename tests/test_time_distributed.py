@@ -6,6 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tdjax
 from conftest import (
     assert_trees_close,
     assert_trees_equal,
@@ -15,10 +19,6 @@ from conftest import (
     numpy_dense,
     quick_compile,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-
-import tdjax
 
 T = 5
 
@@ -211,7 +211,7 @@ def test_vmap_is_the_reference_also_where_the_batch_is_mixed():
         )
 
 
-@pytest.mark.parametrize("options", lowerings(0) + [{"chunk_size": 2, "unroll": True}])
+@pytest.mark.parametrize("options", [*lowerings(0), {"chunk_size": 2, "unroll": True}])
 @pytest.mark.parametrize("shape", [(2, 0, 3), (0, 4, 3), (0, 0, 3)])
 def test_no_steps_and_no_examples_give_empty_results(params, options, shape):
     if options["chunk_size"] == 0:

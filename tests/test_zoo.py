@@ -1,6 +1,7 @@
 """Every kind of layer, under every lowering, forward and gradient, beside a loop."""
 
 import pytest
+
 import zoo
 
 FRAMEWORKS = {"linen": zoo.linen_functional, "nnx": zoo.nnx_functional}

@@ -7,10 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from conftest import integers, lowerings, normal, quick_compile
 from flax import nnx
 
 import tdjax
+from conftest import integers, lowerings, normal, quick_compile
 
 B, T = 2, 4
 

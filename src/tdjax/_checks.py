@@ -66,7 +66,7 @@ def require_params(
 def refuse_mask(kwargs: Mapping[str, Any]) -> None:
     if "mask" in kwargs:
         raise TypeError(
-            "mask is reserved for a (batch, time) mask of steps, which is not supported "
-            f"yet; got {describe(kwargs['mask'])}. Pass a mask of your own as a "
-            "positional argument, with its entry in in_axes."
+            "mask is reserved for a (batch, time) mask of steps, which this version "
+            f"lacks; got {describe(kwargs['mask'])}. Pass a mask of your own as "
+            "a positional argument, with its entry in in_axes."
         )

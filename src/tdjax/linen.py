@@ -128,7 +128,9 @@ def _over_time(call, options, kwargs, scopes, scope_fn, repack, variables, rngs,
 
     axes = _thaw(options.in_axes), _thaw(options.out_axes)
     lowering = make_lowering(options)
-    y, states = distribute_stateful(step, rngs, args, *axes, lowering, options.share_rng)
+    y, states = distribute_stateful(
+        step, rngs, args, *axes, lowering, options.share_rng
+    )
     # Initialisation leaves the state as the one plain call left it.
     kept = () if options.is_initializing() else over_steps(variables, states)
     return y, kept

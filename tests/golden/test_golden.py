@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import integers
 from flax import nnx
 
 import tdjax
+from conftest import integers
 
 KEY = jax.random.key(0)
 
@@ -115,13 +115,20 @@ X = [
     [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12]],
     [[3, 1, 7], [8, 2, 5], [11, 10, 4], [9, 6, 12]],
 ]
-KERNEL = [[0.1, 0.2, 0.3, 0.4, 0.5], [0.2, 0.7, 0.9, 0.1, 0.2], [0.1, 0.8, 0.6, 0.2, 0.4]]
+KERNEL = [
+    [0.1, 0.2, 0.3, 0.4, 0.5],
+    [0.2, 0.7, 0.9, 0.1, 0.2],
+    [0.1, 0.8, 0.6, 0.2, 0.4],
+]
 BIAS = [0.1, 0.3, 0.7, 0.8, 0.4]
 
 
 @pytest.mark.parametrize("jit", [False, True])
 def test_dense_minus_time_distributed_dense_is_zero(jit):
-    x, params = jnp.float32(X), {"kernel": jnp.float32(KERNEL), "bias": jnp.float32(BIAS)}
+    x, params = (
+        jnp.float32(X),
+        {"kernel": jnp.float32(KERNEL), "bias": jnp.float32(BIAS)},
+    )
     wrapped = tdjax.time_distributed(tdjax.dense, in_axes=(None, 1))
     difference = lambda params, x: tdjax.dense(params, x) - wrapped(params, x)
     zero = (jax.jit(difference) if jit else difference)(params, x)
@@ -130,7 +137,8 @@ def test_dense_minus_time_distributed_dense_is_zero(jit):
     np.testing.assert_allclose(row, [0.9, 4.3, 4.6, 2.0, 2.5], rtol=1e-6)
     model = tdjax.linen.TimeDistributed(nn.Dense(5))
     np.testing.assert_array_equal(
-        model.apply({"params": params}, x) - nn.Dense(5).apply({"params": params}, x), zero
+        model.apply({"params": params}, x) - nn.Dense(5).apply({"params": params}, x),
+        zero,
     )
 
 
