@@ -85,6 +85,7 @@ def broadcast_axes(name: str, prefix: Any, tree: Any, tree_name: str) -> list[Ax
 
 
 def positive_axis(name: str, x: Any, axis: Axis) -> Axis:
+    """The axis counted from the front, once it is sure that `x` has it."""
     if not isinstance(axis, int):
         return axis
     if not is_array(x):
@@ -101,14 +102,17 @@ def positive_axis(name: str, x: Any, axis: Axis) -> Axis:
 
 
 def time_size(inputs: Inputs) -> Any:
+    """The number of steps; `flatten_inputs` has checked that all inputs agree."""
     return inputs.mapped[0].shape[position(inputs.mapped_axes[0])]
 
 
 def position(axis: Axis) -> int:
+    """The axis as a number; what goes per step has time first."""
     return axis if isinstance(axis, int) else 0
 
 
 def slice_steps(x, axis: Axis, start, stop):
+    """The steps from `start` to `stop`, time axis kept."""
     return jax.lax.slice_in_dim(x, start, stop, axis=position(axis))
 
 
@@ -133,6 +137,7 @@ def join_blocks(x, axis: Axis):
 
 
 def concatenate_blocks(blocks: list, axis: Axis):
+    """Blocks one after the other in time; a shared result is the first's."""
     if axis is None:
         return blocks[0]
     return jnp.concatenate(blocks, output_position(axis, blocks[0].ndim))

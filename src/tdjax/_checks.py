@@ -15,10 +15,12 @@ def describe(value: Any) -> str:
 
 
 def is_array(value: Any) -> bool:
+    """Whether it has a shape and a dtype: arrays, tracers, `ShapeDtypeStruct`s."""
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
 def require_array(name: str, value: Any, min_rank: int, layout: str) -> None:
+    """Refuses what is not an array of at least `min_rank` axes."""
     if not is_array(value):
         raise TypeError(f"{name} must be an array {layout}, got {describe(value)}.")
     if value.ndim < min_rank:
@@ -26,6 +28,7 @@ def require_array(name: str, value: Any, min_rank: int, layout: str) -> None:
 
 
 def require_positive_int(name: str, value: Any) -> None:
+    """Refuses bools, floats, zero and negative numbers."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} must be a positive int, got {describe(value)}.")
     if value < 1:
@@ -64,6 +67,7 @@ def require_params(
 
 
 def refuse_mask(kwargs: Mapping[str, Any]) -> None:
+    """Keeps the keyword `mask` free, so that its meaning can come later."""
     if "mask" in kwargs:
         raise TypeError(
             "mask is reserved for a (batch, time) mask of steps, which this version "

@@ -50,11 +50,13 @@ def spread(steps, low, high, bound: float) -> Spread:
 
 
 def within_bound(steps, bound: float) -> Spread:
+    """Of unknown values within `bound`."""
     wide = np.full(steps.shape[1:], float(bound))
     return Spread(np.asarray(steps), -wide, wide)
 
 
 def as_spread(value: Any, timesteps: int) -> Spread:
+    """A known value depends on nothing."""
     if isinstance(value, Spread):
         return value
     value = _as_float(value)
@@ -62,6 +64,7 @@ def as_spread(value: Any, timesteps: int) -> Spread:
 
 
 def as_spreads(values) -> list[Spread]:
+    """All of them; at least one is a `Spread` and tells the number of steps."""
     timesteps = next(len(x.steps) for x in values if isinstance(x, Spread))
     return [as_spread(x, timesteps) for x in values]
 
@@ -76,6 +79,7 @@ def union(spreads: list[Spread]) -> Spread:
 
 
 def stack(spreads: list[Spread]) -> Spread:
+    """Along a new first axis, as a loop collects its results."""
     return Spread(
         np.stack([x.steps for x in spreads], axis=1),
         np.stack([x.low for x in spreads]),

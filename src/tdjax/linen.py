@@ -149,7 +149,36 @@ def _thaw(axes: Any) -> Any:
     return axes
 
 
-class FlattenDense(nn.Module):
+class _SequenceDense(nn.Module):
+    """What the layers over whole sequences share: their fields and parameters."""
+
+    features: int
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = default_kernel_init
+    bias_init: Initializer = default_bias_init
+
+    def _apply(self, init, apply, x):
+        require_array("x", x, 2, "(..., timesteps, in_features)")
+        if self.has_variable("params", "kernel"):
+            # Flax compares shapes of parameters; this compares them with the input.
+            kernel = nn.unbox(self.get_variable("params", "kernel"))
+            jax.eval_shape(apply, {"kernel": kernel}, x)
+        sizes = (*x.shape[-2:], self.features)
+        make = functools.partial(init, use_bias=self.use_bias)
+        shapes = jax.eval_shape(lambda key: make(key, *sizes), jax.random.key(0))
+        params = {"kernel": self._param("kernel", self.kernel_init, shapes)}
+        if self.use_bias:
+            params["bias"] = self._param("bias", self.bias_init, shapes)
+        x, *values = promote_dtype(x, *params.values(), dtype=self.dtype)
+        return apply(dict(zip(params, values)), x)
+
+    def _param(self, name, init, shapes):
+        return self.param(name, init, shapes[name].shape, self.param_dtype)
+
+
+class FlattenDense(_SequenceDense):
     """Dense over time and features together: every step sees every step.
 
     Parameters: `kernel` `(timesteps * in_features, timesteps * features)` and `bias`
@@ -178,20 +207,13 @@ class FlattenDense(nn.Module):
       {'bias': (20,), 'kernel': (12, 20)}
     """
 
-    features: int
-    use_bias: bool = True
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    kernel_init: Initializer = default_kernel_init
-    bias_init: Initializer = default_bias_init
-
     @nn.compact
     def __call__(self, x):
         """`(..., timesteps, in_features)` -> `(..., timesteps, features)`."""
-        return _apply_dense(self, init_flatten_dense, flatten_dense, x)
+        return self._apply(init_flatten_dense, flatten_dense, x)
 
 
-class PerStepDense(nn.Module):
+class PerStepDense(_SequenceDense):
     """Dense with weights of its own for each step.
 
     Parameters: `kernel` `(timesteps, in_features, features)` and `bias`
@@ -221,33 +243,9 @@ class PerStepDense(nn.Module):
       {'bias': (4, 5), 'kernel': (4, 3, 5)}
     """
 
-    features: int
-    use_bias: bool = True
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
     kernel_init: Initializer = default_per_step_kernel_init
-    bias_init: Initializer = default_bias_init
 
     @nn.compact
     def __call__(self, x):
         """`(..., timesteps, in_features)` -> `(..., timesteps, features)`."""
-        return _apply_dense(self, init_per_step_dense, per_step_dense, x)
-
-
-def _apply_dense(module, init, apply, x):
-    require_array("x", x, 2, "(..., timesteps, in_features)")
-    shapes = jax.eval_shape(
-        lambda key: init(key, *x.shape[-2:], module.features, use_bias=module.use_bias),
-        jax.random.key(0),
-    )
-    if module.has_variable("params", "kernel"):
-        # Flax would compare shapes of parameters; this compares them with the input.
-        kernel = nn.unbox(module.get_variable("params", "kernel"))
-        jax.eval_shape(apply, {"kernel": kernel}, x)
-    inits = {"kernel": module.kernel_init, "bias": module.bias_init}
-    params = {
-        name: module.param(name, inits[name], like.shape, module.param_dtype)
-        for name, like in sorted(shapes.items(), reverse=True)
-    }
-    x, *values = promote_dtype(x, *params.values(), dtype=module.dtype)
-    return apply(dict(zip(params, values)), x)
+        return self._apply(init_per_step_dense, per_step_dense, x)

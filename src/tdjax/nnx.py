@@ -1,5 +1,6 @@
 """Flax NNX modules: any layer over time, and the Dense family."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -11,8 +12,6 @@ from tdjax._state import distribute_stateful, make_lowering, over_steps
 from tdjax.dense import (
     Initializer,
     default_bias_init,
-    default_kernel_init,
-    default_per_step_kernel_init,
     flatten_dense,
     init_flatten_dense,
     init_per_step_dense,
@@ -115,7 +114,52 @@ class TimeDistributed(nnx.Module):
         return y
 
 
-class FlattenDense(nnx.Module):
+class _SequenceDense(nnx.Module):
+    """What the layers over whole sequences share; a subclass has the functions."""
+
+    _init: Callable[..., Any]
+    _apply: Callable[..., Any]
+
+    def __init__(
+        self,
+        timesteps: int,
+        in_features: int,
+        features: int,
+        *,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Initializer | None = None,
+        bias_init: Initializer = default_bias_init,
+        rngs: nnx.Rngs,
+    ):
+        options = {} if kernel_init is None else {"kernel_init": kernel_init}
+        params = type(self)._init(
+            rngs.params(),
+            timesteps,
+            in_features,
+            features,
+            use_bias=use_bias,
+            dtype=param_dtype,
+            bias_init=bias_init,
+            **options,
+        )
+        self.dtype, self.use_bias = dtype, use_bias
+        self.kernel = nnx.Param(params["kernel"])
+        if use_bias:
+            self.bias = nnx.Param(params["bias"])
+
+    def __call__(self, x):
+        """`(..., timesteps, in_features)` -> `(..., timesteps, features)`."""
+        params = {"kernel": self.kernel[...]}
+        if self.use_bias:
+            params["bias"] = self.bias[...]
+        if self.dtype is not None:
+            x, params = jax.tree.map(lambda a: jnp.asarray(a, self.dtype), (x, params))
+        return type(self)._apply(params, x)
+
+
+class FlattenDense(_SequenceDense):
     """Dense over time and features together: every step sees every step.
 
     Parameters: `kernel` `(timesteps * in_features, timesteps * features)` and `bias`
@@ -129,7 +173,7 @@ class FlattenDense(nnx.Module):
       dtype: dtype of the computation, by default that of JAX's promotion of input and
         parameters.
       param_dtype: dtype of the parameters.
-      kernel_init: initializer of the kernel.
+      kernel_init: initializer of the kernel, by default LeCun normal.
       bias_init: initializer of the bias.
       rngs: the stream `params` makes the parameters.
 
@@ -146,37 +190,11 @@ class FlattenDense(nnx.Module):
       (2, 4, 5)
     """
 
-    def __init__(
-        self,
-        timesteps: int,
-        in_features: int,
-        features: int,
-        *,
-        use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        kernel_init: Initializer = default_kernel_init,
-        bias_init: Initializer = default_bias_init,
-        rngs: nnx.Rngs,
-    ):
-        params = init_flatten_dense(
-            rngs.params(),
-            timesteps,
-            in_features,
-            features,
-            use_bias=use_bias,
-            dtype=param_dtype,
-            kernel_init=kernel_init,
-            bias_init=bias_init,
-        )
-        _set_params(self, params, dtype)
-
-    def __call__(self, x):
-        """`(..., timesteps, in_features)` -> `(..., timesteps, features)`."""
-        return _apply(self, flatten_dense, x)
+    _init = staticmethod(init_flatten_dense)
+    _apply = staticmethod(flatten_dense)
 
 
-class PerStepDense(nnx.Module):
+class PerStepDense(_SequenceDense):
     """Dense with weights of its own for each step.
 
     Parameters: `kernel` `(timesteps, in_features, features)` and `bias`
@@ -208,48 +226,5 @@ class PerStepDense(nnx.Module):
       (2, 4, 5)
     """
 
-    def __init__(
-        self,
-        timesteps: int,
-        in_features: int,
-        features: int,
-        *,
-        use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        kernel_init: Initializer = default_per_step_kernel_init,
-        bias_init: Initializer = default_bias_init,
-        rngs: nnx.Rngs,
-    ):
-        params = init_per_step_dense(
-            rngs.params(),
-            timesteps,
-            in_features,
-            features,
-            use_bias=use_bias,
-            dtype=param_dtype,
-            kernel_init=kernel_init,
-            bias_init=bias_init,
-        )
-        _set_params(self, params, dtype)
-
-    def __call__(self, x):
-        """`(..., timesteps, in_features)` -> `(..., timesteps, features)`."""
-        return _apply(self, per_step_dense, x)
-
-
-def _set_params(module, params, dtype) -> None:
-    module.dtype = dtype
-    module.kernel = nnx.Param(params["kernel"])
-    if "bias" in params:
-        module.bias = nnx.Param(params["bias"])
-
-
-def _apply(module, apply, x):
-    params = {"kernel": module.kernel[...]}
-    if hasattr(module, "bias"):
-        params["bias"] = module.bias[...]
-    if module.dtype is not None:
-        x, *leaves = (jnp.asarray(a, module.dtype) for a in (x, *params.values()))
-        params = dict(zip(params, leaves))
-    return apply(params, x)
+    _init = staticmethod(init_per_step_dense)
+    _apply = staticmethod(per_step_dense)
