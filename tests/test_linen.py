@@ -103,6 +103,20 @@ def test_init_with_output_gives_the_output(key, x):
     np.testing.assert_allclose(y, nn.Dense(2).apply(variables, x), rtol=1e-5)
 
 
+@methods
+def test_layers_that_keep_state_of_their_parameters_work(key, x, options):
+    for layer in (
+        nn.WeightNorm(nn.Dense(2)),
+        nn.SpectralNorm(nn.Dense(2), collection_name="batch_stats"),
+    ):
+        kwargs = {"update_stats": False} if isinstance(layer, nn.SpectralNorm) else {}
+        model = TimeDistributed(layer, **options)
+        variables = model.init(key, x, **kwargs)
+        assert_trees_equal(variables, layer.init(key, x[:, 0], **kwargs))
+        want = layer.apply(variables, x, **kwargs)
+        assert_trees_close(model.apply(variables, x, **kwargs), want)
+
+
 def test_a_shared_embedding_stays_shared(key):
     class Tied(nn.Module):
         @nn.compact

@@ -107,33 +107,30 @@ class TimeDistributed(nn.Module):
 
 def _lift(call, options: TimeDistributed, kwargs):
     """A function of scopes and one step, lifted as Flax lifts: to all steps."""
+    initializing = options.is_initializing()
+    axes = _thaw(options.in_axes), _thaw(options.out_axes)
+    how = make_lowering(options), options.share_rng
+    # Initialisation leaves the state as the one plain call left it, but layers may
+    # want to write to all of it.
+    written = True if initializing else DenyList(("params",))
 
     def lifted(scopes, *args):
-        run = functools.partial(_over_time, call, options, kwargs, scopes)
-        packed = lift.pack(run, (True,), (DenyList(("params",)),), (True,))
-        return packed(scopes, args)
+        counters = [dict(scope.rng_counters) for scope in jax.tree.leaves(scopes)]
+
+        def over_time(scope_fn, repack, variables, rngs, args):
+            def step(rngs, *args):
+                scope = scope_fn(variables, rngs)
+                # Every block draws as the first: the counters start where they were.
+                for inner, counter in zip(jax.tree.leaves(scope), counters):
+                    inner.rng_counters.update(counter)
+                return call(scope, *args, **kwargs), repack(scope)
+
+            y, states = distribute_stateful(step, rngs, args, *axes, *how)
+            return y, () if initializing else over_steps(variables, states)
+
+        return lift.pack(over_time, (True,), (written,), (True,))(scopes, args)
 
     return lifted
-
-
-def _over_time(call, options, kwargs, scopes, scope_fn, repack, variables, rngs, args):
-    counters = [dict(scope.rng_counters) for scope in jax.tree.leaves(scopes)]
-
-    def step(rngs, *args):
-        scope = scope_fn(variables, rngs)
-        # Every block draws as the first: the counters start where they were.
-        for inner, counter in zip(jax.tree.leaves(scope), counters):
-            inner.rng_counters.update(counter)
-        return call(scope, *args, **kwargs), repack(scope)
-
-    axes = _thaw(options.in_axes), _thaw(options.out_axes)
-    lowering = make_lowering(options)
-    y, states = distribute_stateful(
-        step, rngs, args, *axes, lowering, options.share_rng
-    )
-    # Initialisation leaves the state as the one plain call left it.
-    kept = () if options.is_initializing() else over_steps(variables, states)
-    return y, kept
 
 
 def _call(layer, *args, **kwargs):
