@@ -67,6 +67,14 @@ CASES = {
     "saturated": (lambda x: jnp.tanh(1e6 * x), ITSELF),
     "rounded": (lambda x: jnp.round(x), ITSELF),
     "compared": (lambda x: x > 0, ITSELF),
+    "integers that wrap": (
+        lambda x: (200 + 50 * jax.nn.sigmoid(x)).astype(jnp.int32).astype(jnp.int8) > 0,
+        ITSELF,
+    ),
+    "integers that overflow": (
+        lambda x: (jnp.int32(3e6) + x.astype(jnp.int32)) * 1000 > 0,
+        ITSELF,
+    ),
     "argmax": (lambda x: jax.nn.one_hot(x.argmax(-1), 4), ITSELF),
     "stop_gradient": (lambda x: lax.stop_gradient(x), ITSELF),
     # Constants that cut paths.

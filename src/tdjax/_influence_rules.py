@@ -35,7 +35,16 @@ def _elementwise(eqn, args, bound: float) -> list[Spread]:
         return [within_bound(steps, bound)]
     with np.errstate(all="ignore"):
         low, high = ranges(eqn, *(_range(x, shape) for x in args))
-    return [spread(steps, low, high, bound)]
+    return [spread(steps, *_unless_it_wraps(eqn, low, high), bound)]
+
+
+def _unless_it_wraps(eqn, low, high):
+    """Integers beyond their dtype wrap around, and their range is not known."""
+    dtype = eqn.outvars[0].aval.dtype
+    if not np.issubdtype(dtype, np.integer):
+        return low, high
+    fits = (low >= np.iinfo(dtype).min) & (high <= np.iinfo(dtype).max)
+    return np.where(fits, low, np.nan), np.where(fits, high, np.nan)
 
 
 def _range(x: Spread, shape) -> np.ndarray:

@@ -27,8 +27,9 @@ class TimeDistributed(nn.Module):
     """Applies `layer` to every time step, with the same parameters at each.
 
     The variables are those of `layer`, no more: the same tree, shapes and initial
-    values as without the wrapper, so checkpoints go from one to the other. Methods,
-    axes and chunks are those of `tdjax.time_distributed`.
+    values as without the wrapper, so checkpoints go from one to the other. So a name
+    belongs to `layer`, as in `TimeDistributed(nn.Dense(5, name="head"))`. Methods, axes
+    and chunks are those of `tdjax.time_distributed`.
 
     * **Randomness**: each step draws its own noise from each stream (dropout), or all
       steps the same with `share_rng=True` (only with `method="vmap"`).

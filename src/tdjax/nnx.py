@@ -27,7 +27,8 @@ class TimeDistributed(nnx.Module):
     `nnx.jit` or not, in training and in inference.
 
     * **Randomness**: each step draws its own noise (dropout), or all steps the same
-      with `share_rng=True` (only with `method="vmap"`).
+      with `share_rng=True` (only with `method="vmap"`). The streams are those that
+      `layer` holds: an `nnx.Rngs` in the call's arguments cannot be drawn from.
     * **State**: what `layer` writes to its variables is kept. Batch statistics work
       under every method: `"vmap"` normalises each step by its own statistics over the
       batch and moves the running ones by the mean over steps; `"fold"` normalises by
