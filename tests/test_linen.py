@@ -252,6 +252,31 @@ def test_counters_are_the_last_steps_and_sown_values_are_stacked(key, x):
         np.testing.assert_allclose(total, x.sum((0, 2)), rtol=1e-5)
 
 
+@methods
+def test_sown_values_are_stacked_under_every_method(key, x, options):
+    class Sowing(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.sow("intermediates", "input", x)
+            return x
+
+    model = TimeDistributed(Sowing(), **options)
+    _, after = model.apply({}, x, mutable=["intermediates"])
+    (sown,) = after["intermediates"]["input"]
+    np.testing.assert_array_equal(sown, jnp.swapaxes(x, 0, 1))
+
+
+def test_state_that_does_not_move_stays_bit_for_bit(key, x):
+    model = TimeDistributed(nn.BatchNorm(use_running_average=True))
+    variables = model.init(key, x)
+    stats = jax.tree.map(lambda s: s + 0.1 * normal(1, 5), variables["batch_stats"])
+    variables = {**variables, "batch_stats": stats}
+    for options in METHODS:
+        model = TimeDistributed(nn.BatchNorm(use_running_average=True), **options)
+        _, after = train(model, variables, x)
+        assert_trees_equal(after["batch_stats"], stats)
+
+
 # Randomness
 
 
@@ -440,7 +465,14 @@ def test_dtype_and_param_dtype_are_as_in_flax(key, x, layer):
                 PerStepDense(2).init(key, x), x[:, 1:]
             ),
             ValueError,
-            r"x must have timesteps = 4 on axis -2 .* got float32\[3,3,5\]",
+            r"x must have the timesteps .* float32\[4,5,2\] was made for, got float32\[3,3,5\]",
+        ),
+        (
+            lambda key, x: FlattenDense(2).apply(
+                FlattenDense(2).init(key, x), x.reshape(3, 2, 10)
+            ),
+            ValueError,
+            r"x must have the timesteps .* float32\[20,8\] was made for, got float32\[3,2,10\]",
         ),
         (
             lambda key, x: FlattenDense(2.5).init(key, x),

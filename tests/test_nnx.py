@@ -312,7 +312,12 @@ def test_dtype_and_param_dtype_are_as_in_flax(x, layer):
         (
             lambda x: PerStepDense(T, 5, 2, rngs=nnx.Rngs(0))(x[:, 1:]),
             ValueError,
-            r"x must have timesteps = 4 on axis -2 .* got float32\[3,3,5\]",
+            r"x must have timesteps = 4 on axis -2 and .* got float32\[3,3,5\]",
+        ),
+        (
+            lambda x: FlattenDense(T, 5, 2, rngs=nnx.Rngs(0))(x.reshape(3, 2, 10)),
+            ValueError,
+            r"timesteps = 4 on axis -2 and in_features = 5 .* got float32\[3,2,10\]",
         ),
         (
             lambda x: FlattenDense(T, 5, 0, rngs=nnx.Rngs(0)),

@@ -16,11 +16,16 @@ class PerStep:
     and gives every step of the block the same entry out.
     """
 
+    def __init__(self, name: str):
+        self.name = name
+
     def __repr__(self):
-        return "PER_STEP"
+        return self.name
 
 
-PER_STEP = PerStep()
+PER_STEP = PerStep("PER_STEP")
+# The same, for results that may have a batch axis: `fold` then splits it.
+PER_STEP_OR_BATCH = PerStep("PER_STEP_OR_BATCH")
 Axis = int | None | PerStep
 
 
@@ -145,13 +150,7 @@ def concatenate_blocks(blocks: list, axis: Axis):
 
 def output_position(axis: Axis, rank: int) -> int:
     """Where time is in a result that has `rank` axes, time included."""
-    at = position(axis)
-    if not -rank <= at < rank:
-        raise ValueError(
-            f"out_axes must lie within the result's {rank} axes (time included), "
-            f"got {at}."
-        )
-    return at % rank
+    return position(axis) % rank
 
 
 def _check_axis(name: str, axis: Any) -> None:

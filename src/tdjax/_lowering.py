@@ -9,8 +9,10 @@ import jax.numpy as jnp
 
 from tdjax._axes import (
     PER_STEP,
+    PER_STEP_OR_BATCH,
     Axis,
     Inputs,
+    PerStep,
     blocks_first,
     broadcast_axes,
     concatenate_blocks,
@@ -20,7 +22,7 @@ from tdjax._axes import (
     slice_steps,
     time_size,
 )
-from tdjax._checks import describe, require_positive_int
+from tdjax._checks import describe, is_array, require_positive_int
 
 METHODS = ("vmap", "fold")
 
@@ -89,8 +91,14 @@ def _call_and_check(call, out_axes, mapped):
 
 
 def _check_out_axis(y, axis: Axis) -> None:
-    if axis is not None:
-        output_position(axis, jnp.ndim(y) + 1)
+    if not is_array(y) and not isinstance(y, bool | int | float | complex):
+        raise TypeError(f"fun must return arrays, got {describe(y)}.")
+    rank = jnp.ndim(y) + 1
+    if isinstance(axis, int) and not -rank <= axis < rank:
+        raise ValueError(
+            f"out_axes must lie within the result's {rank} axes (time included), got "
+            f"{axis} for a step's result {describe(jnp.asarray(y))}."
+        )
 
 
 def _vmap_block(call, axes, out_axes, lowering: Lowering):
@@ -104,7 +112,7 @@ def _vmap_block(call, axes, out_axes, lowering: Lowering):
 
 
 def _as_vmap_axes(out_axes):
-    swap = lambda axis: 0 if axis is PER_STEP else axis
+    swap = lambda axis: 0 if isinstance(axis, PerStep) else axis
     return jax.tree.map(swap, out_axes, is_leaf=lambda node: node is None)
 
 
@@ -171,7 +179,9 @@ def _merge_time(x, axis: Axis, time_major: bool):
 
 def _split_time(batch, timesteps, time_major: bool, y, axis: Axis):
     """The inverse of `_merge_time` for one result."""
-    if axis is PER_STEP:
+    if axis is PER_STEP_OR_BATCH and jnp.shape(y)[:1] == (batch * timesteps,):
+        axis = 0
+    if isinstance(axis, PerStep):
         return jnp.broadcast_to(y, (timesteps, *jnp.shape(y)))
     if axis is None:
         return y

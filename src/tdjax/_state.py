@@ -5,15 +5,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tdjax._axes import PER_STEP, Inputs, flatten_inputs, time_size
+from tdjax._axes import (
+    PER_STEP,
+    PER_STEP_OR_BATCH,
+    Inputs,
+    flatten_inputs,
+    time_size,
+)
 from tdjax._lowering import Lowering, distribute
 
 
-def distribute_stateful(step, keys, args, in_axes, out_axes, lowering, share_rng):
+def distribute_stateful(
+    step, before, keys, args, in_axes, out_axes, lowering, share_rng
+):
     """Runs `step(keys, *args) -> (y, state)` over all steps.
 
-    Returns `(y, states)`, where `states` has a leading time axis. Each step gets keys
-    of its own, unless `share_rng`.
+    Returns `(y, state)`, where the state is that after all steps: what was in
+    `before` keeps its shape, floats (running statistics) moved by the mean over steps,
+    anything else (counters, keys) as the last step left it. What is new (sown values)
+    is stacked, time first. Each step gets keys of its own, unless `share_rng`.
     """
     if share_rng and lowering.method == "fold" and jax.tree.leaves(keys):
         raise ValueError(
@@ -27,9 +37,12 @@ def distribute_stateful(step, keys, args, in_axes, out_axes, lowering, share_rng
 
     def call(mapped):
         step_keys, step_args = both.rebuild(mapped)
-        return step(step_keys, *step_args)
+        y, state = step(step_keys, *step_args)
+        return y, *_split_state(before, state)
 
-    return distribute(call, both, (out_axes, PER_STEP), lowering)
+    axes = (out_axes, PER_STEP, PER_STEP_OR_BATCH)
+    y, kept, new = distribute(call, both, axes, lowering)
+    return y, _join_state(_after_steps(before, kept), new)
 
 
 def first_step(args: tuple, in_axes: Any) -> tuple:
@@ -42,20 +55,6 @@ def first_step(args: tuple, in_axes: Any) -> tuple:
         return jax.lax.index_in_dim(x, 0, axis, keepdims=False)
 
     return inputs.rebuild(map(first, inputs.mapped, inputs.mapped_axes))
-
-
-def over_steps(before: Any, after: Any) -> Any:
-    """State after all steps, from `after` with a leading time axis.
-
-    What was there before keeps its shape: floats (running statistics) move by the mean
-    over steps; anything else (counters, keys) is the last step's. What is new (sown
-    values) stays stacked, time first. No steps leave the state as it was.
-    """
-    known = {
-        _path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(before)
-    }
-    merge = lambda path, stacked: _over_steps(known.get(_path(path)), stacked)
-    return jax.tree_util.tree_map_with_path(merge, after)
 
 
 def make_lowering(options: Any) -> Lowering:
@@ -75,15 +74,40 @@ def _with_keys(inputs: Inputs, keys, axis) -> Inputs:
     return Inputs([*leaves, *inputs.leaves], [*axes, *inputs.axes], both)
 
 
-def _path(path) -> str:
-    return jax.tree_util.keystr(path)
+def _by_path(tree) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
-def _over_steps(before, stacked):
-    if before is None or jnp.shape(before) != stacked.shape[1:]:
-        return stacked
+def _split_state(before, state) -> tuple[Any, Any]:
+    """What was there before, and what is new; each has None for the other."""
+    known = _by_path(before)
+
+    def is_known(path, leaf) -> bool:
+        old = known.get(jax.tree_util.keystr(path))
+        return old is not None and jnp.shape(old) == jnp.shape(leaf)
+
+    pick = lambda wanted: jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if is_known(path, leaf) == wanted else None, state
+    )
+    return pick(True), pick(False)
+
+
+def _join_state(kept, new):
+    either = lambda a, b: b if a is None else a
+    return jax.tree.map(either, kept, new, is_leaf=lambda node: node is None)
+
+
+def _after_steps(before, kept):
+    known = _by_path(before)
+    after = lambda path, x: _after(known[jax.tree_util.keystr(path)], x)
+    return jax.tree_util.tree_map_with_path(after, kept)
+
+
+def _after(before, stacked):
     if stacked.shape[0] == 0:
         return before
     if jnp.issubdtype(stacked.dtype, jnp.floating):
-        return jnp.mean(stacked, axis=0)
+        # The mean of the moves, not of the values: what did not move stays as it is.
+        return before + jnp.mean(stacked - before, axis=0)
     return stacked[-1]

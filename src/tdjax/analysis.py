@@ -43,7 +43,8 @@ def step_influence(
         shape and dtype count. Small sizes give the same answer sooner.
       bound: the magnitude that values computed from `x` are taken to stay within. A
         mask adds or substitutes constants far beyond it, as -1e9 or
-        `jnp.finfo(jnp.float32).min`.
+        `jnp.finfo(jnp.float32).min`. For float16, whose largest value is 65504, or a
+        mask of -1e4, give a smaller one.
 
     Returns:
       A bool NumPy array `(out_steps, in_steps)`: `[i, j]` is whether output step i

@@ -10,7 +10,7 @@ from flax.core import DenyList, FrozenDict, lift
 from flax.linen.dtypes import promote_dtype
 
 from tdjax._checks import describe, refuse_mask, require_array
-from tdjax._state import distribute_stateful, first_step, make_lowering, over_steps
+from tdjax._state import distribute_stateful, first_step, make_lowering
 from tdjax.dense import (
     Initializer,
     default_bias_init,
@@ -126,8 +126,8 @@ def _lift(call, options: TimeDistributed, kwargs):
                     inner.rng_counters.update(counter)
                 return call(scope, *args, **kwargs), repack(scope)
 
-            y, states = distribute_stateful(step, rngs, args, *axes, *how)
-            return y, () if initializing else over_steps(variables, states)
+            y, after = distribute_stateful(step, variables, rngs, args, *axes, *how)
+            return y, () if initializing else after
 
         return lift.pack(over_time, (True,), (written,), (True,))(scopes, args)
 
@@ -159,18 +159,24 @@ class _SequenceDense(nn.Module):
 
     def _apply(self, init, apply, x):
         require_array("x", x, 2, "(..., timesteps, in_features)")
-        if self.has_variable("params", "kernel"):
-            # Flax compares shapes of parameters; this compares them with the input.
-            kernel = nn.unbox(self.get_variable("params", "kernel"))
-            jax.eval_shape(apply, {"kernel": kernel}, x)
         sizes = (*x.shape[-2:], self.features)
         make = functools.partial(init, use_bias=self.use_bias)
         shapes = jax.eval_shape(lambda key: make(key, *sizes), jax.random.key(0))
+        self._check_size(x, shapes["kernel"].shape)
         params = {"kernel": self._param("kernel", self.kernel_init, shapes)}
         if self.use_bias:
             params["bias"] = self._param("bias", self.bias_init, shapes)
         x, *values = promote_dtype(x, *params.values(), dtype=self.dtype)
         return apply(dict(zip(params, values)), x)
+
+    def _check_size(self, x, shape):
+        kernel = nn.unbox(self.variables.get("params", {}).get("kernel"))
+        if kernel is not None and kernel.shape != shape:
+            raise ValueError(
+                f"x must have the timesteps and in_features that params['kernel'] "
+                f"{describe(kernel)} was made for, got {describe(x)}, which needs a "
+                f"kernel of shape {shape}."
+            )
 
     def _param(self, name, init, shapes):
         return self.param(name, init, shapes[name].shape, self.param_dtype)

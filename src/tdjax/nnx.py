@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tdjax._checks import describe, refuse_mask
-from tdjax._state import distribute_stateful, make_lowering, over_steps
+from tdjax._checks import describe, refuse_mask, require_array
+from tdjax._state import distribute_stateful, make_lowering
 from tdjax.dense import (
     Initializer,
     default_bias_init,
@@ -102,8 +102,9 @@ class TimeDistributed(nnx.Module):
             y = layer(*args, **kwargs)
             return y, nnx.split(layer, nnx.RngKey, nnx.Param, ...)[3]
 
-        y, states = distribute_stateful(
+        y, after = distribute_stateful(
             step,
+            state,
             keys,
             args,
             self.in_axes,
@@ -111,7 +112,7 @@ class TimeDistributed(nnx.Module):
             make_lowering(self),
             self.share_rng,
         )
-        nnx.update(self.layer, over_steps(state, states))
+        nnx.update(self.layer, after)
         return y
 
 
@@ -145,6 +146,7 @@ class _SequenceDense(nnx.Module):
             bias_init=bias_init,
             **options,
         )
+        self.timesteps, self.in_features = timesteps, in_features
         self.dtype, self.use_bias = dtype, use_bias
         self.kernel = nnx.Param(params["kernel"])
         if use_bias:
@@ -152,6 +154,12 @@ class _SequenceDense(nnx.Module):
 
     def __call__(self, x):
         """`(..., timesteps, in_features)` -> `(..., timesteps, features)`."""
+        require_array("x", x, 2, "(..., timesteps, in_features)")
+        if x.shape[-2:] != (self.timesteps, self.in_features):
+            raise ValueError(
+                f"x must have timesteps = {self.timesteps} on axis -2 and in_features "
+                f"= {self.in_features} on axis -1, got {describe(x)}."
+            )
         params = {"kernel": self.kernel[...]}
         if self.use_bias:
             params["bias"] = self.bias[...]
