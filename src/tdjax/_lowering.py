@@ -23,6 +23,7 @@ from tdjax._axes import (
     time_size,
 )
 from tdjax._checks import describe, is_array, require_positive_int
+from tdjax._convolution import with_transposed_convolutions
 
 METHODS = ("vmap", "fold")
 
@@ -68,18 +69,20 @@ def distribute(call, inputs: Inputs, out_axes: Any, lowering: Lowering) -> Any:
     lower = {"vmap": _vmap_block, "fold": _fold_block}[lowering.method]
     axes, timesteps = inputs.mapped_axes, time_size(inputs)
     call = functools.partial(_call_and_check, call, out_axes)
-    block = lower(call, axes, out_axes, lowering)
     if lowering.method == "fold" or lowering.chunk_size is not None:
         _check_shared_results(call, inputs, out_axes)
     chunk = lowering.chunk_size
     # A symbolic size can't be compared; the loop below handles it as it comes.
     if chunk is None or (isinstance(timesteps, int) and timesteps <= chunk):
+        block = lower(call, axes, out_axes, lowering)
         return _maybe_remat(block, lowering.remat)(inputs.mapped)
-    if chunk == 1:
-        block = _step_block(call, axes, out_axes)
     if lowering.unroll is True or lowering.unroll > 1:
         _require_known_size(timesteps, lowering.unroll)
+    if lowering.unroll is not True and jax.default_backend() == "cpu":
+        call = with_transposed_convolutions(call)
+    make = lower if chunk > 1 else _step_block
     loop = _straight_line if lowering.unroll is True else _compiled_loop
+    block = make(call, axes, out_axes, lowering)
     return loop(block, inputs, out_axes, timesteps, lowering)
 
 
@@ -116,7 +119,7 @@ def _as_vmap_axes(out_axes):
     return jax.tree.map(swap, out_axes, is_leaf=lambda node: node is None)
 
 
-def _step_block(call, axes, out_axes):
+def _step_block(call, axes, out_axes, lowering: Lowering):
     """A block of one step: index it, call, and put the axis back."""
 
     def block(mapped):
