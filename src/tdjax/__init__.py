@@ -17,6 +17,8 @@ from tdjax.dense import init_flatten_dense as init_flatten_dense
 from tdjax.dense import init_per_step_dense as init_per_step_dense
 from tdjax.dense import per_step_dense as per_step_dense
 from tdjax.time_distributed import time_distributed as time_distributed
+from tdjax.tuning import Tuning as Tuning
+from tdjax.tuning import autotune as autotune
 
 if TYPE_CHECKING:
     from tdjax import linen as linen

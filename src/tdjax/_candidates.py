@@ -1,0 +1,184 @@
+"""One lowering under test: its program, its numbers, its time and its memory."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tdjax._lowering import Lowering
+
+OPTIONS = ("method", "chunk_size", "unroll", "remat")
+# A straight line of more blocks than this takes too long to compile to be tried.
+_LONGEST_LINE = 32
+# The largest deviation from the reference, relative to its largest value. What is
+# summed in another order differs by the square root of the number of terms.
+_TOLERANCES = {"float64": 1e-10, "float32": 2e-4, "float16": 5e-3, "bfloat16": 3e-2}
+# Matrix units may round the factors of float32 products to 10 bits, or to 7.
+_MATRIX_UNIT_TOLERANCE = 3e-2
+
+
+@dataclasses.dataclass
+class Candidate:
+    """What is known of one lowering.
+
+    Attributes:
+      options: `method`, `chunk_size`, `unroll` and `remat` of `time_distributed`.
+      blocks: in how many blocks they cut the steps.
+      verdict: `"measured"`, or why there is no measurement to compare.
+      compile_seconds: tracing and compilation.
+      run_seconds: the time of one call, the median of all measurements.
+      spread: the lower and upper quartiles of `run_seconds`.
+      temporary_bytes: memory for temporaries, from the compiled program's analysis;
+        inputs and outputs are not in it.
+      deviation: the largest difference from the reference, relative to the largest
+        value of the result where it occurs.
+    """
+
+    options: dict[str, Any]
+    blocks: int = 1
+    verdict: str = "not tried"
+    compile_seconds: float | None = None
+    run_seconds: float | None = None
+    spread: tuple[float, float] | None = None
+    temporary_bytes: int | None = None
+    deviation: float | None = None
+
+    @property
+    def measured(self) -> bool:
+        """Whether it agrees with the reference and was timed."""
+        return self.verdict == "measured"
+
+    def __str__(self):
+        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+
+
+def default_options(timesteps: int, with_remat: bool) -> list[dict[str, Any]]:
+    """The lowerings to try, the likely ones first; the first is the reference."""
+    sizes = sorted({max(1, timesteps // n) for n in (2, 4, 8, 16, 64)} - {timesteps})
+    if timesteps > 1:
+        sizes = sorted({1, *sizes})
+    whole = [make_options(method) for method in ("vmap", "fold")]
+    lines, loops, remats = [], [], []
+    for size in sizes:
+        # A block of one step is the same program under every method.
+        for method in ("fold", "vmap") if size > 1 else ("vmap",):
+            loops.append(make_options(method, size))
+            remats.append(make_options(method, size, remat=True))
+            if math.ceil(timesteps / size) <= _LONGEST_LINE:
+                lines.append(make_options(method, size, unroll=True))
+    return [*whole, *_in_turn(lines, loops), *(remats if with_remat else [])]
+
+
+def _in_turn(lines, loops) -> list[dict[str, Any]]:
+    """Both kinds of loop early, so that a short budget has seen them."""
+    pairs = zip(lines, loops[len(loops) - len(lines) :])
+    rest = loops[: len(loops) - len(lines)]
+    return [*(options for pair in pairs for options in pair), *rest]
+
+
+def make_options(method="vmap", chunk_size=None, unroll: int | bool = 1, remat=False):
+    """The options of one candidate, checked as `time_distributed` checks them."""
+    Lowering(method, chunk_size, unroll, remat)
+    return dict(zip(OPTIONS, (method, chunk_size, unroll, remat)))
+
+
+def compile_candidate(candidate: Candidate, run: Callable, args) -> Any:
+    """The compiled program; notes what it costs."""
+    start = time.perf_counter()
+    program = jax.jit(run).lower(*args).compile()
+    candidate.compile_seconds = time.perf_counter() - start
+    memory = program.memory_analysis()
+    if memory is not None:
+        candidate.temporary_bytes = int(memory.temp_size_in_bytes)
+    return program
+
+
+def timed(program, args, calls: int = 1) -> tuple[float, Any]:
+    """Seconds of one call, and the result of the last."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        y = program(*args)
+    jax.block_until_ready(y)
+    return (time.perf_counter() - start) / calls, y
+
+
+def with_gradient(reference: Callable, argnums: list[int], args: tuple) -> tuple:
+    """`(differentiate, args)`: `differentiate(apply)` gives results and gradients.
+
+    The cotangents are random and come as an argument, so that XLA can leave out no
+    part of the backward pass.
+    """
+    floats, _ = _split_floats(jax.tree.leaves(jax.eval_shape(reference, *args)))
+    keys = jax.random.split(jax.random.key(0), len(floats) + 1)
+    cotangents = [
+        jax.random.normal(key, y.shape, y.dtype) for key, y in zip(keys, floats)
+    ]
+
+    def differentiate(apply):
+        def run(args, cotangents):
+            leaves, treedef = jax.tree.flatten([args[i] for i in argnums])
+
+            def floats_of(primals):
+                values = dict(zip(argnums, treedef.unflatten(_merge(leaves, primals))))
+                y = apply(*(values.get(i, x) for i, x in enumerate(args)))
+                return _split_floats(jax.tree.leaves(y))
+
+            primals, _ = _split_floats(leaves)
+            floats, pullback, others = jax.vjp(floats_of, primals, has_aux=True)
+            return floats, others, pullback(cotangents)
+
+        return run
+
+    return differentiate, (args, cotangents)
+
+
+def _is_float(x) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _split_floats(leaves) -> tuple[list, list]:
+    return [x for x in leaves if _is_float(x)], [x for x in leaves if not _is_float(x)]
+
+
+def _merge(leaves, floats) -> list:
+    fill = iter(floats)
+    return [next(fill) if _is_float(x) else x for x in leaves]
+
+
+@jax.jit
+def deviations(got, want):
+    """Of each leaf, the largest difference relative to the largest finite value."""
+    return jax.tree.map(_deviation, got, want)
+
+
+def _deviation(got, want):
+    if jnp.issubdtype(want.dtype, jax.dtypes.prng_key):
+        got, want = jax.random.key_data(got), jax.random.key_data(want)
+    if want.size == 0:
+        return jnp.zeros(())
+    if not _is_float(want):
+        return jnp.where(jnp.array_equal(got, want), 0.0, jnp.inf)
+    same = (got == want) | (jnp.isnan(got) & jnp.isnan(want))
+    finite = jnp.isfinite(want)
+    scale = jnp.max(jnp.abs(jnp.where(finite, want, 0)))
+    error = jnp.abs(jnp.where(finite, got - want, jnp.inf)) / jnp.maximum(scale, 1e-30)
+    return jnp.max(jnp.where(same, 0, jnp.where(jnp.isnan(error), jnp.inf, error)))
+
+
+def default_tolerance(tree) -> list[float]:
+    """For each leaf, the deviation that another order of summation may cause."""
+    return [_tolerance(x.dtype) for x in jax.tree.leaves(tree)]
+
+
+def _tolerance(dtype) -> float:
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return 0.0
+    name = {"complex64": "float32", "complex128": "float64"}.get(dtype.name, dtype.name)
+    tolerance = _TOLERANCES.get(name, _MATRIX_UNIT_TOLERANCE)
+    if name == "float32" and jax.default_backend() != "cpu":
+        return max(tolerance, _MATRIX_UNIT_TOLERANCE)
+    return tolerance

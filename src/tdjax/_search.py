@@ -1,0 +1,206 @@
+"""The order of the search: try each lowering once, then time the good ones in turn."""
+
+import collections
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+
+from tdjax._candidates import (
+    Candidate,
+    compile_candidate,
+    default_tolerance,
+    deviations,
+    timed,
+)
+
+# A candidate this many times behind the best is not measured again.
+_FAR_BEHIND = 1.5
+# Of candidates this close to the fastest, the one with the least memory is taken.
+_AS_GOOD = 1.02
+_MOST_ROUNDS = 25
+_SHORTEST_MEASUREMENT = 5e-3  # seconds
+# What part of the budget may be spent before the candidates are timed in turn.
+_FOR_TRIALS = 0.7
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What the search may use: seconds, bytes, and deviation from the reference."""
+
+    budget: float
+    memory_limit: int | None = None
+    tolerance: float | None = None
+    start: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def left(self, part: float = 1.0) -> float:
+        """Seconds left of a part of the budget."""
+        return self.start + part * self.budget - time.perf_counter()
+
+
+@dataclasses.dataclass
+class _Search:
+    """What is known so far; `want` are the results of the reference."""
+
+    program_of: Callable[[dict], Callable]
+    args: tuple
+    limits: Limits
+    want: Any = None
+    running: list[tuple[Candidate, Any, list[float]]] = dataclasses.field(
+        default_factory=list
+    )
+
+    def best_seconds(self) -> float:
+        return min((min(times) for _, _, times in self.running), default=math.inf)
+
+
+def measure_all(
+    candidates: Iterable[Candidate],
+    program_of: Callable[[dict], Callable],
+    args: tuple,
+    limits: Limits,
+    report: Callable[[Candidate], None],
+) -> None:
+    """Measures in place; `program_of(options)` is the function to compile.
+
+    The first candidate with `method="vmap"` that fits the memory is the reference.
+    """
+    search = _Search(program_of, args, limits)
+    waiting = collections.deque(candidates)
+    compiled: list[Candidate] = []
+    while waiting:
+        candidate = waiting.popleft()
+        can_compare = search.want is not None or candidate.options["method"] == "vmap"
+        if not can_compare and any(c.options["method"] == "vmap" for c in waiting):
+            waiting.append(candidate)
+            continue
+        if not can_compare:
+            candidate.verdict = "no reference fits the memory limit"
+        elif compiled and _expected(candidate, compiled[0], search) > limits.left(
+            _FOR_TRIALS
+        ):
+            candidate.verdict = "no time left"
+        else:
+            _try(candidate, search)
+            compiled.append(candidate)
+        report(candidate)
+    search.want = None
+    _take_turns(search)
+
+
+def choose(candidates: Iterable[Candidate]) -> Candidate:
+    """The fastest; of those as good as it, the one with the least memory."""
+    measured = [each for each in candidates if each.measured]
+    fastest = min(each.run_seconds for each in measured)
+    good = [each for each in measured if each.run_seconds <= _AS_GOOD * fastest]
+    return min(good, key=lambda each: each.temporary_bytes or 0)
+
+
+def _expected(candidate: Candidate, first: Candidate, search: _Search) -> float:
+    """Seconds of compilation and of two runs, from the first candidate's."""
+    blocks = candidate.blocks if candidate.options["unroll"] is True else 1
+    # Code that is repeated compiles faster than the first of its kind.
+    seconds = (first.compile_seconds or 0.0) * (1.5 + blocks / 4)
+    best = search.best_seconds()
+    return seconds + (3 * best if best < math.inf else 0.0)
+
+
+def _try(candidate: Candidate, search: _Search) -> None:
+    """Compiles, checks and times one candidate; notes a verdict."""
+    try:
+        run = search.program_of(candidate.options)
+        program = compile_candidate(candidate, run, search.args)
+        if _over(candidate.temporary_bytes, search.limits.memory_limit):
+            candidate.verdict = "over the memory limit"
+            return
+        seconds, y = timed(program, search.args)
+    except Exception as error:
+        # Whatever XLA or fun raises for one lowering, others may still do.
+        if search.want is None and not _is_exhausted(error):
+            raise
+        candidate.verdict = f"failed: {type(error).__name__}: {_first_line(error)}"
+        return
+    if search.want is None:
+        search.want = y
+    _compare(candidate, y, search)
+    del y
+    if candidate.verdict == "measured":
+        _time_once_more(candidate, program, seconds, search)
+
+
+def _over(used: int | None, limit: int | None) -> bool:
+    return used is not None and limit is not None and used > limit
+
+
+def _is_exhausted(error: Exception) -> bool:
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def _compare(candidate: Candidate, y, search: _Search) -> None:
+    shapes = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+    if shapes(y) != shapes(search.want):
+        candidate.verdict = "other shapes than the reference"
+        return
+    found = [float(each) for each in jax.tree.leaves(deviations(y, search.want))]
+    allowed = default_tolerance(y)
+    if search.limits.tolerance is not None:
+        allowed = [search.limits.tolerance] * len(found)
+    candidate.deviation = max(found, default=0.0)
+    agrees = all(each <= limit for each, limit in zip(found, allowed))
+    candidate.verdict = "measured" if agrees else "other numbers than the reference"
+
+
+def _time_once_more(candidate, program, first: float, search: _Search) -> None:
+    """The first run was a warm-up, unless there is no time for another."""
+    seconds = first
+    if 2 * first < search.limits.left():
+        seconds, _ = timed(program, search.args, _calls(first))
+    candidate.run_seconds = seconds
+    if seconds > 2 * _FAR_BEHIND * search.best_seconds():
+        candidate.verdict = "far behind"
+        return
+    search.running.append((candidate, program, [seconds]))
+
+
+def _calls(seconds: float) -> int:
+    return max(1, math.ceil(_SHORTEST_MEASUREMENT / max(seconds, 1e-6)))
+
+
+def _take_turns(search: _Search) -> None:
+    for done in range(_MOST_ROUNDS):
+        if done >= 2:
+            _drop_the_slow(search)
+        left = search.limits.left()
+        calls = [_calls(min(times)) for _, _, times in search.running]
+        if sum(n * min(t) for n, (_, _, t) in zip(calls, search.running)) > left:
+            break
+        for n, (_, program, times) in zip(calls, search.running):
+            times.append(timed(program, search.args, n)[0])
+    for candidate, _, times in search.running:
+        _summarise(candidate, times)
+
+
+def _drop_the_slow(search: _Search) -> None:
+    limit = _FAR_BEHIND * search.best_seconds()
+    for candidate, _, times in search.running:
+        if min(times) > limit:
+            _summarise(candidate, times)
+            candidate.verdict = "far behind"
+    search.running = [each for each in search.running if each[0].measured]
+
+
+def _summarise(candidate: Candidate, times: list[float]) -> None:
+    # The first was not taken in turn with the others.
+    times = times[1:] or times
+    candidate.run_seconds = statistics.median(times)
+    if len(times) > 1:
+        low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+        candidate.spread = (low, high)

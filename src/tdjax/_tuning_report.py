@@ -1,0 +1,66 @@
+"""How the tuner shows its work: a bar while it runs, a table of what it found."""
+
+import contextlib
+import importlib.util
+from typing import Any
+
+from tdjax._candidates import Candidate
+
+
+@contextlib.contextmanager
+def progress_bar(total: int):
+    """Yields `report(candidate)`, which moves a bar; silent where Rich is missing."""
+    if importlib.util.find_spec("rich") is None:
+        yield lambda candidate: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(
+        console=console, transient=True, disable=not console.is_terminal
+    ) as p:
+        task = p.add_task("Trying lowerings", total=total)
+        yield lambda candidate: p.update(task, advance=1, description=str(candidate))
+
+
+def rich_table(candidates: list[Candidate], best: Candidate, title: str) -> Any:
+    """A `rich.table.Table`: the chosen first, then by time, then the refused."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("options")
+    for name in ("time", "ratio", "quartiles", "temporary", "compile", "deviation"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict")
+    order = lambda each: (each is not best, not each.measured, each.run_seconds or 1e9)
+    for each in sorted(candidates, key=order):
+        verdict = "chosen" if each is best else each.verdict
+        style = "bold" if each is best else "" if each.measured else "dim"
+        table.add_row(str(each), *_cells(each, best), verdict, style=style)
+    return table
+
+
+def _cells(each: Candidate, best: Candidate) -> list[str]:
+    ratio = lambda seconds: f"{seconds / best.run_seconds:.2f}"
+    show = lambda value, text: "" if value is None else text(value)
+    return [
+        show(each.run_seconds, format_seconds),
+        show(each.run_seconds, ratio),
+        show(each.spread, lambda spread: " to ".join(map(ratio, spread))),
+        show(each.temporary_bytes, format_bytes),
+        show(each.compile_seconds, format_seconds),
+        show(each.deviation, lambda deviation: f"{deviation:.1e}"),
+    ]
+
+
+def format_seconds(seconds: float) -> str:
+    """With the unit that suits it."""
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} µs"
+
+
+def format_bytes(size: int) -> str:
+    """In megabytes of 10**6 bytes."""
+    return f"{size / 1e6:.1f} MB"

@@ -1,0 +1,273 @@
+"""Measure the lowerings on this device, and pick the fastest that agrees."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from tdjax import _tuning_cache as cache_file
+from tdjax._axes import flatten_inputs, time_size
+from tdjax._candidates import (
+    Candidate,
+    default_options,
+    make_options,
+    with_gradient,
+)
+from tdjax._checks import describe
+from tdjax._search import Limits, choose, measure_all
+from tdjax._tuning_report import progress_bar, rich_table
+from tdjax.time_distributed import time_distributed
+
+
+@dataclasses.dataclass
+class Tuning:
+    """What `autotune` found.
+
+    Attributes:
+      tuned: the function or module with the best options.
+      candidates: every lowering that was considered, with its measurements.
+      about: what was measured and where: device, versions, shapes, arguments.
+      from_cache: whether the measurements were read from a file, not made.
+    """
+
+    tuned: Any
+    candidates: list[Candidate]
+    about: dict[str, Any]
+    from_cache: bool = False
+
+    @property
+    def best(self) -> Candidate:
+        """The candidate that was chosen."""
+        return choose(self.candidates)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of `time_distributed` that were chosen."""
+        return dict(self.best.options)
+
+    def show(self) -> None:
+        """Prints the table of all candidates.
+
+        Raises:
+          ImportError: if Rich is not installed (`pip install "tdjax[tuning]"`).
+        """
+        try:
+            from rich.console import Console
+        except ImportError as error:
+            raise ImportError(
+                'show() prints with Rich: pip install "tdjax[tuning]". to_json() has '
+                "the same figures."
+            ) from error
+        Console().print(self)
+
+    def __rich__(self):
+        what = "forward" if self.about["argnums"] == [] else "forward and gradient"
+        title = f"{what} on {self.about['device']}, JAX {self.about['jax']}"
+        return rich_table(self.candidates, self.best, title)
+
+    def __repr__(self):
+        return f"Tuning({self.best}; {len(self.candidates)} candidates)"
+
+    def to_json(self) -> str:
+        """All figures as JSON: times in seconds, memory in bytes."""
+        candidates = [dataclasses.asdict(each) for each in self.candidates]
+        fields = {"options": self.options, "about": self.about}
+        return json.dumps({**fields, "candidates": candidates}, indent=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The arguments of `autotune` that say how to search."""
+
+    argnums: int | Sequence[int] | None = None
+    budget: float = 30.0
+    memory_limit: int | None = None
+    tolerance: float | None = None
+    candidates: Sequence[Mapping[str, Any]] | None = None
+    cache: str | os.PathLike[str] | None = None
+
+    def __post_init__(self):
+        for name in ("budget", "memory_limit", "tolerance"):
+            value = getattr(self, name)
+            if value is not None or name == "budget":
+                _require_positive(name, value)
+
+    def positions(self, args: tuple) -> list[int]:
+        """Which arguments to differentiate by, counted from the front."""
+        if self.argnums is None:
+            return []
+        argnums = self.argnums if isinstance(self.argnums, Sequence) else [self.argnums]
+        for i in argnums:
+            whole = isinstance(i, int) and not isinstance(i, bool)
+            if not whole or not -len(args) <= i < len(args):
+                raise ValueError(
+                    f"argnums must be positions of the {len(args)} argument(s), got "
+                    f"{self.argnums!r}."
+                )
+        return sorted({i % len(args) for i in argnums})
+
+    def listing(self, timesteps: int) -> list[Candidate]:
+        """The candidates, the reference first."""
+        if self.candidates is None:
+            options = default_options(timesteps, with_remat=self.argnums is not None)
+        else:
+            given = [make_options(**each) for each in self.candidates]
+            rest = [each for each in given if each != make_options()]
+            options = [make_options(), *rest]
+        blocks = lambda size: math.ceil(timesteps / (size or timesteps))
+        return [Candidate(each, blocks(each["chunk_size"])) for each in options]
+
+
+def autotune(
+    fun: Callable[..., Any],
+    *args: Any,
+    in_axes: Any = 1,
+    out_axes: Any = 1,
+    argnums: int | Sequence[int] | None = None,
+    budget: float = 30.0,
+    memory_limit: int | None = None,
+    tolerance: float | None = None,
+    candidates: Sequence[Mapping[str, Any]] | None = None,
+    cache: str | os.PathLike[str] | None = None,
+) -> Tuning:
+    """Finds the fastest lowering of `time_distributed(fun)` for these inputs.
+
+    Compiles lowerings (`method`, `chunk_size`, `unroll`, `remat`), compares the results
+    of each with those of `method="vmap"`, and times those that agree, in turn, on the
+    device where JAX puts the inputs. A lowering that is far behind is dropped early;
+    one that gives other numbers is refused, and the table says so. If two are as fast
+    (within 2 %), the one with less memory is taken. On a terminal a progress bar is
+    shown, if Rich is installed.
+
+    Args:
+      fun: the function of one step; give it keyword arguments by `functools.partial`.
+      *args: its arguments with their time axes: arrays of the shapes and dtypes that
+        the program will see.
+      in_axes: the time axis of the arguments, as in `time_distributed`.
+      out_axes: the time axis of the results.
+      argnums: None to time the call alone; or the position(s) of the arguments, as in
+        `jax.grad`, by which the results are differentiated, to time the call and the
+        gradient together.
+      budget: seconds for everything. A compilation that has begun is finished, but one
+        that is not expected to end in time is not begun.
+      memory_limit: bytes of temporary memory that the compiled program may use, by
+        XLA's own analysis (inputs and results not counted).
+      tolerance: the largest deviation from the reference, relative to the largest
+        value of the same result; by default 2e-4 for float32 on CPU and 3e-2 where
+        matrix units may round, 3e-2 for bfloat16, 5e-3 for float16, 1e-10 for float64.
+      candidates: the options to try instead of the default list, each a mapping of
+        options of `time_distributed`. The reference is measured too.
+      cache: a file to keep results in, for any number of functions and processes. They
+        are found again for the same function, arguments, shapes, device and versions.
+
+    Returns:
+      A `Tuning`: `.tuned` is `time_distributed(fun)` with the best options, `.options`
+      are these, `.show()` prints all candidates and `.to_json()` gives them.
+
+    Raises:
+      TypeError: if an argument is of the wrong kind.
+      ValueError: if a number is out of range, or no lowering was found within
+        `memory_limit`. What `fun` itself raises under the reference is raised as is.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, tdjax
+      >>> params = tdjax.init_dense(jax.random.key(0), 3, 5)
+      >>> x = jnp.ones((2, 4, 3))
+      >>> result = tdjax.autotune(tdjax.dense, params, x, in_axes=(None, 1), budget=1)
+      >>> result.tuned(params, x).shape
+      (2, 4, 5)
+    """
+    if not callable(fun):
+        raise TypeError(f"fun must be callable, got {describe(fun)}.")
+    make = lambda options: time_distributed(
+        fun, in_axes=in_axes, out_axes=out_axes, **options
+    )
+    settings = Settings(argnums, budget, memory_limit, tolerance, candidates, cache)
+    timesteps = time_size(flatten_inputs(args, in_axes))
+    return tune(make, make, args, timesteps, settings)
+
+
+def tune(
+    run: Callable[[dict[str, Any]], Callable],
+    make: Callable[[dict[str, Any]], Any],
+    args: tuple,
+    timesteps: int,
+    settings: Settings,
+) -> Tuning:
+    """Measures `run(options)(*args)`; the result holds `make(options)`."""
+    if timesteps < 1:
+        raise ValueError("args must have steps to measure, got 0 steps.")
+    limits = Limits(settings.budget, settings.memory_limit, settings.tolerance)
+    candidates, argnums = settings.listing(timesteps), settings.positions(args)
+    about = _about(run(make_options()), args, argnums, candidates, limits)
+    path = None if settings.cache is None else Path(settings.cache)
+    found = path and cache_file.load(path, about)
+    if found:
+        return Tuning(make(choose(found).options), found, about, from_cache=True)
+    _measure(candidates, run, args, argnums, limits)
+    if path is not None:
+        cache_file.store(path, about, candidates)
+    return Tuning(make(choose(candidates).options), candidates, about)
+
+
+def _measure(candidates, run, args, argnums, limits: Limits) -> None:
+    program_of = run
+    if argnums:
+        differentiate, args = with_gradient(run(make_options()), argnums, args)
+        program_of = lambda options: differentiate(run(options))
+    with progress_bar(len(candidates)) as report:
+        measure_all(candidates, program_of, args, limits, report)
+    if not any(each.measured for each in candidates):
+        used = [each.temporary_bytes for each in candidates if each.temporary_bytes]
+        raise ValueError(
+            f"memory_limit={limits.memory_limit} bytes is less than every lowering "
+            f"needs that was tried within budget={limits.budget} s; the least was "
+            f"{min(used, default=None)} bytes."
+        )
+
+
+def _about(reference, args, argnums, candidates, limits: Limits) -> dict[str, Any]:
+    """What the measurements depend on, as JSON has it."""
+    device = _device(args)
+    about = {
+        "device": device.device_kind,
+        "platform": device.client.platform_version,
+        "cores": os.cpu_count() if device.platform == "cpu" else None,
+        "jax": jax.__version__,
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        "precision": jax.config.jax_default_matmul_precision,
+        "shapes": [str(jax.typeof(x)) for x in jax.tree.leaves(args)],
+        "program": _fingerprint(reference, args),
+        "argnums": argnums,
+        "candidates": [each.options for each in candidates],
+        "budget": limits.budget,
+        "memory_limit": limits.memory_limit,
+        "tolerance": limits.tolerance,
+    }
+    return json.loads(json.dumps(about))
+
+
+def _device(args) -> Any:
+    arrays = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
+    devices = sorted(arrays[0].devices(), key=lambda d: d.id) if arrays else []
+    return devices[0] if devices else jax.devices()[0]
+
+
+def _fingerprint(reference, args) -> str:
+    # Functions inside of a jaxpr are printed with their addresses.
+    program = re.sub(r" at 0x[0-9a-f]+", "", str(jax.make_jaxpr(reference)(*args)))
+    return hashlib.sha256(program.encode()).hexdigest()
+
+
+def _require_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {describe(value)}.")
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value!r}.")
