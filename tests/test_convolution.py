@@ -6,10 +6,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import assert_trees_close, normal
 from jax import lax
 
 import tdjax
+from conftest import assert_trees_close, normal
 
 ORDERS = [
     ("NHWC", "HWIO", "NHWC"),

@@ -53,7 +53,10 @@ class Candidate:
         return self.verdict == "measured"
 
     def __str__(self):
-        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+        plain = make_options()
+        shown = {k: v for k, v in self.options.items() if v != plain[k]}
+        shown = {"method": self.options["method"], **shown}
+        return ", ".join(f"{k}={v!r}" for k, v in shown.items())
 
 
 def default_options(timesteps: int, with_remat: bool) -> list[dict[str, Any]]:
@@ -80,7 +83,12 @@ def _in_turn(lines, loops) -> list[dict[str, Any]]:
     return [*(options for pair in pairs for options in pair), *rest]
 
 
-def make_options(method="vmap", chunk_size=None, unroll: int | bool = 1, remat=False):
+def make_options(
+    method: Any = "vmap",
+    chunk_size: int | None = None,
+    unroll: int | bool = 1,
+    remat: bool = False,
+) -> dict[str, Any]:
     """The options of one candidate, checked as `time_distributed` checks them."""
     Lowering(method, chunk_size, unroll, remat)
     return dict(zip(OPTIONS, (method, chunk_size, unroll, remat)))
@@ -99,6 +107,7 @@ def compile_candidate(candidate: Candidate, run: Callable, args) -> Any:
 
 def timed(program, args, calls: int = 1) -> tuple[float, Any]:
     """Seconds of one call, and the result of the last."""
+    y = None
     start = time.perf_counter()
     for _ in range(calls):
         y = program(*args)
@@ -177,7 +186,7 @@ def default_tolerance(tree) -> list[float]:
 def _tolerance(dtype) -> float:
     if not jnp.issubdtype(dtype, jnp.inexact):
         return 0.0
-    name = {"complex64": "float32", "complex128": "float64"}.get(dtype.name, dtype.name)
+    name = jnp.finfo(dtype).dtype.name  # of a complex number's parts
     tolerance = _TOLERANCES.get(name, _MATRIX_UNIT_TOLERANCE)
     if name == "float32" and jax.default_backend() != "cpu":
         return max(tolerance, _MATRIX_UNIT_TOLERANCE)

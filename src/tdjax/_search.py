@@ -18,11 +18,13 @@ from tdjax._candidates import (
     timed,
 )
 
-# A candidate this many times behind the best is not measured again.
+# A candidate this many times behind the best is not measured again: at first, and
+# once there are enough measurements to tell.
 _FAR_BEHIND = 1.5
+_BEHIND = 1.15
 # Of candidates this close to the fastest, the one with the least memory is taken.
 _AS_GOOD = 1.02
-_MOST_ROUNDS = 25
+_MOST_ROUNDS = 13
 _SHORTEST_MEASUREMENT = 5e-3  # seconds
 # What part of the budget may be spent before the candidates are timed in turn.
 _FOR_TRIALS = 0.7
@@ -95,8 +97,9 @@ def measure_all(
 def choose(candidates: Iterable[Candidate]) -> Candidate:
     """The fastest; of those as good as it, the one with the least memory."""
     measured = [each for each in candidates if each.measured]
-    fastest = min(each.run_seconds for each in measured)
-    good = [each for each in measured if each.run_seconds <= _AS_GOOD * fastest]
+    seconds = lambda each: each.run_seconds or 0.0
+    fastest = min(map(seconds, measured))
+    good = [each for each in measured if seconds(each) <= _AS_GOOD * fastest]
     return min(good, key=lambda each: each.temporary_bytes or 0)
 
 
@@ -165,7 +168,7 @@ def _time_once_more(candidate, program, first: float, search: _Search) -> None:
         seconds, _ = timed(program, search.args, _calls(first))
     candidate.run_seconds = seconds
     if seconds > 2 * _FAR_BEHIND * search.best_seconds():
-        candidate.verdict = "far behind"
+        candidate.verdict = "behind"
         return
     search.running.append((candidate, program, [seconds]))
 
@@ -177,7 +180,7 @@ def _calls(seconds: float) -> int:
 def _take_turns(search: _Search) -> None:
     for done in range(_MOST_ROUNDS):
         if done >= 2:
-            _drop_the_slow(search)
+            _drop_the_slow(search, _FAR_BEHIND if done < 5 else _BEHIND)
         left = search.limits.left()
         calls = [_calls(min(times)) for _, _, times in search.running]
         if sum(n * min(t) for n, (_, _, t) in zip(calls, search.running)) > left:
@@ -188,12 +191,12 @@ def _take_turns(search: _Search) -> None:
         _summarise(candidate, times)
 
 
-def _drop_the_slow(search: _Search) -> None:
-    limit = _FAR_BEHIND * search.best_seconds()
+def _drop_the_slow(search: _Search, times_behind: float) -> None:
+    limit = times_behind * search.best_seconds()
     for candidate, _, times in search.running:
         if min(times) > limit:
             _summarise(candidate, times)
-            candidate.verdict = "far behind"
+            candidate.verdict = "behind"
     search.running = [each for each in search.running if each[0].measured]
 
 

@@ -1,6 +1,8 @@
 """Flax Linen modules: any layer over time, and the Dense family."""
 
 import functools
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 from flax.core import DenyList, FrozenDict, lift
 from flax.linen.dtypes import promote_dtype
 
+from tdjax._axes import flatten_inputs, time_size
 from tdjax._checks import describe, refuse_mask, require_array
 from tdjax._state import distribute_stateful, first_step, make_lowering
 from tdjax.dense import (
@@ -21,6 +24,7 @@ from tdjax.dense import (
     init_per_step_dense,
     per_step_dense,
 )
+from tdjax.tuning import Settings, Tuning, tune
 
 
 class TimeDistributed(nn.Module):
@@ -253,3 +257,68 @@ class PerStepDense(_SequenceDense):
     def __call__(self, x):
         """`(..., timesteps, in_features)` -> `(..., timesteps, features)`."""
         return self._apply(init_per_step_dense, per_step_dense, x)
+
+
+def autotune(
+    module: nn.Module,
+    variables: Any,
+    *args: Any,
+    rngs: Any = None,
+    mutable: Any = False,
+    argnums: int | Sequence[int] | None = None,
+    budget: float = 30.0,
+    memory_limit: int | None = None,
+    tolerance: float | None = None,
+    candidates: Sequence[Mapping[str, Any]] | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    **kwargs: Any,
+) -> Tuning:
+    """Finds the fastest lowering of a `TimeDistributed` for these inputs.
+
+    What is measured is `module.apply(variables, *args, ...)`; see `tdjax.autotune` for
+    how. A lowering under which the layer gives other numbers is refused: `"fold"` for a
+    layer with dropout in training, say, which then draws other noise.
+
+    Args:
+      module: a `TimeDistributed`, or a layer to wrap in one.
+      variables: its variables, from `init` or from training.
+      *args: its inputs, of the shapes and dtypes that the program will see.
+      rngs: as in `apply`.
+      mutable: as in `apply`.
+      argnums: None to time the call alone; or the position(s) of what the results are
+        differentiated by, counting `variables` as 0.
+      budget: seconds for everything.
+      memory_limit: bytes of temporary memory that the compiled program may use.
+      tolerance: the largest deviation from the reference, by default by dtype.
+      candidates: the options to try instead of the default list.
+      cache: a file to keep results in.
+      **kwargs: keyword arguments of the module's call.
+
+    Returns:
+      A `tdjax.Tuning`: `.tuned` is the module with the best options, `.show()` prints all candidates.
+
+    Raises:
+      TypeError: if an argument is of the wrong kind.
+      ValueError: as `tdjax.autotune`.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, tdjax
+      >>> model, x = tdjax.linen.TimeDistributed(nn.Dense(5)), jnp.ones((2, 4, 3))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> result = tdjax.linen.autotune(model, variables, x, budget=1)
+      >>> result.tuned.apply(variables, x).shape
+      (2, 4, 5)
+    """
+    over_time = (
+        module if isinstance(module, TimeDistributed) else TimeDistributed(module)
+    )
+
+    def run(options):
+        tuned = over_time.clone(**options)
+        apply = functools.partial(tuned.apply, rngs=rngs, mutable=mutable, **kwargs)
+        return lambda variables, *args: apply(variables, *args)
+
+    settings = Settings(argnums, budget, memory_limit, tolerance, candidates, cache)
+    timesteps = time_size(flatten_inputs(args, _thaw(over_time.in_axes)))
+    make = lambda options: over_time.clone(**options)
+    return tune(run, make, (variables, *args), timesteps, settings)

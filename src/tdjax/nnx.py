@@ -1,12 +1,15 @@
 """Flax NNX modules: any layer over time, and the Dense family."""
 
-from collections.abc import Callable
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tdjax._axes import flatten_inputs, time_size
 from tdjax._checks import describe, refuse_mask, require_array
 from tdjax._state import distribute_stateful, make_lowering
 from tdjax.dense import (
@@ -17,6 +20,7 @@ from tdjax.dense import (
     init_per_step_dense,
     per_step_dense,
 )
+from tdjax.tuning import Settings, Tuning, tune
 
 
 class TimeDistributed(nnx.Module):
@@ -237,3 +241,69 @@ class PerStepDense(_SequenceDense):
 
     _init = staticmethod(init_per_step_dense)
     _apply = staticmethod(per_step_dense)
+
+
+def autotune(
+    module: nnx.Module,
+    *args: Any,
+    argnums: int | Sequence[int] | None = None,
+    budget: float = 30.0,
+    memory_limit: int | None = None,
+    tolerance: float | None = None,
+    candidates: Sequence[Mapping[str, Any]] | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    **kwargs: Any,
+) -> Tuning:
+    """Finds the fastest lowering of a `TimeDistributed` for these inputs.
+
+    What is measured is `module(*args, **kwargs)` under `jax.jit`, in the mode that the
+    module is in; see `tdjax.autotune` for how. The module's own variables stay as they
+    are. A lowering under which the layer gives other numbers, or writes others to its
+    variables, is refused.
+
+    Args:
+      module: a `TimeDistributed`, or a layer to wrap in one.
+      *args: its inputs, of the shapes and dtypes that the program will see.
+      argnums: None to time the call alone; or the position(s) of what the results are
+        differentiated by, counting `module` as 0.
+      budget: seconds for everything.
+      memory_limit: bytes of temporary memory that the compiled program may use.
+      tolerance: the largest deviation from the reference, by default by dtype.
+      candidates: the options to try instead of the default list.
+      cache: a file to keep results in.
+      **kwargs: keyword arguments of the module's call.
+
+    Returns:
+      A `tdjax.Tuning`: `.tuned` is a `TimeDistributed` with the best options
+      around the very same layer, `.show()` prints all candidates.
+
+    Raises:
+      TypeError: if an argument is of the wrong kind.
+      ValueError: as `tdjax.autotune`.
+
+    Example:
+      >>> import jax.numpy as jnp, tdjax
+      >>> from flax import nnx
+      >>> layer, x = nnx.Linear(3, 5, rngs=nnx.Rngs(0)), jnp.ones((2, 4, 3))
+      >>> result = tdjax.nnx.autotune(layer, x, budget=1)
+      >>> result.tuned(x).shape
+      (2, 4, 5)
+    """
+    wrap = TimeDistributed
+    over_time = module if isinstance(module, wrap) else wrap(module)
+    names = inspect.signature(wrap.__init__).parameters
+    kept = {name: getattr(over_time, name) for name in list(names)[2:]}
+    make = lambda options: wrap(over_time.layer, **{**kept, **options})
+    graphdef, state = nnx.split(over_time.layer)
+
+    def run(options):
+        def call(state, *args):
+            layer = nnx.merge(graphdef, state)
+            y = wrap(layer, **{**kept, **options})(*args, **kwargs)
+            return y, nnx.state(layer, nnx.Not(nnx.Param))
+
+        return call
+
+    settings = Settings(argnums, budget, memory_limit, tolerance, candidates, cache)
+    timesteps = time_size(flatten_inputs(args, over_time.in_axes))
+    return tune(run, make, (state, *args), timesteps, settings)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from tdjax import _tuning_cache as cache_file
 from tdjax._axes import flatten_inputs, time_size
@@ -204,6 +205,7 @@ def tune(
     """Measures `run(options)(*args)`; the result holds `make(options)`."""
     if timesteps < 1:
         raise ValueError("args must have steps to measure, got 0 steps.")
+    args = jax.tree.map(jnp.asarray, args)
     limits = Limits(settings.budget, settings.memory_limit, settings.tolerance)
     candidates, argnums = settings.listing(timesteps), settings.positions(args)
     about = _about(run(make_options()), args, argnums, candidates, limits)
@@ -242,7 +244,7 @@ def _about(reference, args, argnums, candidates, limits: Limits) -> dict[str, An
         "cores": os.cpu_count() if device.platform == "cpu" else None,
         "jax": jax.__version__,
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-        "precision": jax.config.jax_default_matmul_precision,
+        "precision": str(jax.config.read("jax_default_matmul_precision")),
         "shapes": [str(jax.typeof(x)) for x in jax.tree.leaves(args)],
         "program": _fingerprint(reference, args),
         "argnums": argnums,

@@ -1,0 +1,1 @@
+"""tdjax beside its peers: `python -m benchmarks`, one run, ratios."""

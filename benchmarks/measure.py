@@ -1,0 +1,141 @@
+"""Compile all, check all against each other, then time them in turn."""
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from benchmarks import peers
+from benchmarks.candidate import Candidate, Program
+from benchmarks.cases import Case
+
+# A shorter measurement would be one of the clock and of the scheduler.
+_SHORTEST = 5e-3
+# Relative to the largest value; sums of thousands of products, in another order.
+TOLERANCES = {"float32": 5e-4, "bfloat16": 6e-2}
+_MATRIX_UNITS = 3e-2  # float32 products on an accelerator
+
+
+class Effort(NamedTuple):
+    """How long one case may be measured, in seconds, and how many times at most."""
+
+    seconds: float = 15.0
+    rounds: int = 15
+
+
+def compile_all(
+    case: Case, of: str, candidates: Iterable[str | Candidate]
+) -> tuple[dict, list[dict]]:
+    """`({name: program}, rows of what is missing)`; peers are given by their name."""
+    programs, missing = {}, []
+    for each in candidates:
+        try:
+            candidate = peers.make(each, case) if isinstance(each, str) else each
+            programs[candidate.name] = candidate, candidate.compile(case, of)
+        except (ImportError, NotImplementedError) as error:
+            name = each if isinstance(each, str) else each.name
+            row = {"case": case.name, "of": of, "candidate": name}
+            missing.append({**row, "missing": f"{type(error).__name__}: {error}"})
+    return programs, missing
+
+
+def check(case: Case, of: str, programs: dict[str, tuple[Candidate, Program]]) -> dict:
+    """The deviation of each from the first; raises where one is too large."""
+    deviations, common = {}, None
+    for name, (candidate, program) in programs.items():
+        out = program.call()
+        if common is None:
+            common = _common(out, of)
+        got, want = program.results(out), candidate.expected(common)
+        deviations[name] = _deviation(name, got, want)
+        if not deviations[name] <= _tolerance(case):
+            raise AssertionError(
+                f"{name} differs from {next(iter(programs))} by {deviations[name]:.1e} "
+                f"in {case.name}, {of}."
+            )
+    return deviations
+
+
+def _tolerance(case: Case) -> float:
+    tolerance = TOLERANCES[case.x.dtype.name]
+    on_cpu = jax.default_backend() == "cpu"
+    return tolerance if on_cpu else max(tolerance, _MATRIX_UNITS)
+
+
+def _common(out: Any, of: str) -> list:
+    """The first candidate has the common layout."""
+    if of == "forward":
+        return [out]
+    y, (of_params, of_x) = out
+    return [y, of_x, of_params]
+
+
+def _deviation(name: str, got: list[np.ndarray], want: list[np.ndarray]) -> float:
+    shapes = [[a.shape for a in arrays] for arrays in (got, want)]
+    if shapes[0] != shapes[1]:
+        raise AssertionError(f"{name} returns shapes {shapes[0]}, not {shapes[1]}.")
+    # A gradient that is zero but for rounding (of attention's key bias) has no scale.
+    least = 1e-3 * max(np.max(np.abs(b)) for b in want)
+    relative = lambda a, b: np.max(np.abs(a - b)) / max(np.max(np.abs(b)), least)
+    return float(max(relative(a, b) for a, b in zip(got, want)))
+
+
+def take_turns(calls: dict[str, Callable[[], Any]], effort: Effort) -> dict[str, list]:
+    """Seconds of one call of each, in turn, in another order each round."""
+    repeats = {name: _repeats(call) for name, call in calls.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(0)
+    end = time.perf_counter() + effort.seconds
+    for done in range(effort.rounds):
+        if done >= 3 and time.perf_counter() > end:
+            break
+        for name in order.sample(list(calls), len(calls)):
+            call = calls[name]
+            call()  # caches and threads as this candidate leaves them
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                call()
+            seconds[name].append((time.perf_counter() - start) / repeats[name])
+    return seconds
+
+
+def _repeats(call: Callable[[], Any]) -> int:
+    call()
+    start = time.perf_counter()
+    call()
+    return max(1, math.ceil(_SHORTEST / (time.perf_counter() - start)))
+
+
+def measure(
+    case: Case, of: str, candidates: Iterable[str | Candidate], effort: Effort
+) -> list[dict]:
+    """A row for each candidate; ratios are to the first, which is the floor."""
+    programs, missing = compile_all(case, of, candidates)
+    deviations = check(case, of, programs)
+    seconds = take_turns({n: p.call for n, (_, p) in programs.items()}, effort)
+    base = statistics.median(next(iter(seconds.values())))
+    rows = []
+    for name, times in seconds.items():
+        program = programs[name][1]
+        low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+        rows.append(
+            {
+                "case": case.name,
+                "layer": case.layer,
+                "timesteps": case.timesteps,
+                "of": of,
+                "candidate": name,
+                "ratio": median / base,
+                "quartiles": [low / base, high / base],
+                "seconds": median,
+                "compile_seconds": program.compile_seconds,
+                "temporary_bytes": program.temporary_bytes,
+                "deviation": deviations[name],
+            }
+        )
+    return rows + missing

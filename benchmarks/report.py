@@ -1,0 +1,114 @@
+"""What a run leaves: `results.json`, a Markdown table, and plots."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.plots import draw_all
+from benchmarks.targets import answers
+
+Row = dict[str, Any]
+
+
+def write(out: Path, results: dict[str, Any]) -> None:
+    """All files; each is replaced as a whole or not at all."""
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out / "results.json", json.dumps(results, indent=1))
+    _write(out / "README.md", markdown(results))
+    draw_all(out, results)
+
+
+def _write(path: Path, text: str) -> None:
+    handle, draft = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.chmod(draft, 0o644)
+    os.replace(draft, path)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    about = results["about"]
+    versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items())
+    cores = f", {about['cores']} cores" if about["cores"] else ""
+    lines = [
+        f"# Results on {about['device']}{cores}",
+        "",
+        f"Python {about['python']}; {versions}.",
+        "",
+        "Ratios are of medians to the first row of each case; quartiles in brackets. "
+        "All candidates of a case ran in turn, on the same numbers, and agree.",
+        "",
+        *_table(("measure", "target", "figure"), answers(results["rows"])),
+        "",
+        *_ceilings(results.get("ceilings", {})),
+    ]
+    for suite in dict.fromkeys(row["suite"] for row in results["rows"]):
+        rows = [row for row in results["rows"] if row["suite"] == suite]
+        lines += ["", f"## {suite}", "", *_rows(rows, results.get("ceilings", {}))]
+    return "\n".join(lines) + "\n"
+
+
+def _ceilings(rates: dict[str, float]) -> list[str]:
+    if not rates:
+        return []
+    shown = ", ".join(
+        f"{name} {rate / 1e9:.0f} G{'B' if name == 'copy' else 'flop'}/s"
+        for name, rate in rates.items()
+    )
+    return [f"Ceilings measured in the same run: {shown}."]
+
+
+def _rows(rows: list[Row], ceilings: dict[str, float]) -> list[str]:
+    columns: dict[str, Callable[[Row], str]] = {
+        "case": lambda row: row["case"],
+        "of": lambda row: row["of"],
+        "candidate": _name,
+        "ratio": lambda row: f"{row['ratio']:.2f}" if "ratio" in row else "",
+        "quartiles": lambda row: " to ".join(
+            f"{q:.2f}" for q in row.get("quartiles", [])
+        ),
+        "compile": lambda row: _number(row.get("compile_seconds"), "{:.2f} s"),
+        "temporary": lambda row: _number(row.get("temporary_bytes"), "{:.1f} MB", 1e6),
+        "of roofline": lambda row: _number(roofline(row, ceilings), "{:.2f}"),
+        "deviation": lambda row: _number(row.get("deviation"), "{:.0e}"),
+    }
+    cells = [[text(row) for text in columns.values()] for row in rows]
+    used = [any(column) for column in zip(*cells)]
+    keep = lambda values: [value for value, wanted in zip(values, used) if wanted]
+    present = [row for row, raw in zip(cells, rows) if "missing" not in raw]
+    missing = [
+        f"* {row['candidate']}, {row['case']}, {row['of']}: {row['missing']}"
+        for row in rows
+        if "missing" in row
+    ]
+    heading = ["Missing:", ""] if missing else []
+    return [*_table(keep(columns), map(keep, present)), "", *heading, *missing]
+
+
+def _name(row: Row) -> str:
+    name = row["candidate"]
+    if row.get("chosen"):
+        return f"**{name}** (the tuner's pick)"
+    if name.endswith("tuned") and "options" in row:
+        return f"{name}: {', '.join(f'{k}={v!r}' for k, v in row['options'].items())}"
+    return name
+
+
+def _number(value: float | None, form: str, unit: float = 1.0) -> str:
+    return "" if value is None else form.format(value / unit)
+
+
+def roofline(row: Row, ceilings: dict[str, float]) -> float | None:
+    """The time that the machine's ceilings allow at best, over the time taken."""
+    if "flops" not in row or "seconds" not in row or not ceilings:
+        return None
+    arithmetic = row["flops"] / ceilings[f"matmul {row['dtype']}"]
+    return max(arithmetic, row["bytes"] / ceilings["copy"]) / row["seconds"]
+
+
+def _table(header, rows) -> list[str]:
+    line = lambda cells: "| " + " | ".join(cells) + " |"
+    return [line(header), line(["---"] * len(header)), *map(line, rows)]

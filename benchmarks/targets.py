@@ -1,0 +1,174 @@
+"""What the project promises, each beside the figure that a run gives."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+Row = dict[str, Any]
+TUNED = "time_distributed, tuned"
+VMAP = "time_distributed"
+OURS = ("time_distributed", "tdjax")
+# Below this, a measurement is one of the dispatch.
+_DISPATCH = 100e-6
+
+
+def answers(rows: list[Row]) -> list[tuple[str, str, str]]:
+    """`(measure, target, figure)` of each promise that the rows can answer."""
+    found = []
+    for measure, target, answer in PROMISES:
+        figure = answer([row for row in rows if "missing" not in row])
+        if figure:
+            found.append((measure, target, figure))
+    return found
+
+
+def _cases(rows: Iterable[Row], suites: tuple[str, ...]) -> list[dict[str, Row]]:
+    cases: dict[tuple, dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        if row["suite"] in suites:
+            cases[row["suite"], row["case"], row["of"]][row["candidate"]] = row
+    return list(cases.values())
+
+
+_PEERS = ("dense", "blocks", "video")
+
+
+def _dense_and_raw(rows: list[Row]) -> str:
+    cases = _cases(rows, ("dense",))
+    big = [case for case in cases if case["raw jnp"]["seconds"] > _DISPATCH]
+    return _spread([case[VMAP]["ratio"] for case in big], 1.03)
+
+
+def _compile_growth(rows: list[Row]) -> str:
+    figures = []
+    for name in ("vmap", "fold"):
+        for of in ("forward", "gradient"):
+            seconds = {
+                row["timesteps"]: row["compile_seconds"]
+                for row in rows
+                if row["suite"] == "compile"
+                and (row["candidate"], row["of"]) == (name, of)
+            }
+            if len(seconds) > 1:
+                growth = seconds[max(seconds)] / seconds[min(seconds)]
+                figures.append(f"{name}, {of}: {growth:.2f} times")
+    return "; ".join(figures)
+
+
+def _against_keras(rows: list[Row]) -> str:
+    pairs = [
+        (case["Keras TimeDistributed"], case[TUNED])
+        for case in _cases(rows, _PEERS)
+        if "Keras TimeDistributed" in case and case[TUNED]["timesteps"] >= 128
+    ]
+    if not pairs:
+        return ""
+    times = lambda what: _geometric_mean(a[what] / b[what] for a, b in pairs)
+    run, build = times("seconds"), times("compile_seconds")
+    return f"run {run:.1f}, compile {build:.0f} times faster ({len(pairs)} cases)"
+
+
+def _conv_and_vmap(rows: list[Row]) -> str:
+    figures = [
+        f"{case[VMAP]['case']}, {case[VMAP]['of']}: "
+        f"{case[VMAP]['seconds'] / case[TUNED]['seconds']:.2f}"
+        for case in _cases(rows, ("video",))
+    ]
+    return "; ".join(figures)
+
+
+def _against_peers(rows: list[Row], torch: bool) -> str:
+    ratios = {}
+    for case in _cases(rows, _PEERS):
+        peers = [
+            row["seconds"]
+            for name, row in case.items()
+            if not name.startswith(OURS) and ("PyTorch" in name) == torch
+        ]
+        if peers and case[TUNED]["seconds"] > _DISPATCH:
+            name = f"{case[TUNED]['case']}, {case[TUNED]['of']}"
+            ratios[name] = case[TUNED]["seconds"] / min(peers)
+    if not ratios:
+        return ""
+    worst = max(ratios, key=lambda name: ratios[name])
+    return f"{_spread(list(ratios.values()), 1.1)}; worst: {worst}"
+
+
+def _chunked(rows: list[Row]) -> str:
+    figures = []
+    for case in _cases(rows, ("memory",)):
+        whole = case["vmap, all steps at once"]
+        size = max(1, whole["timesteps"] // 8)
+        row = case[f"chunk_size={size}, remat=True"]
+        time = row["seconds"] / whole["seconds"]
+        room = row["temporary_bytes"] / whole["temporary_bytes"]
+        figures.append(
+            f"{row['case']}: {time:.2f} times the time, {room:.2f} of the memory"
+        )
+    return "; ".join(figures)
+
+
+def _budget(rows: list[Row]) -> str:
+    used = [row["spent"] / row["budget"] for row in rows if row["suite"] == "tuner"]
+    return f"at most {max(used):.2f} of the budget" if used else ""
+
+
+def _picks(rows: list[Row]) -> str:
+    ratios = []
+    for case in _cases(rows, ("tuner",)):
+        chosen = [row["seconds"] for row in case.values() if row["chosen"]]
+        ratios += [min(chosen) / min(row["seconds"] for row in case.values())]
+    return _spread(ratios, 1.1) if ratios else ""
+
+
+def _spread(ratios: list[float], target: float) -> str:
+    if not ratios:
+        return ""
+    within = sum(ratio <= target for ratio in ratios)
+    return (
+        f"geometric mean {_geometric_mean(ratios):.2f}, largest {max(ratios):.2f}; "
+        f"{within} of {len(ratios)} within {target}"
+    )
+
+
+def _geometric_mean(ratios: Iterable[float]) -> float:
+    logs = [math.log(ratio) for ratio in ratios]
+    return math.exp(sum(logs) / len(logs))
+
+
+PROMISES: list[tuple[str, str, Callable[[list[Row]], str]]] = [
+    (
+        "`time_distributed(dense)` against raw `x @ w + b`, above 100 µs",
+        "at most 1.03 times",
+        _dense_and_raw,
+    ),
+    (
+        "compile time at 4096 steps against 16 steps",
+        "at most 1.2 times",
+        _compile_growth,
+    ),
+    (
+        "against Keras 3 on JAX, at least 128 steps",
+        "run 1.7, compile 20 times faster",
+        _against_keras,
+    ),
+    ("tuned conv net against plain `vmap`", "at least 2 times faster", _conv_and_vmap),
+    (
+        "tuned against the best JAX peer, above 100 µs",
+        "at most 1.1 times",
+        lambda rows: _against_peers(rows, torch=False),
+    ),
+    (
+        "tuned against PyTorch, above 100 µs",
+        "at most 1.1 times",
+        lambda rows: _against_peers(rows, torch=True),
+    ),
+    (
+        "chunked conv net gradient, an eighth of the activations, against unchunked",
+        "at most 1.3 times",
+        _chunked,
+    ),
+    ("the tuner's pick against the best fixed choice", "at most 1.1 times", _picks),
+    ("the tuner's own time", "at most 1.2 of its budget", _budget),
+]
