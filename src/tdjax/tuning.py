@@ -88,9 +88,9 @@ class Settings:
     """The arguments of `autotune` that say how to search."""
 
     argnums: int | Sequence[int] | None = None
-    budget: float = 30.0
+    budget: int | float = 30.0
     memory_limit: int | None = None
-    tolerance: float | None = None
+    tolerance: int | float | None = None
     candidates: Sequence[Mapping[str, Any]] | None = None
     cache: str | os.PathLike[str] | None = None
 
@@ -132,9 +132,9 @@ def autotune(
     in_axes: Any = 1,
     out_axes: Any = 1,
     argnums: int | Sequence[int] | None = None,
-    budget: float = 30.0,
+    budget: int | float = 30.0,
     memory_limit: int | None = None,
-    tolerance: float | None = None,
+    tolerance: int | float | None = None,
     candidates: Sequence[Mapping[str, Any]] | None = None,
     cache: str | os.PathLike[str] | None = None,
 ) -> Tuning:
