@@ -277,6 +277,24 @@ def test_state_that_does_not_move_stays_bit_for_bit(key, x):
         assert_trees_equal(after["batch_stats"], stats)
 
 
+@methods
+def test_state_that_is_not_written_is_neither_changed_nor_copied(x, options):
+    class Masked(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            mask = self.variable("buffers", "mask", jnp.zeros, (5, 61))
+            return x @ mask.value
+
+    model = TimeDistributed(Masked(), **options)
+    variables = {"buffers": {"mask": jnp.full((5, 61), -jnp.inf)}}
+    run = lambda x: model.apply(variables, x, mutable=["buffers"])
+    _, after = run(x)
+    assert_trees_equal(after, variables)
+    assert "5,61]" in str(jax.make_jaxpr(run)(x))
+    for steps in (1, 3, T):
+        assert f"{steps},5,61]" not in str(jax.make_jaxpr(run)(x))
+
+
 # Randomness
 
 

@@ -104,6 +104,35 @@ def test_counters_are_the_last_steps(x):
         assert model.layer.count[...] == 2
 
 
+@methods
+def test_state_that_is_not_written_is_neither_changed_nor_copied(x, options):
+    class Masked(nnx.Module):
+        def __init__(self):
+            self.mask = nnx.Variable(jnp.full((5, 61), -jnp.inf))
+
+        def __call__(self, x):
+            return x @ self.mask[...]
+
+    model = TimeDistributed(Masked(), **options)
+    before = model.layer.mask[...]
+    program = str(jax.make_jaxpr(lambda x: model(x))(x))
+    model(x)
+    np.testing.assert_array_equal(model.layer.mask[...], before)
+    assert "5,61]" in program
+    for steps in (1, 3, T):
+        assert f"{steps},5,61]" not in program
+
+
+@methods
+def test_evaluation_works_inside_jit_and_grad_of_jax(x, options):
+    model = Model(lambda layer: TimeDistributed(layer, **options), nnx.Rngs(0))
+    model(x)
+    model.eval()
+    want = model(x)
+    np.testing.assert_allclose(jax.jit(lambda x: model(x))(x), want, 1e-5, 1e-5)
+    assert jax.grad(lambda x: model(x).sum())(x).shape == x.shape
+
+
 # Randomness
 
 

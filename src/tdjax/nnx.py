@@ -112,8 +112,25 @@ class TimeDistributed(nnx.Module):
             make_lowering(self),
             self.share_rng,
         )
-        nnx.update(self.layer, after)
+        nnx.update(self.layer, _changed(state, after))
         return y
+
+
+def _changed(before, after):
+    """The variables that hold something new.
+
+    NNX lets a function write only to variables of its own trace, so a layer in
+    evaluation, closed over by `jax.jit`, must not have its statistics written back.
+    """
+    old = {path: jax.tree.leaves(value) for path, value in nnx.to_flat_state(before)}
+
+    def same(path, value) -> bool:
+        leaves, known = jax.tree.leaves(value), old.get(path, [])
+        pairs = zip(leaves, known)
+        return len(leaves) == len(known) and all(new is old for new, old in pairs)
+
+    flat = nnx.to_flat_state(after)
+    return nnx.from_flat_state([each for each in flat if not same(*each)])
 
 
 class _SequenceDense(nnx.Module):
