@@ -305,7 +305,32 @@ def test_dtype_and_param_dtype_are_as_in_flax(x, layer):
     }
 
 
+@pytest.mark.parametrize("layer", [FlattenDense, PerStepDense])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_attributes_are_named_as_those_of_nnx_linear(layer, use_bias):
+    options = {"in_features": 5, "out_features": 2, "use_bias": use_bias}
+    model = layer(T, rngs=nnx.Rngs(0), **options)
+    linear = nnx.Linear(rngs=nnx.Rngs(0), **options)
+    for name in ("in_features", "out_features", "use_bias", "dtype", "param_dtype"):
+        assert getattr(model, name) == getattr(linear, name)
+    assert (model.bias is None) == (linear.bias is None)
+
+
 # Errors
+
+
+class Calls(nnx.Module):
+    """Counts its calls outside of any variable."""
+
+    def __init__(self, depth=1):
+        self.count = 0
+        self.inner = Calls(depth - 1) if depth else None
+
+    def __call__(self, x):
+        if self.inner is not None:
+            return self.inner(x)
+        self.count += 1
+        return x
 
 
 @pytest.mark.parametrize(
@@ -351,7 +376,24 @@ def test_dtype_and_param_dtype_are_as_in_flax(x, layer):
         (
             lambda x: FlattenDense(T, 5, 0, rngs=nnx.Rngs(0)),
             ValueError,
-            "features must be a positive int, got 0",
+            "out_features must be a positive int, got 0",
+        ),
+        (
+            lambda x: TimeDistributed(nnx.Dropout(0.5))(x, rngs=nnx.Rngs(0)),
+            TypeError,
+            "rngs must hold arrays, got an nnx.Rngs .* when it is made",
+        ),
+        (
+            lambda x: TimeDistributed(nnx.Dropout(0.5), in_axes=(1, None))(
+                x, {"noise": nnx.Rngs(0).params}
+            ),
+            TypeError,
+            r"args\[1\] must hold arrays, got an nnx.Rngs",
+        ),
+        (
+            lambda x: TimeDistributed(Calls())(x),
+            TypeError,
+            "in an nnx.Variable, got the attribute 'inner.count' set from 0 to 1",
         ),
     ],
 )
