@@ -140,6 +140,54 @@ def test_a_shared_embedding_stays_shared(key):
     )
 
 
+class SharedInSetup(nn.Module):
+    wraps: tuple
+
+    def setup(self):
+        shared = nn.Dense(5)
+        self.first, self.second = (wrap(shared) for wrap in self.wraps)
+
+    def __call__(self, x):
+        return self.second(self.first(x))
+
+
+def shared_from_outside(wraps):
+    shared = nn.Dense(5)
+    return nn.Sequential([wrap(shared) for wrap in wraps])
+
+
+@pytest.mark.parametrize("build", [shared_from_outside, SharedInSetup])
+def test_a_layer_shared_by_reference_has_one_set_of_parameters(key, x, build):
+    for wraps in (
+        (TimeDistributed, TimeDistributed),
+        (TimeDistributed, plain),
+        (plain, TimeDistributed),
+    ):
+        model = build(wraps)
+        variables = model.init(key, x)
+        (dense,) = variables["params"].values()
+        want = x @ dense["kernel"] @ dense["kernel"]
+        got = model.apply(variables, x)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_that_needs_the_axis_name_initialises(key, x):
+    class Centred(nn.Module):
+        centre: bool = True
+
+        @nn.compact
+        def __call__(self, x):
+            h = nn.Dense(2)(x)
+            self.variable("batch_stats", "first", lambda: h)
+            return h - jax.lax.pmean(h, "time") if self.centre else h
+
+    model = TimeDistributed(Centred(), axis_name="time")
+    y, variables = model.init_with_output(key, x)
+    assert_trees_equal(variables, Centred(centre=False).init(key, x[:, 0]))
+    h = Centred(centre=False).apply(variables, x)
+    np.testing.assert_allclose(y, h - h.mean(1, keepdims=True), rtol=1e-4, atol=1e-5)
+
+
 # Inputs
 
 
