@@ -300,6 +300,8 @@ def test_no_tracer_leaks(params):
         ({"remat": True}, "b, t"),
         ({"chunk_size": 1}, "b, t"),
         ({"chunk_size": 2}, "b, t"),
+        ({"chunk_size": 2, "method": "fold"}, "b, t"),
+        ({"chunk_size": 2, "method": "fold", "remat": True}, "b, t"),
         ({"chunk_size": 2, "method": "fold"}, "b, 2*t"),
         ({"chunk_size": 2, "remat": True}, "b, 2*t"),
     ],
@@ -312,9 +314,15 @@ def test_export_with_symbolic_batch_and_time(params, options, sizes):
     batch, time = export.symbolic_shape(sizes, constraints=["t >= 2"])
     x = jax.ShapeDtypeStruct((batch, time, 3), jnp.float32)
     exported = export.export(jax.jit(apply))(params, x)
-    for timesteps in (4, 6):
+    (result,) = exported.out_avals
+    assert result.shape == (batch, time, 4)
+    gradient = jax.jit(jax.grad(lambda params, x: apply(params, x).sum()))
+    exported_gradient = export.export(gradient)(params, x)
+    for timesteps in (4, 5, 6) if sizes == "b, t" else (4, 6):
         x = integers(0, 3, timesteps, 3)
         np.testing.assert_array_equal(exported.call(params, x), numpy_dense(params, x))
+        kernel = exported_gradient.call(params, x)["kernel"]
+        np.testing.assert_array_equal(kernel, x.sum((0, 1))[:, None].repeat(4, 1))
 
 
 def test_time_can_be_sharded():

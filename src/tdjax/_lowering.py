@@ -262,8 +262,21 @@ def _compiled_loop(block, inputs: Inputs, out_axes, timesteps, lowering: Lowerin
     results = _map_results(join_blocks, stacked, out_axes)
     if whole == timesteps:
         return results
-    tail = _maybe_remat(block, lowering.remat)(_slice(inputs, whole, timesteps))
-    return _concatenate([results, tail], out_axes)
+    # Written like this, JAX knows that a symbolic size of the tail is not negative.
+    stop = whole + timesteps % chunk
+    tail = _maybe_remat(block, lowering.remat)(_slice(inputs, whole, stop))
+    results = _concatenate([results, tail], out_axes)
+    if isinstance(timesteps, int):
+        return results
+    return _map_results(functools.partial(_first_steps, timesteps), results, out_axes)
+
+
+def _first_steps(timesteps, y, axis: Axis):
+    """All steps; JAX can't tell that a sum of symbolic sizes is `timesteps`."""
+    if axis is None:
+        return y
+    axis = output_position(axis, y.ndim)
+    return jax.lax.dynamic_slice_in_dim(y, 0, timesteps, axis)
 
 
 def _slice(inputs: Inputs, start, stop) -> list:
