@@ -371,6 +371,23 @@ def test_each_step_draws_its_own_noise(key, options):
         assert (drops[:, t] != drops[:, 0]).any()
 
 
+@methods
+def test_noise_over_no_steps_and_keys_as_inputs_give_empty_results(key, options):
+    class Noise(nn.Module):
+        @nn.compact
+        def __call__(self, keys):
+            noise = jax.random.normal(self.make_rng("dropout"), keys.shape)
+            return noise + jax.vmap(jax.random.normal)(keys)
+
+    model = TimeDistributed(Noise(), **options)
+    rngs = {"params": key, "dropout": key}
+    for chunk_size in {1, options.get("chunk_size")}:
+        model = model.clone(chunk_size=chunk_size)
+        y, _ = model.init_with_output(rngs, jax.random.split(key, (B, 0)))
+        assert y.shape == (B, 0)
+        assert model.apply({}, jax.random.split(key, (0, T)), rngs=rngs).shape == (0, T)
+
+
 def test_share_rng_gives_all_steps_the_same_noise(key):
     for options in ({}, {"chunk_size": 1}, {"chunk_size": 4}):
         (y,) = run_dropout(key, share_rng=True, **options)

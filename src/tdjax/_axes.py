@@ -121,6 +121,14 @@ def slice_steps(x, axis: Axis, start, stop):
     return jax.lax.slice_in_dim(x, start, stop, axis=position(axis))
 
 
+def first_step(x, axis: Axis):
+    """The first step, time axis gone; zeros if there are no steps."""
+    axis = position(axis)
+    if x.shape[axis] == 0:
+        return jnp.zeros((*x.shape[:axis], *x.shape[axis + 1 :]), x.dtype)
+    return jax.lax.index_in_dim(x, 0, axis, keepdims=False)
+
+
 def blocks_first(x, axis: Axis, size: int):
     """(..., n * size, ...) -> (n, ..., size, ...)."""
     axis = position(axis)

@@ -16,6 +16,7 @@ from tdjax._axes import (
     blocks_first,
     broadcast_axes,
     concatenate_blocks,
+    first_step,
     join_blocks,
     output_position,
     position,
@@ -171,7 +172,7 @@ def _batch_size(x, axis):
 def _merge_time(x, axis: Axis, time_major: bool):
     """(batch, time, ...) -> (batch * time, ...), or (time * batch, ...)."""
     if axis is PER_STEP:
-        return x[0]
+        return first_step(x, axis)
     # Adjacent in the order of the merge, the axes are merged by a reshape alone.
     x = jnp.moveaxis(x, position(axis), 0 if time_major else 1)
     return jnp.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]))

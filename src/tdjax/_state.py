@@ -9,6 +9,7 @@ from tdjax._axes import (
     PER_STEP,
     PER_STEP_OR_BATCH,
     Inputs,
+    first_step,
     flatten_inputs,
     time_size,
 )
@@ -46,16 +47,10 @@ def distribute_stateful(
     return y, _join_state(before, _after_steps(before, kept), new)
 
 
-def first_step(args: tuple, in_axes: Any) -> tuple:
+def first_steps(args: tuple, in_axes: Any) -> tuple:
     """The arguments of the first step; zeros if there are no steps."""
     inputs = flatten_inputs(args, in_axes)
-
-    def first(x, axis):
-        if x.shape[axis] == 0:
-            return jnp.zeros((*x.shape[:axis], *x.shape[axis + 1 :]), x.dtype)
-        return jax.lax.index_in_dim(x, 0, axis, keepdims=False)
-
-    return inputs.rebuild(map(first, inputs.mapped, inputs.mapped_axes))
+    return inputs.rebuild(map(first_step, inputs.mapped, inputs.mapped_axes))
 
 
 def make_lowering(options: Any) -> Lowering:

@@ -12,7 +12,7 @@ from flax.linen.dtypes import promote_dtype
 from flax.linen.module import _caches
 
 from tdjax._checks import describe, refuse_mask, require_array
-from tdjax._state import distribute_stateful, first_step, make_lowering
+from tdjax._state import distribute_stateful, first_steps, make_lowering
 from tdjax.dense import (
     Initializer,
     default_bias_init,
@@ -104,7 +104,7 @@ class TimeDistributed(nn.Module):
         """Calls `layer` on every step; keyword arguments are shared by all steps."""
         refuse_mask(kwargs)
         if self.is_initializing():
-            self._init_layer(*first_step(args, _thaw(self.in_axes)), **kwargs)
+            self._init_layer(*first_steps(args, _thaw(self.in_axes)), **kwargs)
         over_time = nn.transforms.lift_transform(_lift, _call, self, kwargs)
         return over_time(self.layer, *args)
 
