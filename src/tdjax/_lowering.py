@@ -75,9 +75,17 @@ def distribute(call, inputs: Inputs, out_axes: Any, lowering: Lowering) -> Any:
     chunk = lowering.chunk_size
     # A symbolic size can't be compared; the loop below handles it as it comes.
     if chunk is None or (isinstance(timesteps, int) and timesteps <= chunk):
-        return _maybe_remat(block, lowering.remat)(inputs.mapped)
-    if chunk == 1:
-        block = _step_block(call, axes, out_axes)
+        y = _maybe_remat(block, lowering.remat)(inputs.mapped)
+    else:
+        if chunk == 1:
+            block = _step_block(call, axes, out_axes)
+        y = _loop(block, inputs, out_axes, timesteps, lowering)
+    if lowering.method == "fold":
+        _check_fold_shapes(call, inputs, out_axes, y)
+    return y
+
+
+def _loop(block, inputs: Inputs, out_axes, timesteps, lowering: Lowering):
     if lowering.unroll is True or lowering.unroll > 1:
         _require_known_size(timesteps, lowering.unroll)
     loop = _straight_line if lowering.unroll is True else _compiled_loop
@@ -225,6 +233,32 @@ def _check_shared_results(call, inputs: Inputs, out_axes) -> None:
         jax.eval_shape(reference, inputs.mapped)
 
 
+def _check_fold_shapes(call, inputs: Inputs, out_axes, results) -> None:
+    """Compares with one step's shapes, which must not depend on the batch size."""
+    step = lambda mapped: call([*map(first_step, mapped, inputs.mapped_axes)])
+    over_time = functools.partial(_over_time, time_size(inputs))
+    wanted = _map_results(over_time, jax.eval_shape(step, inputs.mapped), out_axes)
+    hide = lambda y, axis: None if isinstance(axis, PerStep) else jnp.asarray(y)
+    got = _map_results(hide, results, out_axes)
+    for want, y in zip(jax.tree.leaves(wanted), jax.tree.leaves(got)):
+        if y.shape != want.shape:
+            raise ValueError(
+                "method='fold' needs results of the shape that the steps stacked have, "
+                f"{describe(want)}: fun was given all examples of all steps at once, "
+                f"and that made {describe(y)} of it. Use method='vmap'."
+            )
+
+
+def _over_time(timesteps, y, axis: Axis):
+    """The shape of one step's result, with time; no shape for a layer's state."""
+    if isinstance(axis, PerStep):
+        return None
+    shape = list(y.shape)
+    if axis is not None:
+        shape.insert(output_position(axis, y.ndim + 1), timesteps)
+    return jax.ShapeDtypeStruct(shape, y.dtype)
+
+
 def _maybe_remat(block, remat: bool, prevent_cse: bool = True):
     return jax.checkpoint(block, prevent_cse=prevent_cse) if remat else block
 
@@ -254,9 +288,7 @@ def _compiled_loop(block, inputs: Inputs, out_axes, timesteps, lowering: Lowerin
         blocks_first(x, axis, chunk)
         for x, axis in zip(_slice(inputs, 0, whole), inputs.mapped_axes)
     ]
-    # Inside a loop nothing can be merged across iterations, so the barriers that
-    # would prevent it are left out.
-    body = _maybe_remat(block, lowering.remat, prevent_cse=False)
+    body = _maybe_remat(block, lowering.remat, not _is_loop(whole // chunk, lowering))
     _, stacked = jax.lax.scan(
         lambda _, x: (None, body(x)), None, xs, unroll=int(lowering.unroll) or 1
     )
@@ -270,6 +302,17 @@ def _compiled_loop(block, inputs: Inputs, out_axes, timesteps, lowering: Lowerin
     if isinstance(timesteps, int):
         return results
     return _map_results(functools.partial(_first_steps, timesteps), results, out_axes)
+
+
+def _is_loop(blocks, lowering: Lowering) -> bool:
+    """Whether `scan` leaves no block outside of a loop.
+
+    Inside one nothing is merged across iterations, and `remat` needs no barriers. With
+    no more blocks than `unroll`, or with a remainder, it does need them.
+    """
+    unroll = int(lowering.unroll) or 1
+    # A symbolic number of blocks has unroll=1, and may well be more.
+    return not isinstance(blocks, int) or (blocks > unroll and blocks % unroll == 0)
 
 
 def _first_steps(timesteps, y, axis: Axis):
