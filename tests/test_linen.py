@@ -5,6 +5,7 @@ import numpy as np
 import optax
 import pytest
 from flax.core import FrozenDict
+from flax.errors import CallCompactUnboundModuleError
 
 import tdjax
 import zoo
@@ -561,6 +562,21 @@ def test_dtype_and_param_dtype_are_as_in_flax(key, x, layer):
             lambda key, x: FlattenDense(2.5).init(key, x),
             TypeError,
             "features must be a positive int, got float",
+        ),
+        (
+            lambda key, x: tdjax.time_distributed(nn.Dense(2)),
+            TypeError,
+            "fun must be a function of arrays, got Dense .* tdjax.linen.TimeDistributed",
+        ),
+        (
+            lambda key, x: tdjax.time_distributed(nn.Dense),
+            TypeError,
+            "fun must be a function of arrays, got type .* tdjax.linen.TimeDistributed",
+        ),
+        (
+            lambda key, x: TimeDistributed(nn.Dense(2))(x),
+            CallCompactUnboundModuleError,
+            "unbound modules",
         ),
     ],
 )

@@ -319,6 +319,12 @@ def test_attributes_are_named_as_those_of_nnx_linear(layer, use_bias):
 # Errors
 
 
+@pytest.mark.parametrize("layer", [FlattenDense, PerStepDense])
+def test_pythons_errors_about_arguments_name_no_private_class(layer):
+    # They show this name; the call itself is wrapped by the test run's type checks.
+    assert "_" not in layer.__init__.__qualname__.replace("__init__", "")
+
+
 class Calls(nnx.Module):
     """Counts its calls outside of any variable."""
 
@@ -394,6 +400,11 @@ class Calls(nnx.Module):
             lambda x: TimeDistributed(Calls())(x),
             TypeError,
             "in an nnx.Variable, got the attribute 'inner.count' set from 0 to 1",
+        ),
+        (
+            lambda x: tdjax.time_distributed(batch_norm()),
+            TypeError,
+            "fun must be a function of arrays, got BatchNorm .* tdjax.nnx.TimeDistributed",
         ),
     ],
 )

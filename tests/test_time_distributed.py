@@ -459,7 +459,22 @@ td = tdjax.time_distributed
             ValueError,
             r"in_axes must give at least one",
         ),
-        (lambda: td(abs)(), ValueError, r"in_axes must give at least one"),
+        (
+            lambda: td(abs)(x=ONES),
+            ValueError,
+            r"in_axes must give at least one positional .* Keyword arguments are shared",
+        ),
+        (lambda: td(abs)({}), ValueError, r"in_axes must give at least one array"),
+        (
+            lambda: td(abs)([[1.0, 2.0]]),
+            TypeError,
+            r"args\[0\]\[0\]\[0\] .* lists of them with jnp.asarray",
+        ),
+        (
+            lambda: td(abs, unroll=True),
+            ValueError,
+            r"unroll=True .* needs chunk_size, .* got chunk_size=None",
+        ),
         (
             lambda: td(abs, out_axes=(1, 1))(ONES),
             ValueError,

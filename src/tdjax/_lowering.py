@@ -46,6 +46,11 @@ class Lowering:
             require_positive_int("chunk_size", self.chunk_size)
         if not isinstance(self.unroll, bool):
             require_positive_int("unroll", self.unroll)
+        if self.chunk_size is None and (self.unroll is True or self.unroll > 1):
+            raise ValueError(
+                f"unroll={self.unroll} says how the loop over blocks is compiled; it "
+                "needs chunk_size, the steps per block, got chunk_size=None."
+            )
         if not isinstance(self.remat, bool):
             raise TypeError(f"remat must be a bool, got {describe(self.remat)}.")
         self._check_names()

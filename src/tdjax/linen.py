@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import DenyList, FrozenDict, Scope, lift
+from flax.errors import CallCompactUnboundModuleError
 from flax.linen.dtypes import promote_dtype
 from flax.linen.module import _caches
 
@@ -49,7 +50,7 @@ class TimeDistributed(nn.Module):
       out_axes: the time axis of the results.
       method: `"vmap"` or `"fold"`.
       chunk_size: steps per block, or None for all in one.
-      unroll: how the loop over blocks is compiled.
+      unroll: how the loop over blocks is compiled; needs `chunk_size`.
       remat: recompute activations in the backward pass.
       axis_name: a name for the time axis, as `nn.BatchNorm(axis_name=...)` takes to
         normalise over all steps with `method="vmap"`. `init` calls `layer` with a time
@@ -103,6 +104,8 @@ class TimeDistributed(nn.Module):
     def __call__(self, *args, **kwargs):
         """Calls `layer` on every step; keyword arguments are shared by all steps."""
         refuse_mask(kwargs)
+        if self.scope is None:
+            raise CallCompactUnboundModuleError()
         if self.is_initializing():
             self._init_layer(*first_steps(args, _thaw(self.in_axes)), **kwargs)
         over_time = nn.transforms.lift_transform(_lift, _call, self, kwargs)

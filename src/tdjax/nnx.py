@@ -48,7 +48,7 @@ class TimeDistributed(nnx.Module):
       out_axes: the time axis of the results.
       method: `"vmap"` or `"fold"`.
       chunk_size: steps per block, or None for all in one.
-      unroll: how the loop over blocks is compiled.
+      unroll: how the loop over blocks is compiled; needs `chunk_size`.
       remat: recompute activations in the backward pass.
       axis_name: a name for the time axis, as `nnx.BatchNorm(axis_name=...)` takes to
         normalise over all steps with `method="vmap"`.
@@ -213,6 +213,9 @@ class _SequenceDense(nnx.Module):
         self.dtype, self.param_dtype, self.use_bias = dtype, param_dtype, use_bias
         self.kernel = nnx.Param(params["kernel"])
         self.bias = nnx.Param(params["bias"]) if use_bias else None
+
+    # Python names it so in an error about arguments; the class is not the user's.
+    __init__.__qualname__ = "__init__"
 
     def __call__(self, x):
         """`(..., timesteps, in_features)` -> `(..., timesteps, out_features)`."""
