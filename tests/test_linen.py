@@ -5,6 +5,7 @@ import numpy as np
 import optax
 import pytest
 from flax.core import FrozenDict
+from flax.errors import CallCompactUnboundModuleError
 
 import tdjax
 import zoo
@@ -138,6 +139,54 @@ def test_a_shared_embedding_stays_shared(key):
     np.testing.assert_allclose(
         Tied().apply(variables, tokens), table[tokens] @ table.T, rtol=1e-5, atol=1e-6
     )
+
+
+class SharedInSetup(nn.Module):
+    wraps: tuple
+
+    def setup(self):
+        shared = nn.Dense(5)
+        self.first, self.second = (wrap(shared) for wrap in self.wraps)
+
+    def __call__(self, x):
+        return self.second(self.first(x))
+
+
+def shared_from_outside(wraps):
+    shared = nn.Dense(5)
+    return nn.Sequential([wrap(shared) for wrap in wraps])
+
+
+@pytest.mark.parametrize("build", [shared_from_outside, SharedInSetup])
+def test_a_layer_shared_by_reference_has_one_set_of_parameters(key, x, build):
+    for wraps in (
+        (TimeDistributed, TimeDistributed),
+        (TimeDistributed, plain),
+        (plain, TimeDistributed),
+    ):
+        model = build(wraps)
+        variables = model.init(key, x)
+        (dense,) = variables["params"].values()
+        want = x @ dense["kernel"] @ dense["kernel"]
+        got = model.apply(variables, x)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_that_needs_the_axis_name_initialises(key, x):
+    class Centred(nn.Module):
+        centre: bool = True
+
+        @nn.compact
+        def __call__(self, x):
+            h = nn.Dense(2)(x)
+            self.variable("batch_stats", "first", lambda: h)
+            return h - jax.lax.pmean(h, "time") if self.centre else h
+
+    model = TimeDistributed(Centred(), axis_name="time")
+    y, variables = model.init_with_output(key, x)
+    assert_trees_equal(variables, Centred(centre=False).init(key, x[:, 0]))
+    h = Centred(centre=False).apply(variables, x)
+    np.testing.assert_allclose(y, h - h.mean(1, keepdims=True), rtol=1e-4, atol=1e-5)
 
 
 # Inputs
@@ -277,6 +326,24 @@ def test_state_that_does_not_move_stays_bit_for_bit(key, x):
         assert_trees_equal(after["batch_stats"], stats)
 
 
+@methods
+def test_state_that_is_not_written_is_neither_changed_nor_copied(x, options):
+    class Masked(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            mask = self.variable("buffers", "mask", jnp.zeros, (5, 61))
+            return x @ mask.value
+
+    model = TimeDistributed(Masked(), **options)
+    variables = {"buffers": {"mask": jnp.full((5, 61), -jnp.inf)}}
+    run = lambda x: model.apply(variables, x, mutable=["buffers"])
+    _, after = run(x)
+    assert_trees_equal(after, variables)
+    assert "5,61]" in str(jax.make_jaxpr(run)(x))
+    for steps in (1, 3, T):
+        assert f"{steps},5,61]" not in str(jax.make_jaxpr(run)(x))
+
+
 # Randomness
 
 
@@ -303,6 +370,23 @@ def test_each_step_draws_its_own_noise(key, options):
         assert (blocks[0] != blocks[1]).any()
     for t in range(1, 6):
         assert (drops[:, t] != drops[:, 0]).any()
+
+
+@methods
+def test_noise_over_no_steps_and_keys_as_inputs_give_empty_results(key, options):
+    class Noise(nn.Module):
+        @nn.compact
+        def __call__(self, keys):
+            noise = jax.random.normal(self.make_rng("dropout"), keys.shape)
+            return noise + jax.vmap(jax.random.normal)(keys)
+
+    model = TimeDistributed(Noise(), **options)
+    rngs = {"params": key, "dropout": key}
+    for chunk_size in {1, options.get("chunk_size")}:
+        model = model.clone(chunk_size=chunk_size)
+        y, _ = model.init_with_output(rngs, jax.random.split(key, (B, 0)))
+        assert y.shape == (B, 0)
+        assert model.apply({}, jax.random.split(key, (0, T)), rngs=rngs).shape == (0, T)
 
 
 def test_share_rng_gives_all_steps_the_same_noise(key):
@@ -478,6 +562,21 @@ def test_dtype_and_param_dtype_are_as_in_flax(key, x, layer):
             lambda key, x: FlattenDense(2.5).init(key, x),
             TypeError,
             "features must be a positive int, got float",
+        ),
+        (
+            lambda key, x: tdjax.time_distributed(nn.Dense(2)),
+            TypeError,
+            "fun must be a function of arrays, got Dense .* tdjax.linen.TimeDistributed",
+        ),
+        (
+            lambda key, x: tdjax.time_distributed(nn.Dense),
+            TypeError,
+            "fun must be a function of arrays, got type .* tdjax.linen.TimeDistributed",
+        ),
+        (
+            lambda key, x: TimeDistributed(nn.Dense(2))(x),
+            CallCompactUnboundModuleError,
+            "unbound modules",
         ),
     ],
 )

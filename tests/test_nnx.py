@@ -104,6 +104,35 @@ def test_counters_are_the_last_steps(x):
         assert model.layer.count[...] == 2
 
 
+@methods
+def test_state_that_is_not_written_is_neither_changed_nor_copied(x, options):
+    class Masked(nnx.Module):
+        def __init__(self):
+            self.mask = nnx.Variable(jnp.full((5, 61), -jnp.inf))
+
+        def __call__(self, x):
+            return x @ self.mask[...]
+
+    model = TimeDistributed(Masked(), **options)
+    before = model.layer.mask[...]
+    program = str(jax.make_jaxpr(lambda x: model(x))(x))
+    model(x)
+    np.testing.assert_array_equal(model.layer.mask[...], before)
+    assert "5,61]" in program
+    for steps in (1, 3, T):
+        assert f"{steps},5,61]" not in program
+
+
+@methods
+def test_evaluation_works_inside_jit_and_grad_of_jax(x, options):
+    model = Model(lambda layer: TimeDistributed(layer, **options), nnx.Rngs(0))
+    model(x)
+    model.eval()
+    want = model(x)
+    np.testing.assert_allclose(jax.jit(lambda x: model(x))(x), want, 1e-5, 1e-5)
+    assert jax.grad(lambda x: model(x).sum())(x).shape == x.shape
+
+
 # Randomness
 
 
@@ -276,7 +305,38 @@ def test_dtype_and_param_dtype_are_as_in_flax(x, layer):
     }
 
 
+@pytest.mark.parametrize("layer", [FlattenDense, PerStepDense])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_attributes_are_named_as_those_of_nnx_linear(layer, use_bias):
+    options = {"in_features": 5, "out_features": 2, "use_bias": use_bias}
+    model = layer(T, rngs=nnx.Rngs(0), **options)
+    linear = nnx.Linear(rngs=nnx.Rngs(0), **options)
+    for name in ("in_features", "out_features", "use_bias", "dtype", "param_dtype"):
+        assert getattr(model, name) == getattr(linear, name)
+    assert (model.bias is None) == (linear.bias is None)
+
+
 # Errors
+
+
+@pytest.mark.parametrize("layer", [FlattenDense, PerStepDense])
+def test_pythons_errors_about_arguments_name_no_private_class(layer):
+    # They show this name; the call itself is wrapped by the test run's type checks.
+    assert "_" not in layer.__init__.__qualname__.replace("__init__", "")
+
+
+class Calls(nnx.Module):
+    """Counts its calls outside of any variable."""
+
+    def __init__(self, depth=1):
+        self.count = 0
+        self.inner = Calls(depth - 1) if depth else None
+
+    def __call__(self, x):
+        if self.inner is not None:
+            return self.inner(x)
+        self.count += 1
+        return x
 
 
 @pytest.mark.parametrize(
@@ -322,7 +382,29 @@ def test_dtype_and_param_dtype_are_as_in_flax(x, layer):
         (
             lambda x: FlattenDense(T, 5, 0, rngs=nnx.Rngs(0)),
             ValueError,
-            "features must be a positive int, got 0",
+            "out_features must be a positive int, got 0",
+        ),
+        (
+            lambda x: TimeDistributed(nnx.Dropout(0.5))(x, rngs=nnx.Rngs(0)),
+            TypeError,
+            "rngs must hold arrays, got an nnx.Rngs .* when it is made",
+        ),
+        (
+            lambda x: TimeDistributed(nnx.Dropout(0.5), in_axes=(1, None))(
+                x, {"noise": nnx.Rngs(0).params}
+            ),
+            TypeError,
+            r"args\[1\] must hold arrays, got an nnx.Rngs",
+        ),
+        (
+            lambda x: TimeDistributed(Calls())(x),
+            TypeError,
+            "in an nnx.Variable, got the attribute 'inner.count' set from 0 to 1",
+        ),
+        (
+            lambda x: tdjax.time_distributed(batch_norm()),
+            TypeError,
+            "fun must be a function of arrays, got BatchNorm .* tdjax.nnx.TimeDistributed",
         ),
     ],
 )

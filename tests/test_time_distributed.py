@@ -220,6 +220,31 @@ def test_no_steps_and_no_examples_give_empty_results(params, options, shape):
     assert apply(params, jnp.ones(shape)).shape == (*shape[:2], 4)
 
 
+def test_fold_takes_functions_that_vmap_cannot_map():
+    def fun(x):
+        return jax.pure_callback(lambda x: 2 * np.asarray(x), x, x)
+
+    x = normal(0, 2, T, 3)
+    for chunk_size in (None, 2):
+        apply = tdjax.time_distributed(fun, method="fold", chunk_size=chunk_size)
+        np.testing.assert_allclose(apply(x), 2 * x)
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "unroll", "barriers"),
+    [(8, 1, False), (8, 2, False), (8, 4, True), (6, 2, True), (3, 1, True)],
+)
+def test_remat_keeps_its_barriers_where_blocks_are_straight_line_code(
+    timesteps, unroll, barriers
+):
+    options = {"chunk_size": 2, "remat": True, "unroll": unroll}
+    apply = tdjax.time_distributed(jnp.sin, **options)
+    jaxpr = jax.make_jaxpr(apply)(jnp.ones((2, timesteps, 3)))
+    (scan,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
+    (block,) = scan.params["jaxpr"].jaxpr.eqns
+    assert block.params["prevent_cse"] == barriers
+
+
 def test_axis_name_lets_fun_see_all_steps():
     x = normal(0, 2, T, 3)
     fun = lambda x: x - jax.lax.pmean(x, "time")
@@ -300,6 +325,8 @@ def test_no_tracer_leaks(params):
         ({"remat": True}, "b, t"),
         ({"chunk_size": 1}, "b, t"),
         ({"chunk_size": 2}, "b, t"),
+        ({"chunk_size": 2, "method": "fold"}, "b, t"),
+        ({"chunk_size": 2, "method": "fold", "remat": True}, "b, t"),
         ({"chunk_size": 2, "method": "fold"}, "b, 2*t"),
         ({"chunk_size": 2, "remat": True}, "b, 2*t"),
     ],
@@ -312,9 +339,15 @@ def test_export_with_symbolic_batch_and_time(params, options, sizes):
     batch, time = export.symbolic_shape(sizes, constraints=["t >= 2"])
     x = jax.ShapeDtypeStruct((batch, time, 3), jnp.float32)
     exported = export.export(jax.jit(apply))(params, x)
-    for timesteps in (4, 6):
+    (result,) = exported.out_avals
+    assert result.shape == (batch, time, 4)
+    gradient = jax.jit(jax.grad(lambda params, x: apply(params, x).sum()))
+    exported_gradient = export.export(gradient)(params, x)
+    for timesteps in (4, 5, 6) if sizes == "b, t" else (4, 6):
         x = integers(0, 3, timesteps, 3)
         np.testing.assert_array_equal(exported.call(params, x), numpy_dense(params, x))
+        kernel = exported_gradient.call(params, x)["kernel"]
+        np.testing.assert_array_equal(kernel, x.sum((0, 1))[:, None].repeat(4, 1))
 
 
 def test_time_can_be_sharded():
@@ -426,7 +459,17 @@ td = tdjax.time_distributed
             ValueError,
             r"in_axes must give at least one",
         ),
-        (lambda: td(abs)(), ValueError, r"in_axes must give at least one"),
+        (
+            lambda: td(abs)(x=ONES),
+            ValueError,
+            r"in_axes must give at least one positional .* Keyword arguments are shared",
+        ),
+        (lambda: td(abs)({}), ValueError, r"in_axes must give at least one array"),
+        (
+            lambda: td(abs)([[1.0, 2.0]]),
+            TypeError,
+            r"args\[0\]\[0\]\[0\] .* lists of them with jnp.asarray",
+        ),
         (
             lambda: td(abs, out_axes=(1, 1))(ONES),
             ValueError,
@@ -459,6 +502,18 @@ td = tdjax.time_distributed
             ValueError,
             r"method='fold' needs results with the batch on axis 0: .* 2 \* 5 = 10 .* "
             r"float32\[3\]",
+        ),
+        (
+            lambda: td(lambda x: x.T, method="fold")(jnp.ones((2, T, 10))),
+            ValueError,
+            r"the shape that the steps stacked have, float32\[10,5,2\]: .* float32\[2,5,10\]",
+        ),
+        (
+            lambda: td(
+                lambda x: jnp.zeros(len(x)), method="fold", chunk_size=2, out_axes=None
+            )(ONES),
+            ValueError,
+            r"the shape that the steps stacked have, float32\[2\]: .* float32\[4\]",
         ),
     ],
 )

@@ -55,6 +55,11 @@ class Inputs(NamedTuple):
 
 def flatten_inputs(args: tuple, in_axes: Any) -> Inputs:
     """Pairs every leaf of `args` with its axis, and checks that the leaf has it."""
+    if not args:
+        raise ValueError(
+            "in_axes must give at least one positional argument an axis to map over, "
+            "got no positional argument. Keyword arguments are shared by all steps."
+        )
     if isinstance(in_axes, list):
         in_axes = tuple(in_axes)
     if isinstance(in_axes, tuple) and len(in_axes) != len(args):
@@ -96,7 +101,8 @@ def positive_axis(name: str, x: Any, axis: Axis) -> Axis:
     if not is_array(x):
         raise TypeError(
             f"{name} is mapped over axis {axis} and must be an array, got "
-            f"{describe(x)}. Give it None in in_axes if every step shares it."
+            f"{describe(x)}. Convert numbers and lists of them with jnp.asarray; give "
+            "None in in_axes to what every step shares."
         )
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(
@@ -119,6 +125,14 @@ def position(axis: Axis) -> int:
 def slice_steps(x, axis: Axis, start, stop):
     """The steps from `start` to `stop`, time axis kept."""
     return jax.lax.slice_in_dim(x, start, stop, axis=position(axis))
+
+
+def first_step(x, axis: Axis):
+    """The first step, time axis gone; zeros if there are no steps."""
+    axis = position(axis)
+    if x.shape[axis] == 0:
+        return jnp.zeros((*x.shape[:axis], *x.shape[axis + 1 :]), x.dtype)
+    return jax.lax.index_in_dim(x, 0, axis, keepdims=False)
 
 
 def blocks_first(x, axis: Axis, size: int):

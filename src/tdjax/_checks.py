@@ -10,7 +10,8 @@ import numpy as np
 def describe(value: Any) -> str:
     """An array as `float32[8,16]`, anything else as its type's name."""
     if not is_array(value):
-        return f"{type(value).__name__} ({value!r:.80})"
+        text = " ".join(repr(value).split())
+        return f"{type(value).__name__} ({text:.80})"
     return f"{value.dtype}[{','.join(str(size) for size in value.shape)}]"
 
 
@@ -74,3 +75,16 @@ def refuse_mask(kwargs: Mapping[str, Any]) -> None:
             f"lacks; got {describe(kwargs['mask'])}. Pass a mask of your own as "
             "a positional argument, with its entry in in_axes."
         )
+
+
+FLAX_MODULES = {"flax.linen.module": "tdjax.linen", "flax.nnx.module": "tdjax.nnx"}
+
+
+def refuse_module(fun: Any) -> None:
+    """A module's variables need an adapter; known by name, Flax stays unimported."""
+    for base in (fun if isinstance(fun, type) else type(fun)).__mro__:
+        if base.__name__ == "Module" and base.__module__ in FLAX_MODULES:
+            raise TypeError(
+                f"fun must be a function of arrays, got {describe(fun)}. Use "
+                f"{FLAX_MODULES[base.__module__]}.TimeDistributed for a Flax module."
+            )

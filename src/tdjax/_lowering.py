@@ -16,6 +16,7 @@ from tdjax._axes import (
     blocks_first,
     broadcast_axes,
     concatenate_blocks,
+    first_step,
     join_blocks,
     output_position,
     position,
@@ -75,15 +76,24 @@ def distribute(call, inputs: Inputs, out_axes: Any, lowering: Lowering) -> Any:
     # A symbolic size can't be compared; the loop below handles it as it comes.
     if chunk is None or (isinstance(timesteps, int) and timesteps <= chunk):
         block = lower(call, axes, out_axes, lowering)
-        return _maybe_remat(block, lowering.remat)(inputs.mapped)
+        y = _maybe_remat(block, lowering.remat)(inputs.mapped)
+    else:
+        make = lower if chunk > 1 else _step_block
+        make = functools.partial(make, axes=axes, out_axes=out_axes, lowering=lowering)
+        y = _loop(make, call, inputs, out_axes, timesteps, lowering)
+    if lowering.method == "fold":
+        _check_fold_shapes(call, inputs, out_axes, y)
+    return y
+
+
+def _loop(make_block, call, inputs: Inputs, out_axes, timesteps, lowering: Lowering):
     if lowering.unroll is True or lowering.unroll > 1:
         _require_known_size(timesteps, lowering.unroll)
-    if lowering.unroll is not True and jax.default_backend() == "cpu":
+    if lowering.unroll is True:
+        return _straight_line(make_block(call), inputs, out_axes, timesteps, lowering)
+    if jax.default_backend() == "cpu":
         call = with_transposed_convolutions(call)
-    make = lower if chunk > 1 else _step_block
-    loop = _straight_line if lowering.unroll is True else _compiled_loop
-    block = make(call, axes, out_axes, lowering)
-    return loop(block, inputs, out_axes, timesteps, lowering)
+    return _compiled_loop(make_block(call), inputs, out_axes, timesteps, lowering)
 
 
 def _call_and_check(call, out_axes, mapped):
@@ -174,7 +184,7 @@ def _batch_size(x, axis):
 def _merge_time(x, axis: Axis, time_major: bool):
     """(batch, time, ...) -> (batch * time, ...), or (time * batch, ...)."""
     if axis is PER_STEP:
-        return x[0]
+        return first_step(x, axis)
     # Adjacent in the order of the merge, the axes are merged by a reshape alone.
     x = jnp.moveaxis(x, position(axis), 0 if time_major else 1)
     return jnp.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]))
@@ -227,6 +237,32 @@ def _check_shared_results(call, inputs: Inputs, out_axes) -> None:
         jax.eval_shape(reference, inputs.mapped)
 
 
+def _check_fold_shapes(call, inputs: Inputs, out_axes, results) -> None:
+    """Compares with one step's shapes, which must not depend on the batch size."""
+    step = lambda mapped: call([*map(first_step, mapped, inputs.mapped_axes)])
+    over_time = functools.partial(_over_time, time_size(inputs))
+    wanted = _map_results(over_time, jax.eval_shape(step, inputs.mapped), out_axes)
+    hide = lambda y, axis: None if isinstance(axis, PerStep) else jnp.asarray(y)
+    got = _map_results(hide, results, out_axes)
+    for want, y in zip(jax.tree.leaves(wanted), jax.tree.leaves(got)):
+        if y.shape != want.shape:
+            raise ValueError(
+                "method='fold' needs results of the shape that the steps stacked have, "
+                f"{describe(want)}: fun was given all examples of all steps at once, "
+                f"and that made {describe(y)} of it. Use method='vmap'."
+            )
+
+
+def _over_time(timesteps, y, axis: Axis):
+    """The shape of one step's result, with time; no shape for a layer's state."""
+    if isinstance(axis, PerStep):
+        return None
+    shape = list(y.shape)
+    if axis is not None:
+        shape.insert(output_position(axis, y.ndim + 1), timesteps)
+    return jax.ShapeDtypeStruct(shape, y.dtype)
+
+
 def _maybe_remat(block, remat: bool, prevent_cse: bool = True):
     return jax.checkpoint(block, prevent_cse=prevent_cse) if remat else block
 
@@ -256,17 +292,39 @@ def _compiled_loop(block, inputs: Inputs, out_axes, timesteps, lowering: Lowerin
         blocks_first(x, axis, chunk)
         for x, axis in zip(_slice(inputs, 0, whole), inputs.mapped_axes)
     ]
-    # Inside a loop nothing can be merged across iterations, so the barriers that
-    # would prevent it are left out.
-    body = _maybe_remat(block, lowering.remat, prevent_cse=False)
+    body = _maybe_remat(block, lowering.remat, not _is_loop(whole // chunk, lowering))
     _, stacked = jax.lax.scan(
         lambda _, x: (None, body(x)), None, xs, unroll=int(lowering.unroll) or 1
     )
     results = _map_results(join_blocks, stacked, out_axes)
     if whole == timesteps:
         return results
-    tail = _maybe_remat(block, lowering.remat)(_slice(inputs, whole, timesteps))
-    return _concatenate([results, tail], out_axes)
+    # Written like this, JAX knows that a symbolic size of the tail is not negative.
+    stop = whole + timesteps % chunk
+    tail = _maybe_remat(block, lowering.remat)(_slice(inputs, whole, stop))
+    results = _concatenate([results, tail], out_axes)
+    if isinstance(timesteps, int):
+        return results
+    return _map_results(functools.partial(_first_steps, timesteps), results, out_axes)
+
+
+def _is_loop(blocks, lowering: Lowering) -> bool:
+    """Whether `scan` leaves no block outside of a loop.
+
+    Inside one nothing is merged across iterations, and `remat` needs no barriers. With
+    no more blocks than `unroll`, or with a remainder, it does need them.
+    """
+    unroll = int(lowering.unroll) or 1
+    # A symbolic number of blocks has unroll=1, and may well be more.
+    return not isinstance(blocks, int) or (blocks > unroll and blocks % unroll == 0)
+
+
+def _first_steps(timesteps, y, axis: Axis):
+    """All steps; JAX can't tell that a sum of symbolic sizes is `timesteps`."""
+    if axis is None:
+        return y
+    axis = output_position(axis, y.ndim)
+    return jax.lax.dynamic_slice_in_dim(y, 0, timesteps, axis)
 
 
 def _slice(inputs: Inputs, start, stop) -> list:

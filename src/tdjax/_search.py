@@ -34,9 +34,9 @@ _FOR_TRIALS = 0.7
 class Limits:
     """What the search may use: seconds, bytes, and deviation from the reference."""
 
-    budget: float
+    budget: int | float
     memory_limit: int | None = None
-    tolerance: float | None = None
+    tolerance: int | float | None = None
     start: float = dataclasses.field(default_factory=time.perf_counter)
 
     def left(self, part: float = 1.0) -> float:

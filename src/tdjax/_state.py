@@ -9,6 +9,7 @@ from tdjax._axes import (
     PER_STEP,
     PER_STEP_OR_BATCH,
     Inputs,
+    first_step,
     flatten_inputs,
     time_size,
 )
@@ -23,7 +24,8 @@ def distribute_stateful(
     Returns `(y, state)`, where the state is that after all steps: what was in
     `before` keeps its shape, floats (running statistics) moved by the mean over steps,
     anything else (counters, keys) as the last step left it. What is new (sown values)
-    is stacked, time first. Each step gets keys of its own, unless `share_rng`.
+    is stacked, time first. What no step wrote to is the very object of `before`, of
+    which no copies are made. Each step gets keys of its own, unless `share_rng`.
     """
     if share_rng and lowering.method == "fold" and jax.tree.leaves(keys):
         raise ValueError(
@@ -42,19 +44,13 @@ def distribute_stateful(
 
     axes = (out_axes, PER_STEP, PER_STEP_OR_BATCH)
     y, kept, new = distribute(call, both, axes, lowering)
-    return y, _join_state(_after_steps(before, kept), new)
+    return y, _join_state(before, _after_steps(before, kept), new)
 
 
-def first_step(args: tuple, in_axes: Any) -> tuple:
+def first_steps(args: tuple, in_axes: Any) -> tuple:
     """The arguments of the first step; zeros if there are no steps."""
     inputs = flatten_inputs(args, in_axes)
-
-    def first(x, axis):
-        if x.shape[axis] == 0:
-            return jnp.zeros((*x.shape[:axis], *x.shape[axis + 1 :]), x.dtype)
-        return jax.lax.index_in_dim(x, 0, axis, keepdims=False)
-
-    return inputs.rebuild(map(first, inputs.mapped, inputs.mapped_axes))
+    return inputs.rebuild(map(first_step, inputs.mapped, inputs.mapped_axes))
 
 
 def make_lowering(options: Any) -> Lowering:
@@ -80,22 +76,33 @@ def _by_path(tree) -> dict[str, Any]:
 
 
 def _split_state(before, state) -> tuple[Any, Any]:
-    """What was there before, and what is new; each has None for the other."""
+    """What was there and has changed, and what is new; None stands for all else."""
     known = _by_path(before)
 
-    def is_known(path, leaf) -> bool:
+    def kind(path, leaf) -> str:
         old = known.get(jax.tree_util.keystr(path))
-        return old is not None and jnp.shape(old) == jnp.shape(leaf)
+        if old is leaf:
+            return "same"
+        fits = old is not None and jnp.shape(old) == jnp.shape(leaf)
+        return "changed" if fits else "new"
 
     pick = lambda wanted: jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if is_known(path, leaf) == wanted else None, state
+        lambda path, leaf: leaf if kind(path, leaf) == wanted else None, state
     )
-    return pick(True), pick(False)
+    return pick("changed"), pick("new")
 
 
-def _join_state(kept, new):
-    either = lambda a, b: b if a is None else a
-    return jax.tree.map(either, kept, new, is_leaf=lambda node: node is None)
+def _join_state(before, changed, new):
+    known = _by_path(before)
+
+    def either(path, a, b):
+        if a is None and b is None:
+            return known.get(jax.tree_util.keystr(path))
+        return b if a is None else a
+
+    return jax.tree_util.tree_map_with_path(
+        either, changed, new, is_leaf=lambda node: node is None
+    )
 
 
 def _after_steps(before, kept):

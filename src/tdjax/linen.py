@@ -2,18 +2,21 @@
 
 import functools
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import DenyList, FrozenDict, lift
+from flax.core import DenyList, FrozenDict, Scope, lift
+from flax.errors import CallCompactUnboundModuleError
 from flax.linen.dtypes import promote_dtype
+from flax.linen.module import _caches
 
 from tdjax._axes import flatten_inputs, time_size
 from tdjax._checks import describe, refuse_mask, require_array
-from tdjax._state import distribute_stateful, first_step, make_lowering
+from tdjax._state import distribute_stateful, first_steps, make_lowering
 from tdjax.dense import (
     Initializer,
     default_bias_init,
@@ -32,8 +35,9 @@ class TimeDistributed(nn.Module):
 
     The variables are those of `layer`, no more: the same tree, shapes and initial
     values as without the wrapper, so checkpoints go from one to the other. So a name
-    belongs to `layer`, as in `TimeDistributed(nn.Dense(5, name="head"))`. Methods, axes
-    and chunks are those of `tdjax.time_distributed`.
+    belongs to `layer`, as in `TimeDistributed(nn.Dense(5, name="head"))`, and a layer
+    that several modules share has one set of variables. Methods, axes and chunks are
+    those of `tdjax.time_distributed`.
 
     * **Randomness**: each step draws its own noise from each stream (dropout), or all
       steps the same with `share_rng=True` (only with `method="vmap"`).
@@ -50,10 +54,11 @@ class TimeDistributed(nn.Module):
       out_axes: the time axis of the results.
       method: `"vmap"` or `"fold"`.
       chunk_size: steps per block, or None for all in one.
-      unroll: how the loop over blocks is compiled.
+      unroll: how the loop over blocks is compiled, if there is more than one.
       remat: recompute activations in the backward pass.
       axis_name: a name for the time axis, as `nn.BatchNorm(axis_name=...)` takes to
-        normalise over all steps with `method="vmap"`.
+        normalise over all steps with `method="vmap"`. `init` calls `layer` with a time
+        axis of one step.
       spmd_axis_name: the mesh axis over which time is sharded.
       share_rng: whether all steps draw the same noise.
 
@@ -97,17 +102,41 @@ class TimeDistributed(nn.Module):
         object.__setattr__(self, "layer", None)
         super().__post_init__()
         if self.scope is not None and layer.scope is None:
-            layer = layer.clone(parent=self.scope, name=self.scope.name or "layer")
+            layer = _adopt(layer, self.scope)
         object.__setattr__(self, "layer", layer)
 
     def __call__(self, *args, **kwargs):
         """Calls `layer` on every step; keyword arguments are shared by all steps."""
         refuse_mask(kwargs)
+        if self.scope is None:
+            raise CallCompactUnboundModuleError()
         if self.is_initializing():
-            # One plain call makes the variables exactly as they are without a wrapper.
-            self.layer(*first_step(args, _thaw(self.in_axes)), **kwargs)
+            self._init_layer(*first_steps(args, _thaw(self.in_axes)), **kwargs)
         over_time = nn.transforms.lift_transform(_lift, _call, self, kwargs)
         return over_time(self.layer, *args)
+
+    def _init_layer(self, *args, **kwargs):
+        """One plain call makes the variables as they are without a wrapper."""
+        call = _call
+        if self.axis_name is not None:
+            # The layer may need the name: give it a time axis of one step.
+            call = nn.transforms.lift_transform(_lift_one_step, _call, self.axis_name)
+        call(self.layer, *args, **kwargs)
+
+
+def _adopt(layer: nn.Module, scope: Scope) -> nn.Module:
+    """Binds `layer` to the scope of its wrapper; once only, if modules share it."""
+    if layer.parent is None:
+        # Flax keeps here its clones of modules that were made outside.
+        clones = _caches.setdefault(scope.root, weakref.WeakValueDictionary())
+        outside = layer._id
+        if outside in clones:
+            return clones[outside]
+        clones[outside] = layer = layer.clone(name=None)
+    object.__setattr__(layer, "parent", scope)
+    object.__setattr__(layer, "name", scope.name or "layer")
+    layer.__post_init__()
+    return layer
 
 
 def _lift(call, options: TimeDistributed, kwargs):
@@ -136,6 +165,22 @@ def _lift(call, options: TimeDistributed, kwargs):
         return lift.pack(over_time, (True,), (written,), (True,))(scopes, args)
 
     return lifted
+
+
+def _lift_one_step(call, axis_name):
+    """A function of scopes, lifted to one step of an axis with that name."""
+
+    def over_one_step(scope_fn, repack, variables, rngs, args, kwargs):
+        def step():
+            scope = scope_fn(variables, rngs)
+            call(scope, *args, **kwargs)
+            return repack(scope)
+
+        stacked = jax.vmap(step, axis_size=1, axis_name=axis_name)()
+        return (), jax.tree.map(lambda value: value[0], stacked)
+
+    packed = lift.pack(over_one_step, (True,), (True,), (True,))
+    return lambda scopes, *args, **kwargs: packed(scopes, args, kwargs)
 
 
 def _call(layer, *args, **kwargs):
@@ -295,7 +340,8 @@ def autotune(
       **kwargs: keyword arguments of the module's call.
 
     Returns:
-      A `tdjax.Tuning`: `.tuned` is the module with the best options, `.show()` prints all candidates.
+      A `tdjax.Tuning`: `.tuned` is the module with the best options, `.show()` prints
+      all candidates.
 
     Raises:
       TypeError: if an argument is of the wrong kind.

@@ -10,7 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tdjax._axes import flatten_inputs, time_size
-from tdjax._checks import describe, refuse_mask, require_array
+from tdjax._checks import (
+    describe,
+    refuse_mask,
+    require_array,
+    require_positive_int,
+)
 from tdjax._state import distribute_stateful, make_lowering
 from tdjax.dense import (
     Initializer,
@@ -32,13 +37,14 @@ class TimeDistributed(nnx.Module):
 
     * **Randomness**: each step draws its own noise (dropout), or all steps the same
       with `share_rng=True` (only with `method="vmap"`). The streams are those that
-      `layer` holds: an `nnx.Rngs` in the call's arguments cannot be drawn from.
+      `layer` holds: an `nnx.Rngs` in the call's arguments is refused.
     * **State**: what `layer` writes to its variables is kept. Batch statistics work
       under every method: `"vmap"` normalises each step by its own statistics over the
       batch and moves the running ones by the mean over steps; `"fold"` normalises by
       statistics over batch and time together; with `chunk_size`, over batch and the
       chunk's steps. Integer state is the last step's. Parameters are not
-      written to.
+      written to. An attribute that is no variable can't be kept over steps; a layer
+      that sets one in the call is refused.
 
     Args:
       layer: the module to apply.
@@ -46,7 +52,7 @@ class TimeDistributed(nnx.Module):
       out_axes: the time axis of the results.
       method: `"vmap"` or `"fold"`.
       chunk_size: steps per block, or None for all in one.
-      unroll: how the loop over blocks is compiled.
+      unroll: how the loop over blocks is compiled, if there is more than one.
       remat: recompute activations in the backward pass.
       axis_name: a name for the time axis, as `nnx.BatchNorm(axis_name=...)` takes to
         normalise over all steps with `method="vmap"`.
@@ -54,7 +60,8 @@ class TimeDistributed(nnx.Module):
       share_rng: whether all steps draw the same noise.
 
     Raises:
-      TypeError: if `layer` is not an NNX module.
+      TypeError: if `layer` is not an NNX module, if a call is given an `nnx.Rngs`, or
+        if `layer` sets a number, a string or None as its attribute in the call.
       ValueError: as `tdjax.time_distributed`.
 
     Example:
@@ -94,6 +101,7 @@ class TimeDistributed(nnx.Module):
     def __call__(self, *args, **kwargs):
         """Calls `layer` on every step; keyword arguments are shared by all steps."""
         refuse_mask(kwargs)
+        _refuse_rngs(args, kwargs)
         graphdef, keys, params, state = nnx.split(
             self.layer, nnx.RngKey, nnx.Param, ...
         )
@@ -103,7 +111,9 @@ class TimeDistributed(nnx.Module):
 
         def step(keys, *args):
             layer = nnx.merge(graphdef, keys, *jax.tree.unflatten(treedef, leaves))
+            attributes = _static_attributes(layer)
             y = layer(*args, **kwargs)
+            _refuse_new_attributes(attributes, _static_attributes(layer))
             return y, nnx.split(layer, nnx.RngKey, nnx.Param, ...)[3]
 
         y, after = distribute_stateful(
@@ -116,8 +126,59 @@ class TimeDistributed(nnx.Module):
             make_lowering(self),
             self.share_rng,
         )
-        nnx.update(self.layer, after)
+        nnx.update(self.layer, _changed(state, after))
         return y
+
+
+def _refuse_rngs(args, kwargs) -> None:
+    """A stream of the caller has a count that steps can't move."""
+    is_rngs = lambda node: isinstance(node, nnx.Rngs | nnx.RngStream)
+    named = {f"args[{i}]": arg for i, arg in enumerate(args)} | kwargs
+    for name, value in named.items():
+        if any(map(is_rngs, jax.tree.leaves(value, is_leaf=is_rngs))):
+            raise TypeError(
+                f"{name} must hold arrays, got an nnx.Rngs or nnx.RngStream. Give it "
+                "to the layer when it is made, as in nnx.Dropout(0.5, rngs=rngs), or "
+                "pass keys with a time axis of their own."
+            )
+
+
+def _static_attributes(layer) -> dict:
+    static = bool | int | float | str | None
+    return {
+        path: value
+        for path, value in nnx.iter_graph(layer)
+        if isinstance(value, static)
+    }
+
+
+def _refuse_new_attributes(before: dict, after: dict) -> None:
+    """Each step works on a copy of the layer, of which only variables come back."""
+    for path, value in after.items():
+        old = before.get(path, value)
+        if old is not value and old != value:
+            name = ".".join(map(str, path))
+            raise TypeError(
+                f"layer must keep what it writes in the call in an nnx.Variable, got "
+                f"the attribute {name!r} set from {old!r} to {value!r}."
+            )
+
+
+def _changed(before, after):
+    """The variables that hold something new.
+
+    NNX lets a function write only to variables of its own trace, so a layer in
+    evaluation, closed over by `jax.jit`, must not have its statistics written back.
+    """
+    old = {path: jax.tree.leaves(value) for path, value in nnx.to_flat_state(before)}
+
+    def same(path, value) -> bool:
+        leaves, known = jax.tree.leaves(value), old.get(path, [])
+        pairs = zip(leaves, known)
+        return len(leaves) == len(known) and all(new is old for new, old in pairs)
+
+    flat = nnx.to_flat_state(after)
+    return nnx.from_flat_state([each for each in flat if not same(*each)])
 
 
 class _SequenceDense(nnx.Module):
@@ -130,7 +191,7 @@ class _SequenceDense(nnx.Module):
         self,
         timesteps: int,
         in_features: int,
-        features: int,
+        out_features: int,
         *,
         use_bias: bool = True,
         dtype: Any = None,
@@ -139,25 +200,29 @@ class _SequenceDense(nnx.Module):
         bias_init: Initializer = default_bias_init,
         rngs: nnx.Rngs,
     ):
+        require_positive_int("out_features", out_features)
         options = {} if kernel_init is None else {"kernel_init": kernel_init}
         params = type(self)._init(
             rngs.params(),
             timesteps,
             in_features,
-            features,
+            out_features,
             use_bias=use_bias,
             dtype=param_dtype,
             bias_init=bias_init,
             **options,
         )
-        self.timesteps, self.in_features = timesteps, in_features
-        self.dtype, self.use_bias = dtype, use_bias
+        self.timesteps = timesteps
+        self.in_features, self.out_features = in_features, out_features
+        self.dtype, self.param_dtype, self.use_bias = dtype, param_dtype, use_bias
         self.kernel = nnx.Param(params["kernel"])
-        if use_bias:
-            self.bias = nnx.Param(params["bias"])
+        self.bias = nnx.Param(params["bias"]) if use_bias else None
+
+    # Python names it so in an error about arguments; the class is not the user's.
+    __init__.__qualname__ = "__init__"
 
     def __call__(self, x):
-        """`(..., timesteps, in_features)` -> `(..., timesteps, features)`."""
+        """`(..., timesteps, in_features)` -> `(..., timesteps, out_features)`."""
         require_array("x", x, 2, "(..., timesteps, in_features)")
         if x.shape[-2:] != (self.timesteps, self.in_features):
             raise ValueError(
@@ -165,7 +230,7 @@ class _SequenceDense(nnx.Module):
                 f"= {self.in_features} on axis -1, got {describe(x)}."
             )
         params = {"kernel": self.kernel[...]}
-        if self.use_bias:
+        if self.bias is not None:
             params["bias"] = self.bias[...]
         if self.dtype is not None:
             x, params = jax.tree.map(lambda a: jnp.asarray(a, self.dtype), (x, params))
@@ -175,13 +240,14 @@ class _SequenceDense(nnx.Module):
 class FlattenDense(_SequenceDense):
     """Dense over time and features together: every step sees every step.
 
-    Parameters: `kernel` `(timesteps * in_features, timesteps * features)` and `bias`
-    `(timesteps * features,)`. See `tdjax.flatten_dense`.
+    Parameters: `kernel` `(timesteps * in_features, timesteps * out_features)` and
+    `bias` `(timesteps * out_features,)`, or None without one. See
+    `tdjax.flatten_dense`.
 
     Args:
       timesteps: number of steps.
       in_features: input features of each step.
-      features: output features of each step.
+      out_features: output features of each step.
       use_bias: whether there is a bias.
       dtype: dtype of the computation, by default that of JAX's promotion of input and
         parameters.
@@ -210,13 +276,13 @@ class FlattenDense(_SequenceDense):
 class PerStepDense(_SequenceDense):
     """Dense with weights of its own for each step.
 
-    Parameters: `kernel` `(timesteps, in_features, features)` and `bias`
-    `(timesteps, features)`. See `tdjax.per_step_dense`.
+    Parameters: `kernel` `(timesteps, in_features, out_features)` and `bias`
+    `(timesteps, out_features)`, or None without one. See `tdjax.per_step_dense`.
 
     Args:
       timesteps: number of steps.
       in_features: input features of each step.
-      features: output features of each step.
+      out_features: output features of each step.
       use_bias: whether there is a bias.
       dtype: dtype of the computation, by default that of JAX's promotion of input and
         parameters.

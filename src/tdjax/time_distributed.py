@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from tdjax._axes import Inputs, flatten_inputs
-from tdjax._checks import describe, refuse_mask
+from tdjax._checks import describe, refuse_mask, refuse_module
 from tdjax._lowering import Lowering, distribute
 
 
@@ -63,7 +63,7 @@ def time_distributed(
       chunk_size: steps in a block; None for all steps in one. A shorter last block is
         no error.
       unroll: how the loop over blocks is compiled, as in `jax.lax.scan`: a number of
-        blocks in each iteration, or True for straight-line code.
+        blocks in each iteration, or True for straight-line code. One block has no loop.
       remat: keep no activations inside a block for the backward pass; compute them
         again (`jax.checkpoint`).
       axis_name: a name for the time axis, so that `fun` can use collectives over steps.
@@ -75,7 +75,8 @@ def time_distributed(
       A function of the same arguments with a time axis in each.
 
     Raises:
-      TypeError: if an option or an argument is of the wrong kind.
+      TypeError: if an option or an argument is of the wrong kind; if `fun` is a Flax
+        module, for which there are `tdjax.linen` and `tdjax.nnx`.
       ValueError: if options contradict each other, or shapes do not fit `in_axes`; both
         are raised before anything is computed.
 
@@ -88,6 +89,7 @@ def time_distributed(
     """
     if not callable(fun):
         raise TypeError(f"fun must be callable, got {describe(fun)}.")
+    refuse_module(fun)
     lowering = Lowering(method, chunk_size, unroll, remat, axis_name, spmd_axis_name)
 
     # `updated=()`: a module object's attributes are not the wrapper's.
