@@ -27,7 +27,7 @@ def load(path: Path, about: dict[str, Any]) -> list[Candidate] | None:
         return None
     try:
         return _candidates(entry, about)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         _warn(path, f"an entry in it is damaged ({type(error).__name__}: {error})")
         return None
 
@@ -36,34 +36,37 @@ def store(path: Path, about: dict[str, Any], candidates: list[Candidate]) -> Non
     """Adds an entry; the file is replaced as a whole or not at all."""
     fields = [dataclasses.asdict(each) for each in candidates]
     entry = {"about": about, "candidates": fields}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
-        entries = {**_read(path), _key(about): entry}
-        text = json.dumps({"format": _FORMAT, "entries": entries}, indent=1)
-        _write_atomically(path, text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path):
+            entries = {**_read(path, quiet=True), _key(about): entry}
+            text = json.dumps({"format": _FORMAT, "entries": entries}, indent=1)
+            _write_atomically(path, text)
+    except OSError as error:
+        _warn(path, f"it can't be written ({type(error).__name__}: {error})")
 
 
 def _key(about: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, quiet: bool = False) -> dict[str, Any]:
+    """The entries of the file; a file that has none is warned of, unless `quiet`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT:
+            raise ValueError(f"it is not a {_FORMAT}")
+        return dict(content["entries"])
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        _warn(path, f"it can't be read ({type(error).__name__}: {error})")
+    except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
+        if not quiet:
+            _warn(path, f"it can't be read ({type(error).__name__}: {error})")
         return {}
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        _warn(path, f"it is not a {_FORMAT!r}")
-        return {}
-    entries = content.get("entries")
-    return entries if isinstance(entries, dict) else {}
 
 
 def _warn(path: Path, why: str) -> None:
-    message = f"cache={str(path)!r} is ignored: {why}. The lowerings are measured anew."
+    message = f"cache={str(path)!r} is ignored: {why}."
     warnings.warn(message, UserWarning, stacklevel=2)
 
 
@@ -78,26 +81,30 @@ def _candidates(entry: dict[str, Any], about: dict[str, Any]) -> list[Candidate]
 
 
 def _candidate(fields: dict[str, Any]) -> Candidate:
-    candidate = Candidate(**fields)
-    if set(candidate.options) != set(OPTIONS):
-        raise ValueError(f"options {candidate.options}")
-    make_options(**candidate.options)
-    if not isinstance(candidate.verdict, str):
-        raise TypeError(f"verdict {candidate.verdict!r}")
-    if candidate.spread is not None:
-        low, high = map(float, candidate.spread)
-        candidate.spread = (low, high)
-    for name in ("run_seconds", "compile_seconds", "temporary_bytes", "deviation"):
-        value = getattr(candidate, name)
-        if candidate.measured or value is not None:
-            setattr(candidate, name, type(value)(_non_negative(name, value)))
+    if set(fields["options"]) != set(OPTIONS):
+        raise ValueError(f"options {fields['options']}")
+    spread = fields["spread"]
+    candidate = Candidate(
+        make_options(**fields["options"]),
+        _number(int, fields["blocks"]),
+        str(fields["verdict"]),
+        _number(float, fields["compile_seconds"]),
+        _number(float, fields["run_seconds"]),
+        spread and (_number(float, spread[0]), _number(float, spread[1])),
+        _number(int, fields["temporary_bytes"]),
+        _number(float, fields["deviation"]),
+    )
+    if candidate.measured and candidate.run_seconds is None:
+        raise ValueError("measured, without a time")
     return candidate
 
 
-def _non_negative(name: str, value: Any) -> Any:
+def _number(kind: type, value: Any) -> Any:
+    if value is None:
+        return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-        raise ValueError(f"{name} {value!r}")
-    return value
+        raise ValueError(f"{value!r} is not a number that can be")
+    return kind(value)
 
 
 @contextlib.contextmanager

@@ -244,7 +244,7 @@ def _about(reference, args, argnums, candidates, limits: Limits) -> dict[str, An
         "cores": os.cpu_count() if device.platform == "cpu" else None,
         "jax": jax.__version__,
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-        "precision": str(jax.config.read("jax_default_matmul_precision")),
+        "precision": str(getattr(jax.config, "jax_default_matmul_precision", None)),
         "shapes": [str(jax.typeof(x)) for x in jax.tree.leaves(args)],
         "program": _fingerprint(reference, args),
         "argnums": argnums,
