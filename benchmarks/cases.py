@@ -51,7 +51,7 @@ def dense_grid(quick: bool) -> list[Case]:
 def blocks(quick: bool) -> list[Case]:
     shapes = {
         "MLP": (16, 128, 128),
-        "LayerNorm block": (32, 256, 256),
+        "LayerNorm block": (64, 128, 256),
         "attention": (8, 32, 64, 128),
         "GRU and head": (32, 128, 128),
     }

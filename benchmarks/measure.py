@@ -37,10 +37,13 @@ def compile_all(
         try:
             candidate = peers.make(each, case) if isinstance(each, str) else each
             programs[candidate.name] = candidate, candidate.compile(case, of)
-        except (ImportError, NotImplementedError) as error:
-            name = each if isinstance(each, str) else each.name
-            row = {"case": case.name, "of": of, "candidate": name}
-            missing.append({**row, "missing": f"{type(error).__name__}: {error}"})
+        except Exception as error:
+            # A peer may fail in any way, which is its result; ours may not.
+            if not isinstance(each, str):
+                raise
+            row = {"case": case.name, "of": of, "candidate": each}
+            reason = (str(error).splitlines() or [""])[0]
+            missing.append({**row, "missing": f"{type(error).__name__}: {reason}"})
     return programs, missing
 
 
@@ -96,12 +99,24 @@ def take_turns(calls: dict[str, Callable[[], Any]], effort: Effort) -> dict[str,
             break
         for name in order.sample(list(calls), len(calls)):
             call = calls[name]
-            call()  # caches and threads as this candidate leaves them
+            _warm_up(call)
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 call()
             seconds[name].append((time.perf_counter() - start) / repeats[name])
     return seconds
+
+
+def _warm_up(call: Callable[[], Any]) -> None:
+    """Until caches are this candidate's, and its neighbour's threads have gone to sleep.
+
+    OpenMP's threads spin for milliseconds after their work, on cores that the next
+    candidate needs.
+    """
+    end = time.perf_counter() + _SHORTEST * 2
+    call()
+    while time.perf_counter() < end:
+        call()
 
 
 def _repeats(call: Callable[[], Any]) -> int:

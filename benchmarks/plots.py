@@ -41,7 +41,8 @@ def _ratios(rows: list[Row], suite: str, about: dict[str, Any]):
         ratios = {n: r for n, r in ratios.items() if len(r) > 1}
     figure, axes = _figure(f"{suite}: time, ratio", about, (9, 1 + 0.4 * len(ratios)))
     names = list(ratios)[::-1]
-    for shift, (of, color) in enumerate((("forward", "C0"), ("gradient", "C1"))):
+    for shift, of in enumerate(dict.fromkeys(row["of"] for row in rows)):
+        color = f"C{shift}"
         for place, name in enumerate(names):
             values = ratios[name].get(of, [])
             height = place + 0.2 * (1 - 2 * shift)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks import cases, dispatch, ours, peers
+from benchmarks import cases, dispatch, kernels, ours, peers
 from benchmarks.candidate import Candidate
 from benchmarks.measure import Effort, measure, take_turns
 
@@ -23,11 +23,13 @@ class Settings(NamedTuple):
 
     @property
     def effort(self) -> Effort:
-        return Effort(0.2, 2) if self.quick else Effort(8.0, 15)
+        return Effort(0.2, 2) if self.quick else Effort(6.0, 15)
 
-    @property
-    def budget(self) -> float:
-        return 0.3 if self.quick else 8.0
+    def budget(self, layer: str) -> float:
+        """Seconds for the tuner: what compiles and runs longer gets more."""
+        if self.quick:
+            return 0.3
+        return {"Dense": 4.0, "conv net": 30.0}.get(layer, 12.0)
 
 
 def dense(settings: Settings) -> Iterator[Row]:
@@ -59,7 +61,7 @@ def video(settings: Settings) -> Iterator[Row]:
 
 
 def _beside_peers(case, of: str, settings: Settings) -> list[Row]:
-    tuned = ours.tune(case, of, settings.budget)
+    tuned = ours.tune(case, of, settings.budget(case.layer))
     pick = ours.transform(case, "time_distributed, tuned", **tuned.options)
     floor, *others = peers.NAMES
     skip = ("torch_compiled",) if settings.quick else ()
@@ -72,7 +74,6 @@ def _beside_peers(case, of: str, settings: Settings) -> list[Row]:
 def compilation(settings: Settings) -> Iterator[Row]:
     """Time to trace and compile Dense against the number of steps."""
     times = (16, 64) if settings.quick else (16, 64, 256, 1024, 4096)
-    most_keras_steps = 16 if settings.quick else 1024
     for timesteps in times:
         case = cases.make_case("Dense", (4, timesteps, 32))
         candidates: list[Candidate] = [
@@ -81,13 +82,15 @@ def compilation(settings: Settings) -> Iterator[Row]:
             ours.transform(case, "loop over 8 blocks", chunk_size=timesteps // 8),
             peers.make("raw", case),
         ]
-        try:
-            keras = peers.keras_module()
-            candidates.append(keras.candidate(case, most_keras_steps))
-        except (ImportError, NotImplementedError) as error:
-            yield _missing(case, "compilation", "Keras TimeDistributed", error)
         for of in BOTH:
-            yield from _compile_rows(case, of, candidates)
+            # It unrolls: 1024 steps take it minutes, and the gradient many.
+            most = 16 if settings.quick else {"forward": 1024, "gradient": 256}[of]
+            try:
+                keras = [peers.keras_module().candidate(case, most)]
+            except (ImportError, NotImplementedError) as error:
+                keras = []
+                yield _missing(case, of, "Keras TimeDistributed", error)
+            yield from _compile_rows(case, of, [*candidates, *keras])
 
 
 def _compile_rows(case, of: str, candidates: list[Candidate]) -> Iterator[Row]:
@@ -137,15 +140,26 @@ def tuner(settings: Settings) -> Iterator[Row]:
                 yield {**row, "chosen": chosen, "budget": budget, "spent": spent}
 
 
+def operations(settings: Settings) -> Iterator[Row]:
+    """Single products and convolutions, by XLA and by PyTorch: beyond any lowering."""
+    for name, calls in kernels.calls(settings.quick).items():
+        seconds = take_turns(calls, settings.effort)
+        yield from _time_rows(name, "one operation", seconds)
+
+
 def overhead(settings: Settings) -> Iterator[Row]:
     """One call from Python, not under jit: NNX modules, with and without a wrapper."""
     seconds = take_turns(dispatch.calls(), settings.effort)
+    yield from _time_rows("one call of an NNX Dense", "forward", seconds)
+
+
+def _time_rows(case: str, of: str, seconds: dict[str, list[float]]) -> Iterator[Row]:
     base = statistics.median(next(iter(seconds.values())))
     for name, times in seconds.items():
         low, median, high = statistics.quantiles(times, n=4, method="inclusive")
         yield {
-            "case": "one call of an NNX Dense",
-            "of": "forward",
+            "case": case,
+            "of": of,
             "candidate": name,
             "ratio": median / base,
             "quartiles": [low / base, high / base],
@@ -172,5 +186,6 @@ SUITES: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "compile": compilation,
     "memory": memory,
     "tuner": tuner,
+    "operations": operations,
     "overhead": overhead,
 }

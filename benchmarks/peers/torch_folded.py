@@ -45,7 +45,7 @@ class TorchCandidate(Candidate):
         self.weights_of = _WEIGHTS.get(case.layer, _linear)
         x = to_torch(case.x).requires_grad_(of == "gradient")
         cotangent, params = to_torch(case.cotangent), list(model.parameters())
-        run = torch.compile(model) if self.compiled else model
+        run = torch.compile(model, dynamic=False) if self.compiled else model
 
         def call():
             if of == "forward":

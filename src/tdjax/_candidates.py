@@ -61,26 +61,19 @@ class Candidate:
 
 def default_options(timesteps: int, with_remat: bool) -> list[dict[str, Any]]:
     """The lowerings to try, the likely ones first; the first is the reference."""
-    sizes = sorted({max(1, timesteps // n) for n in (2, 4, 8, 16, 64)} - {timesteps})
-    if timesteps > 1:
-        sizes = sorted({1, *sizes})
-    whole = [make_options(method) for method in ("vmap", "fold")]
-    lines, loops, remats = [], [], []
+    # A few large blocks first: they compile fast, and are often nearly the best.
+    sizes = [timesteps // n for n in (4, 8, 2, 16, 64)] + [1]
+    sizes = [size for size in dict.fromkeys(sizes) if 0 < size < timesteps]
+    options = [make_options(method) for method in ("vmap", "fold")]
+    remats = []
     for size in sizes:
         # A block of one step is the same program under every method.
         for method in ("fold", "vmap") if size > 1 else ("vmap",):
-            loops.append(make_options(method, size))
-            remats.append(make_options(method, size, remat=True))
             if math.ceil(timesteps / size) <= _LONGEST_LINE:
-                lines.append(make_options(method, size, unroll=True))
-    return [*whole, *_in_turn(lines, loops), *(remats if with_remat else [])]
-
-
-def _in_turn(lines, loops) -> list[dict[str, Any]]:
-    """Both kinds of loop early, so that a short budget has seen them."""
-    pairs = zip(lines, loops[len(loops) - len(lines) :])
-    rest = loops[: len(loops) - len(lines)]
-    return [*(options for pair in pairs for options in pair), *rest]
+                options.append(make_options(method, size, unroll=True))
+            options.append(make_options(method, size))
+            remats.append(make_options(method, size, remat=True))
+    return [*options, *(remats if with_remat else [])]
 
 
 def make_options(

@@ -107,7 +107,7 @@ def _expected(candidate: Candidate, first: Candidate, search: _Search) -> float:
     """Seconds of compilation and of two runs, from the first candidate's."""
     blocks = candidate.blocks if candidate.options["unroll"] is True else 1
     # Code that is repeated compiles faster than the first of its kind.
-    seconds = (first.compile_seconds or 0.0) * (1.5 + blocks / 4)
+    seconds = (first.compile_seconds or 0.0) * (1.5 + blocks / 8)
     best = search.best_seconds()
     return seconds + (3 * best if best < math.inf else 0.0)
 
