@@ -1,33 +1,33 @@
 """Runs the benchmarks on whatever device JAX has; see benchmarks/README.md."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import machine, report
-from benchmarks.suites import SUITES, Settings, smoke
+from benchmarks.suites import SUITES, Settings, Task
 from benchmarks.targets import answers
 
 
 def main() -> None:
     options = _parse()
     quick = options.suite == ["smoke"]
-    results: dict[str, Any] = {"about": machine.about(), "rows": []}
+    results = _results(options, quick)
+    suites = list(SUITES) if quick else options.suite
+    tasks = [(name, t) for name in suites for t in SUITES[name](Settings(quick))]
     with _progress() as bar:
-        task = bar.add_task("the machine's ceilings")
-        results["ceilings"] = machine.ceilings(quick)
+        line = bar.add_task("benchmarks", total=len(tasks))
+        tell = lambda text: bar.update(line, advance=1, description=text)
         try:
-            for name in options.suite:
-                _run(name, results, lambda text: bar.update(task, description=text))
-                # After each suite: what is measured stays, whatever comes.
-                report.write(options.out, results)
+            _run(tasks, results, options.out, tell)
         except KeyboardInterrupt:
-            report.write(options.out, results)
-            message = f"Interrupted; {options.out} has what was measured."
+            message = f"Interrupted; with --resume it goes on from {options.out}."
             raise SystemExit(message) from None
+    report.write(options.out, results)
     _show(results, options.out)
 
 
@@ -41,30 +41,53 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path("benchmark-results"), help="folder to write to"
     )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run that is in --out"
+    )
     options = parser.parse_args()
     if "smoke" in options.suite and len(options.suite) > 1:
         parser.error("smoke is all suites in small; give it alone")
     return options
 
 
-def _run(name: str, results: dict[str, Any], tell) -> None:
-    suite = smoke if name == "smoke" else SUITES[name]
-    for row in suite(Settings(quick=name == "smoke")):
-        tell(f"{name}: {row['case']}, {row['of']}")
-        results["rows"].append({"suite": name, **row})
+def _results(options: argparse.Namespace, quick: bool) -> dict[str, Any]:
+    about = {**machine.about(), "quick": quick}
+    if not options.resume:
+        return {"about": about, "ceilings": machine.ceilings(quick), "rows": []}
+    results = report.read(options.out)
+    if results["about"] != about:
+        raise SystemExit(
+            f"--resume: {options.out} is a run of {results['about']}, this is {about}."
+        )
+    return results
+
+
+def _run(
+    tasks: list[tuple[str, Task]],
+    results: dict[str, Any],
+    out: Path,
+    tell: Callable[[str], None],
+) -> None:
+    """Runs what is not among the results yet; after each task, the file has it."""
+    done = {(row["suite"], row["case"], row["of"]) for row in results["rows"]}
+    for suite, task in tasks:
+        if (suite, task.case, task.of) not in done:
+            rows = [{"suite": suite, **row} for row in task.run()]
+            results["rows"] += rows
+            report.write_json(out, results)
+        tell(f"{suite}: {task.case}, {task.of}")
 
 
 def _progress() -> Progress:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 def _show(results: dict[str, Any], out: Path) -> None:
     console = Console()
     for measure, target, figure in answers(results["rows"]):
-        console.print(
-            f"{measure}\n  target: {target}\n  here:   {figure}", markup=False
-        )
+        text = f"{measure}\n  target: {target}\n  here:   {figure}"
+        console.print(text, markup=False)
     missing = {row["candidate"] for row in results["rows"] if "missing" in row}
     if missing:
         console.print(f"Missing in some cases: {', '.join(sorted(missing))}")

@@ -15,10 +15,25 @@ Row = dict[str, Any]
 
 def write(out: Path, results: dict[str, Any]) -> None:
     """All files; each is replaced as a whole or not at all."""
-    out.mkdir(parents=True, exist_ok=True)
-    _write(out / "results.json", json.dumps(results, indent=1))
+    write_json(out, results)
     _write(out / "README.md", markdown(results))
     draw_all(out, results)
+
+
+def write_json(out: Path, results: dict[str, Any]) -> None:
+    """`results.json` alone, which a run can go on from."""
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out / "results.json", json.dumps(results, indent=1))
+
+
+def read(out: Path) -> dict[str, Any]:
+    """What `write_json` wrote."""
+    path = out / "results.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        return {name: results[name] for name in ("about", "ceilings", "rows")}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise SystemExit(f"--resume: {path} can't be read: {error}") from None
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,5 +1,6 @@
-"""The suites: each yields rows, which `python -m benchmarks` writes down."""
+"""The suites: each lists its tasks, and a task measures one case."""
 
+import functools
 import math
 import statistics
 import time
@@ -14,6 +15,14 @@ from benchmarks.measure import Effort, measure, take_turns
 
 Row = dict[str, Any]
 BOTH = ("forward", "gradient")
+
+
+class Task(NamedTuple):
+    """Something to measure, under a name that no other task of the suite has."""
+
+    case: str
+    of: str
+    run: Callable[[], list[Row]]
 
 
 class Settings(NamedTuple):
@@ -32,38 +41,33 @@ class Settings(NamedTuple):
         return {"Dense": 4.0, "conv net": 30.0}.get(layer, 12.0)
 
 
-def dense(settings: Settings) -> Iterator[Row]:
+def _tasks(listing: list, run: Callable, settings: Settings) -> Iterator[Task]:
+    """`run(case, of, settings)` for every case, forward and gradient."""
+    for case in listing:
+        for of in BOTH:
+            yield Task(case.name, of, functools.partial(run, case, of, settings))
+
+
+def dense(settings: Settings) -> Iterator[Task]:
     """Dense over a grid of shapes and dtypes, against all peers and the roofline."""
-    for case in cases.dense_grid(settings.quick):
-        for of in BOTH:
-            for row in _beside_peers(case, of, settings):
-                flops, moved = cases.dense_floor_work(case, of)
-                yield {
-                    **row,
-                    "flops": flops,
-                    "bytes": moved,
-                    "dtype": str(case.x.dtype),
-                }
+    return _tasks(cases.dense_grid(settings.quick), _dense_rows, settings)
 
 
-def blocks(settings: Settings) -> Iterator[Row]:
+def blocks(settings: Settings) -> Iterator[Task]:
     """MLP, LayerNorm block, attention inside each step, GRU with a head."""
-    for case in cases.blocks(settings.quick):
-        for of in BOTH:
-            yield from _beside_peers(case, of, settings)
+    return _tasks(cases.blocks(settings.quick), _beside_peers, settings)
 
 
-def video(settings: Settings) -> Iterator[Row]:
+def video(settings: Settings) -> Iterator[Task]:
     """A conv net over the frames of a video."""
-    for case in cases.videos(settings.quick):
-        for of in BOTH:
-            yield from _beside_peers(case, of, settings)
+    return _tasks(cases.videos(settings.quick), _beside_peers, settings)
 
 
 def _beside_peers(case, of: str, settings: Settings) -> list[Row]:
     tuned = ours.tune(case, of, settings.budget(case.layer))
     pick = ours.transform(case, "time_distributed, tuned", **tuned.options)
     floor, *others = peers.NAMES
+    # It takes a minute to import and compile anything.
     skip = ("torch_compiled",) if settings.quick else ()
     others = [name for name in others if name not in skip]
     candidates = [floor, pick, *ours.fixed(case), *others]
@@ -71,29 +75,44 @@ def _beside_peers(case, of: str, settings: Settings) -> list[Row]:
     return [{**row, "options": tuned.options} for row in rows]
 
 
-def compilation(settings: Settings) -> Iterator[Row]:
+def _dense_rows(case, of: str, settings: Settings) -> list[Row]:
+    flops, moved = cases.dense_floor_work(case, of)
+    work = {"flops": flops, "bytes": moved, "dtype": case.x.dtype.name}
+    return [{**row, **work} for row in _beside_peers(case, of, settings)]
+
+
+def compilation(settings: Settings) -> Iterator[Task]:
     """Time to trace and compile Dense against the number of steps."""
     times = (16, 64) if settings.quick else (16, 64, 256, 1024, 4096)
-    for timesteps in times:
-        case = cases.make_case("Dense", (4, timesteps, 32))
-        candidates: list[Candidate] = [
-            ours.transform(case, "vmap"),
-            ours.transform(case, "fold", method="fold"),
-            ours.transform(case, "loop over 8 blocks", chunk_size=timesteps // 8),
-            peers.make("raw", case),
-        ]
-        for of in BOTH:
-            # It unrolls: 1024 steps take it minutes, and the gradient many.
-            most = 16 if settings.quick else {"forward": 1024, "gradient": 256}[of]
-            try:
-                keras = [peers.keras_module().candidate(case, most)]
-            except (ImportError, NotImplementedError) as error:
-                keras = []
-                yield _missing(case, of, "Keras TimeDistributed", error)
-            yield from _compile_rows(case, of, [*candidates, *keras])
+    listing = [cases.make_case("Dense", (4, timesteps, 32)) for timesteps in times]
+    return _tasks(listing, _compile_rows, settings)
 
 
-def _compile_rows(case, of: str, candidates: list[Candidate]) -> Iterator[Row]:
+def _compile_rows(case, of: str, settings: Settings) -> list[Row]:
+    blocks = case.timesteps // 8
+    candidates: list[Candidate] = [
+        ours.transform(case, "vmap"),
+        ours.transform(case, "fold", method="fold"),
+        ours.transform(case, "loop over 8 blocks", chunk_size=blocks),
+        peers.make("raw", case),
+    ]
+    missing = []
+    # It unrolls: 1024 steps take it a minute, and the gradient many.
+    most = 16 if settings.quick else {"forward": 1024, "gradient": 256}[of]
+    try:
+        candidates.append(peers.keras_module().candidate(case, most))
+    except (ImportError, NotImplementedError) as error:
+        missing.append(_missing(case, of, "Keras TimeDistributed", error))
+    seconds = _compile_seconds(case, of, candidates)
+    row = {"case": case.name, "timesteps": case.timesteps, "of": of}
+    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    return [
+        *({**row, "candidate": n, "compile_seconds": s} for n, s in medians.items()),
+        *missing,
+    ]
+
+
+def _compile_seconds(case, of: str, candidates: list[Candidate]) -> dict[str, list]:
     seconds: dict[str, list[float]] = {each.name: [] for each in candidates}
     for attempt in range(5):
         for each in candidates:
@@ -101,77 +120,74 @@ def _compile_rows(case, of: str, candidates: list[Candidate]) -> Iterator[Row]:
             if not slow:
                 jax.clear_caches()
                 seconds[each.name].append(each.compile(case, of).compile_seconds)
-    for name, each in seconds.items():
-        row = {"case": case.name, "timesteps": case.timesteps, "of": of}
-        yield {**row, "candidate": name, "compile_seconds": statistics.median(each)}
+    return seconds
 
 
-def memory(settings: Settings) -> Iterator[Row]:
+def memory(settings: Settings) -> Iterator[Task]:
     """The conv net's gradient: time and memory against chunk size."""
     for case in cases.videos(settings.quick):
-        sizes = [2**n for n in range(int(math.log2(case.timesteps)))]
-        candidates = [ours.transform(case, "vmap, all steps at once")]
-        for size in reversed(sizes):
-            for remat in (False, True):
-                name = f"chunk_size={size}, remat={remat}"
-                options = {"chunk_size": size, "remat": remat}
-                candidates.append(ours.transform(case, name, **options))
-        kept = math.prod(case.cotangent.shape) * case.cotangent.dtype.itemsize * 3
-        for row in measure(case, "gradient", candidates, settings.effort):
-            yield {**row, "activation_bytes": kept}
+        run = functools.partial(_memory_rows, case, settings)
+        yield Task(case.name, "gradient", run)
 
 
-def tuner(settings: Settings) -> Iterator[Row]:
+def _memory_rows(case, settings: Settings) -> list[Row]:
+    sizes = [2**n for n in range(int(math.log2(case.timesteps)))]
+    candidates = [ours.transform(case, "vmap, all steps at once")]
+    for size in reversed(sizes):
+        for remat in (False, True):
+            name = f"chunk_size={size}, remat={remat}"
+            options = {"chunk_size": size, "remat": remat}
+            candidates.append(ours.transform(case, name, **options))
+    kept = math.prod(case.cotangent.shape) * case.cotangent.dtype.itemsize * 3
+    rows = measure(case, "gradient", candidates, settings.effort)
+    return [{**row, "activation_bytes": kept} for row in rows]
+
+
+def tuner(settings: Settings) -> Iterator[Task]:
     """The tuner's pick beside every fixed choice, timed again, and its own time."""
-    conv = cases.videos(settings.quick)[0]
-    mlp = cases.blocks(settings.quick)[0]
-    for case in (mlp,) if settings.quick else (mlp, conv):
-        for of in BOTH:
-            budget = 2.0 if settings.quick else 20.0
-            start = time.perf_counter()
-            tuning = ours.tune(case, of, budget)
-            spent = time.perf_counter() - start
-            timed = [each for each in tuning.candidates if each.run_seconds]
-            candidates = [
-                ours.transform(case, str(each), **each.options) for each in timed
-            ]
-            for row in measure(case, of, candidates, settings.effort):
-                chosen = row["candidate"] == str(tuning.best)
-                yield {**row, "chosen": chosen, "budget": budget, "spent": spent}
+    mlp, conv = cases.blocks(settings.quick)[0], cases.videos(settings.quick)[0]
+    listing = [mlp] if settings.quick else [mlp, conv]
+    return _tasks(listing, _tuner_rows, settings)
 
 
-def operations(settings: Settings) -> Iterator[Row]:
+def _tuner_rows(case, of: str, settings: Settings) -> list[Row]:
+    budget = 2.0 if settings.quick else 20.0
+    start = time.perf_counter()
+    tuning = ours.tune(case, of, budget)
+    spent = time.perf_counter() - start
+    timed = [each for each in tuning.candidates if each.run_seconds]
+    candidates = [ours.transform(case, str(each), **each.options) for each in timed]
+    used = {"budget": budget, "spent": spent}
+    return [
+        {**row, **used, "chosen": row["candidate"] == str(tuning.best)}
+        for row in measure(case, of, candidates, settings.effort)
+    ]
+
+
+def operations(settings: Settings) -> Iterator[Task]:
     """Single products and convolutions, by XLA and by PyTorch: beyond any lowering."""
     for name, calls in kernels.calls(settings.quick).items():
-        seconds = take_turns(calls, settings.effort)
-        yield from _time_rows(name, "one operation", seconds)
+        run = functools.partial(_call_rows, name, "one operation", calls, settings)
+        yield Task(name, "one operation", run)
 
 
-def overhead(settings: Settings) -> Iterator[Row]:
+def overhead(settings: Settings) -> Iterator[Task]:
     """One call from Python, not under jit: NNX modules, with and without a wrapper."""
-    seconds = take_turns(dispatch.calls(), settings.effort)
-    yield from _time_rows("one call of an NNX Dense", "forward", seconds)
+    name, calls = "one call of an NNX Dense", dispatch.calls()
+    run = functools.partial(_call_rows, name, "forward", calls, settings)
+    yield Task(name, "forward", run)
 
 
-def _time_rows(case: str, of: str, seconds: dict[str, list[float]]) -> Iterator[Row]:
+def _call_rows(case: str, of: str, calls: dict, settings: Settings) -> list[Row]:
+    seconds = take_turns(calls, settings.effort)
     base = statistics.median(next(iter(seconds.values())))
+    rows = []
     for name, times in seconds.items():
         low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-        yield {
-            "case": case,
-            "of": of,
-            "candidate": name,
-            "ratio": median / base,
-            "quartiles": [low / base, high / base],
-            "seconds": median,
-        }
-
-
-def smoke(settings: Settings) -> Iterator[Row]:
-    """Every suite on small shapes: that all run, and that all peers agree."""
-    for name, suite in SUITES.items():
-        for row in suite(Settings(quick=True)):
-            yield {**row, "suite": name}
+        row = {"case": case, "of": of, "candidate": name, "seconds": median}
+        ratios = {"ratio": median / base, "quartiles": [low / base, high / base]}
+        rows.append({**row, **ratios})
+    return rows
 
 
 def _missing(case, of: str, name: str, error: Exception) -> Row:
@@ -179,7 +195,7 @@ def _missing(case, of: str, name: str, error: Exception) -> Row:
     return {"case": case.name, "of": of, "candidate": name, "missing": reason}
 
 
-SUITES: dict[str, Callable[[Settings], Iterator[Row]]] = {
+SUITES: dict[str, Callable[[Settings], Iterator[Task]]] = {
     "dense": dense,
     "blocks": blocks,
     "video": video,

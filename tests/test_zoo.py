@@ -7,6 +7,7 @@ import zoo
 FRAMEWORKS = {"linen": zoo.linen_functional, "nnx": zoo.nnx_functional}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["vmap", "fold"])
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("name", zoo.ZOO)

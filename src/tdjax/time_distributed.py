@@ -27,7 +27,7 @@ def time_distributed(
     Axis 1 is time unless `in_axes` and `out_axes` say otherwise; time-major data has
     axis 0. Calls nest: each level takes one axis.
 
-    Which lowering is fastest depends on `fun` and on the device:
+    Which lowering is fastest depends on `fun` and on the device; `autotune` measures:
 
     * `method="vmap"` is the definition above, and the reference for all others. For a
       convolution JAX moves time in front of the batch and merges the two, so the first
@@ -43,7 +43,9 @@ def time_distributed(
       so they must have no batch axis.
     * `chunk_size` steps go through `method` at once, block after block, which bounds
       the memory. The blocks run in a compiled loop (`jax.lax.scan`), or one after the
-      other in straight-line code with `unroll=True`. With `chunk_size=1` the steps are
+      other in straight-line code with `unroll=True`. On a CPU, `fun`'s convolutions
+      are written differently in a compiled loop, so that XLA has no slow gradients
+      for them there (jax-ml/jax issue 12868). With `chunk_size=1` the steps are
       sliced and `fun` is called on each as it is.
 
     Compile time does not grow with the number of steps, except under `unroll=True`.
@@ -65,7 +67,8 @@ def time_distributed(
       unroll: how the loop over blocks is compiled, as in `jax.lax.scan`: a number of
         blocks in each iteration, or True for straight-line code. One block has no loop.
       remat: keep no activations inside a block for the backward pass; compute them
-        again (`jax.checkpoint`).
+        again (`jax.checkpoint`). On a CPU this saves memory in a compiled loop; in
+        straight-line code XLA finds the two computations equal and keeps one.
       axis_name: a name for the time axis, so that `fun` can use collectives over steps.
         Only with `method="vmap"` and all steps in one block.
       spmd_axis_name: the mesh axis over which time is sharded, as in `jax.vmap`. Only

@@ -19,7 +19,7 @@ from conllu_text import conllu_line, sentences
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 # They share one set of runs, which one worker makes.
-pytestmark = pytest.mark.xdist_group("tagging runs")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("tagging runs")]
 
 
 @pytest.fixture(scope="module")
