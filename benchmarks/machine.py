@@ -40,7 +40,8 @@ def ceilings(quick: bool) -> dict[str, float]:
         f"matmul {dtype}": max(_matmul_rate(size, dtype) for size in sizes)
         for dtype in ("float32", "bfloat16")
     }
-    return {**rates, "copy": _copy_rate(2**20 if quick else 2**26)}
+    lengths = (2**20,) if quick else (2**24, 2**25, 2**26)  # beyond the caches
+    return {**rates, "copy": max(map(_copy_rate, lengths))}
 
 
 def _matmul_rate(size: int, dtype: str) -> float:

@@ -108,7 +108,7 @@ def take_turns(calls: dict[str, Callable[[], Any]], effort: Effort) -> dict[str,
 
 
 def _warm_up(call: Callable[[], Any]) -> None:
-    """Until caches are this candidate's, and its neighbour's threads have gone to sleep.
+    """Until caches are this candidate's, and its neighbour's threads are asleep.
 
     OpenMP's threads spin for milliseconds after their work, on cores that the next
     candidate needs.

@@ -3,14 +3,16 @@
 import json
 import os
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.plots import draw_all
-from benchmarks.targets import answers
+from benchmarks.targets import answers, geometric_mean
 
 Row = dict[str, Any]
+BOTH = ("forward", "gradient")
 
 
 def write(out: Path, results: dict[str, Any]) -> None:
@@ -56,7 +58,9 @@ def markdown(results: dict[str, Any]) -> str:
         "Ratios are of medians to the first row of each case; quartiles in brackets. "
         "All candidates of a case ran in turn, on the same numbers, and agree.",
         "",
-        *_table(("measure", "target", "figure"), answers(results["rows"])),
+        *promises(results["rows"]),
+        "",
+        *overview(results["rows"]),
         "",
         *_ceilings(results.get("ceilings", {})),
     ]
@@ -64,6 +68,33 @@ def markdown(results: dict[str, Any]) -> str:
         rows = [row for row in results["rows"] if row["suite"] == suite]
         lines += ["", f"## {suite}", "", *_rows(rows, results.get("ceilings", {}))]
     return "\n".join(lines) + "\n"
+
+
+def promises(rows: list[Row]) -> list[str]:
+    """The project's targets, each with the figure of this run."""
+    return _table(("measure", "target", "figure"), answers(rows))
+
+
+def overview(rows: list[Row]) -> list[str]:
+    """Of each candidate, the geometric mean of its ratios over the cases of a suite."""
+    columns = [(suite, of) for suite in ("dense", "blocks", "video") for of in BOTH]
+    ratios: dict[str, dict[tuple, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if (row["suite"], row["of"]) in columns and "ratio" in row:
+            ratios[row["candidate"]][row["suite"], row["of"]].append(row["ratio"])
+    most = {key: max(len(each[key]) for each in ratios.values()) for key in columns}
+
+    def cell(each, key) -> str:
+        if not each[key]:
+            return ""
+        # A peer that left out some cases is not comparable by its mean.
+        few = "" if len(each[key]) == most[key] else f" ({len(each[key])} cases)"
+        return f"{geometric_mean(each[key]):.2f}{few}"
+
+    header = ["", *(f"{suite}, {of}" for suite, of in columns)]
+    table = [[name, *(cell(each, k) for k in columns)] for name, each in ratios.items()]
+    counts = ["cases", *(str(most[key]) for key in columns)]
+    return _table(header, [*table, counts]) if ratios else []
 
 
 def _ceilings(rates: dict[str, float]) -> list[str]:

@@ -64,7 +64,7 @@ def _against_keras(rows: list[Row]) -> str:
     ]
     if not pairs:
         return ""
-    times = lambda what: _geometric_mean(a[what] / b[what] for a, b in pairs)
+    times = lambda what: geometric_mean(a[what] / b[what] for a, b in pairs)
     run, build = times("seconds"), times("compile_seconds")
     return f"run {run:.1f}, compile {build:.0f} times faster ({len(pairs)} cases)"
 
@@ -127,12 +127,12 @@ def _spread(ratios: list[float], target: float) -> str:
         return ""
     within = sum(ratio <= target for ratio in ratios)
     return (
-        f"geometric mean {_geometric_mean(ratios):.2f}, largest {max(ratios):.2f}; "
+        f"geometric mean {geometric_mean(ratios):.2f}, largest {max(ratios):.2f}; "
         f"{within} of {len(ratios)} within {target}"
     )
 
 
-def _geometric_mean(ratios: Iterable[float]) -> float:
+def geometric_mean(ratios: Iterable[float]) -> float:
     logs = [math.log(ratio) for ratio in ratios]
     return math.exp(sum(logs) / len(logs))
 

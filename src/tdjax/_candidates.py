@@ -138,17 +138,24 @@ def with_gradient(reference: Callable, argnums: list[int], args: tuple) -> tuple
     return differentiate, (args, cotangents)
 
 
-def _is_float(x) -> bool:
+def widen(tree):
+    """Half precision floats in single precision, all else as it is."""
+    half = lambda x: is_float(x) and x.dtype.itemsize == 2
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if half(x) else x, tree)
+
+
+def is_float(x) -> bool:
+    """Whether it can be differentiated: real or complex."""
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def _split_floats(leaves) -> tuple[list, list]:
-    return [x for x in leaves if _is_float(x)], [x for x in leaves if not _is_float(x)]
+    return [x for x in leaves if is_float(x)], [x for x in leaves if not is_float(x)]
 
 
 def _merge(leaves, floats) -> list:
     fill = iter(floats)
-    return [next(fill) if _is_float(x) else x for x in leaves]
+    return [next(fill) if is_float(x) else x for x in leaves]
 
 
 @jax.jit
@@ -162,7 +169,7 @@ def _deviation(got, want):
         got, want = jax.random.key_data(got), jax.random.key_data(want)
     if want.size == 0:
         return jnp.zeros(())
-    if not _is_float(want):
+    if not is_float(want):
         return jnp.where(jnp.array_equal(got, want), 0.0, jnp.inf)
     same = (got == want) | (jnp.isnan(got) & jnp.isnan(want))
     finite = jnp.isfinite(want)

@@ -15,7 +15,9 @@ from tdjax._candidates import (
     compile_candidate,
     default_tolerance,
     deviations,
+    is_float,
     timed,
+    widen,
 )
 
 # A candidate this many times behind the best is not measured again: at first, and
@@ -46,12 +48,13 @@ class Limits:
 
 @dataclasses.dataclass
 class _Search:
-    """What is known so far; `want` are the results of the reference."""
+    """What is known so far: the results of the reference, and how near is near."""
 
     program_of: Callable[[dict], Callable]
     args: tuple
     limits: Limits
     want: Any = None
+    allowed: list[float] = dataclasses.field(default_factory=list)
     running: list[tuple[Candidate, Any, list[float]]] = dataclasses.field(
         default_factory=list
     )
@@ -128,7 +131,7 @@ def _try(candidate: Candidate, search: _Search) -> None:
         candidate.verdict = f"failed: {type(error).__name__}: {_first_line(error)}"
         return
     if search.want is None:
-        search.want = y
+        search.want, search.allowed = y, _allowed(y, run, search)
     _compare(candidate, y, search)
     del y
     if candidate.verdict == "measured":
@@ -153,12 +156,26 @@ def _compare(candidate: Candidate, y, search: _Search) -> None:
         candidate.verdict = "other shapes than the reference"
         return
     found = [float(each) for each in jax.tree.leaves(deviations(y, search.want))]
-    allowed = default_tolerance(y)
-    if search.limits.tolerance is not None:
-        allowed = [search.limits.tolerance] * len(found)
     candidate.deviation = max(found, default=0.0)
-    agrees = all(each <= limit for each, limit in zip(found, allowed))
+    agrees = all(each <= limit for each, limit in zip(found, search.allowed))
     candidate.verdict = "measured" if agrees else "other numbers than the reference"
+
+
+def _allowed(y, run: Callable, search: _Search) -> list[float]:
+    """The deviation to allow, for each result of the reference `y`."""
+    if search.limits.tolerance is not None:
+        return [search.limits.tolerance] * len(jax.tree.leaves(y))
+    by_dtype = default_tolerance(y)
+    if not any(x.dtype.itemsize == 2 for x in jax.tree.leaves(y) if is_float(x)):
+        return by_dtype
+    try:
+        exact = jax.jit(run)(*widen(search.args))
+        own = [float(each) for each in jax.tree.leaves(deviations(y, exact))]
+    except Exception:
+        return by_dtype  # fun takes no other dtype
+    # A sum in half precision may be off by more than that. Two programs that are each
+    # as far from the truth as the reference is differ by twice as much at most.
+    return [max(limit, 2 * error) for limit, error in zip(by_dtype, own)]
 
 
 def _time_once_more(candidate, program, first: float, search: _Search) -> None:

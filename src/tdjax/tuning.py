@@ -162,7 +162,8 @@ def autotune(
         XLA's own analysis (inputs and results not counted).
       tolerance: the largest deviation from the reference, relative to the largest
         value of the same result; by default 2e-4 for float32 on CPU and 3e-2 where
-        matrix units may round, 3e-2 for bfloat16, 5e-3 for float16, 1e-10 for float64.
+        matrix units may round, 1e-10 for float64; for bfloat16 (3e-2) and float16
+        (5e-3) at least twice the reference's own deviation from single precision.
       candidates: the options to try instead of the default list, each a mapping of
         options of `time_distributed`. The reference is measured too.
       cache: a file to keep results in, for any number of functions and processes. They
