@@ -11,11 +11,11 @@ BLOCKS = [b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "import
 
 
 def test_there_is_a_block_of_each_kind():
-    assert len(BLOCKS) == 3
-    assert [len(block.strip().splitlines()) <= 14 for block in BLOCKS] == [True] * 3
+    assert len(BLOCKS) == 4
+    assert [len(block.strip().splitlines()) <= 14 for block in BLOCKS] == [True] * 4
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["functional", "linen", "nnx"])
+@pytest.mark.parametrize("block", BLOCKS, ids=["functional", "linen", "nnx", "autotune"])
 def test_example_runs(block):
     exec(compile(block, "README.md", "exec"), {})
 
