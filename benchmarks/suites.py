@@ -38,7 +38,7 @@ class Settings(NamedTuple):
         """Seconds for the tuner: what compiles and runs longer gets more."""
         if self.quick:
             return 0.3
-        return {"Dense": 4.0, "conv net": 30.0}.get(layer, 12.0)
+        return {"Dense": 4.0, "conv net": 60.0}.get(layer, 12.0)
 
 
 def _tasks(listing: list, run: Callable, settings: Settings) -> Iterator[Task]:

@@ -28,6 +28,8 @@ _BEHIND = 1.15
 _AS_GOOD = 1.02
 _MOST_ROUNDS = 13
 _SHORTEST_MEASUREMENT = 5e-3  # seconds
+# What part of the time left a run may take to be made twice before the turns.
+_SHORT_RUN = 0.03
 # What part of the budget may be spent before the candidates are timed in turn.
 _FOR_TRIALS = 0.7
 
@@ -112,7 +114,7 @@ def _expected(candidate: Candidate, first: Candidate, search: _Search) -> float:
     # Code that is repeated compiles faster than the first of its kind.
     seconds = (first.compile_seconds or 0.0) * (1.5 + blocks / 8)
     best = search.best_seconds()
-    return seconds + (3 * best if best < math.inf else 0.0)
+    return seconds + (2 * best if best < math.inf else 0.0)
 
 
 def _try(candidate: Candidate, search: _Search) -> None:
@@ -179,9 +181,9 @@ def _allowed(y, run: Callable, search: _Search) -> list[float]:
 
 
 def _time_once_more(candidate, program, first: float, search: _Search) -> None:
-    """The first run was a warm-up, unless there is no time for another."""
+    """The first run was a warm-up; a long one matters less, and costs more."""
     seconds = first
-    if 2 * first < search.limits.left():
+    if first < _SHORT_RUN * search.limits.left():
         seconds, _ = timed(program, search.args, _calls(first))
     candidate.run_seconds = seconds
     if seconds > 2 * _FAR_BEHIND * search.best_seconds():
