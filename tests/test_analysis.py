@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import SingleDeviceSharding
 
 import tdjax
 from conftest import normal
@@ -18,6 +20,7 @@ DISTANCE = np.subtract.outer(np.arange(T), np.arange(T))
 FIRST_TOO = ITSELF | (np.arange(T) == 0)
 X = normal(0, 2, T, 4)
 KEY = jax.random.key(0)
+HERE = SingleDeviceSharding(jax.devices()[0])
 
 
 def linen(module, **kwargs):
@@ -36,6 +39,21 @@ def attend(logits, x):
 
 def logits(x):
     return jnp.einsum("btd,bsd->bts", x, x) / 3
+
+
+def attend_to_the_past(x, mask=-1e9):
+    return attend(jnp.where(PAST, logits(x), mask), x)
+
+
+@jax.jit
+def scan_keys(x):
+    """A scan that gives the random keys of its steps besides what it computes."""
+
+    def body(key, x):
+        key, used = jax.random.split(key)
+        return key, (x * jax.random.normal(used), used)
+
+    return lax.scan(body, KEY, x.swapaxes(0, 1))[1][0].swapaxes(0, 1)
 
 
 SHARED = tdjax.init_dense(KEY, 4, 3)
@@ -104,12 +122,17 @@ CASES = {
         ],
         PAST,
     ),
-    "causal attention, -inf": (
-        lambda x: attend(jnp.where(PAST, logits(x), -jnp.inf), x),
-        PAST,
-    ),
+    "causal attention, -inf": (lambda x: attend_to_the_past(x, -jnp.inf), PAST),
     "causal attention, -1e9 added": (
         lambda x: attend(logits(x) + jnp.where(PAST, 0, -1e9), x),
+        PAST,
+    ),
+    "causal attention twice": (
+        lambda x: attend_to_the_past(attend_to_the_past(x)),
+        PAST,
+    ),
+    "causal attention, after a mask from the input": (
+        lambda x: attend_to_the_past(jax.nn.softmax(jnp.where(x > 0, x, -1e9))),
         PAST,
     ),
     # Norms, convolutions, pooling.
@@ -161,6 +184,16 @@ CASES = {
     "fori_loop": (
         lambda x: lax.fori_loop(1, T, lambda i, y: y.at[:, i].add(y[:, i - 1]), x),
         PAST,
+    ),
+    "scan with random keys": (scan_keys, ITSELF),
+    "named, placed, kept in order": (
+        lambda x: lax.optimization_barrier(
+            (
+                checkpoint_name(x, "x"),
+                lax.with_sharding_constraint(x[:, ::-1], HERE),
+            )
+        )[1],
+        ITSELF[::-1],
     ),
     "jit, checkpoint, custom_jvp": (
         jax.jit(jax.checkpoint(lambda x: jax.nn.silu(jax.nn.relu6(x)))),
@@ -228,6 +261,8 @@ def test_integer_inputs_and_another_number_of_steps():
     tokens = jax.ShapeDtypeStruct((2, T), jnp.int32)
     apply = lambda t: embed.apply(variables, t)
     np.testing.assert_array_equal(tdjax.step_influence(apply, tokens), ITSELF)
+    causal = lambda t: attend_to_the_past(apply(t))
+    np.testing.assert_array_equal(tdjax.step_influence(causal, tokens), PAST)
     last = lambda x: x[:, -1:]
     np.testing.assert_array_equal(tdjax.step_influence(last, X), ITSELF[-1:])
 

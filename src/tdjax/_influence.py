@@ -8,10 +8,18 @@ has a rule, and one without a rule makes every output depend on every input step
 import functools
 from typing import Any
 
-import numpy as np
+import jax.numpy as jnp
 
-from tdjax._influence_rules import RULES, everything
-from tdjax._spread import Spread, as_spreads, spread, stack, union
+from tdjax._influence_rules import RULES
+from tdjax._spread import (
+    Spread,
+    as_spreads,
+    everything,
+    same_everywhere,
+    spread,
+    stack,
+    union,
+)
 
 # Primitives that only call a program. (Not shard_map: its program sees other shapes.)
 _CALLS = {
@@ -29,12 +37,12 @@ _CALLS = {
 
 def evaluate(jaxpr, consts, args, bound: float) -> list[Any]:
     """Runs `jaxpr` on known values and spreads."""
-    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts))
-    env.update(zip(jaxpr.invars, args))
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, args, strict=True))
     read = lambda v: v.val if hasattr(v, "val") else env[v]
     for eqn in jaxpr.eqns:
         outs = _evaluate_equation(eqn, [read(v) for v in eqn.invars], bound)
-        env.update(zip(eqn.outvars, outs))
+        env.update(zip(eqn.outvars, outs, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
 
@@ -77,7 +85,10 @@ def _scan(eqn, args, run, bound) -> list[Any]:
         carry, rows[i] = outs[: len(carry)], outs[len(carry) :]
     if not rows:
         return everything(eqn, args, bound)
-    return [*carry, *(_stack(column) for column in zip(*(rows[i] for i in order)))]
+    return [
+        *carry,
+        *(_stack(column, bound) for column in zip(*(rows[i] for i in order))),
+    ]
 
 
 def _scan_parts(eqn) -> tuple[int, int]:
@@ -94,10 +105,10 @@ def _scan_parts(eqn) -> tuple[int, int]:
     return total - scanned - carried, total - scanned
 
 
-def _stack(values):
+def _stack(values, bound: float):
     if any(isinstance(x, Spread) for x in values):
-        return stack(as_spreads(values))
-    return np.stack([np.asarray(x) for x in values])
+        return stack(as_spreads(values, bound))
+    return jnp.stack(values)  # NumPy can't hold random keys.
 
 
 def _while(eqn, args, run, bound) -> list[Any]:
@@ -122,16 +133,16 @@ def _cond(eqn, args, run, bound) -> list[Any]:
     if not isinstance(index, Spread):
         return run(branches[int(index)], operands)
     outs = [run(branch, operands) for branch in branches]
-    timesteps = len(index.steps)
-    return [_chosen(index, [*column], timesteps, bound) for column in zip(*outs)]
+    columns = zip(eqn.outvars, zip(*outs, strict=True), strict=True)
+    return [_chosen(v.aval, index, column, bound) for v, column in columns]
 
 
-def _chosen(index: Spread, values, timesteps: int, bound: float) -> Spread:
+def _chosen(aval, index: Spread, values, bound: float) -> Spread:
     """One of several values, and which of them depends on the input."""
-    *spreads, _ = as_spreads([*values, index])
+    *spreads, _ = as_spreads([*values, index], bound)
     out = union(spreads)
-    choice = index.steps.reshape(timesteps, *(1,) * len(out.shape))
-    return spread(out.steps | choice, out.low, out.high, bound)
+    steps = out.steps | same_everywhere(index.steps, aval.shape)
+    return spread(aval.dtype, steps, out.low, out.high, out.far, bound)
 
 
 _CONTROL_FLOW = {"scan": _scan, "while": _while, "cond": _cond}

@@ -4,6 +4,7 @@ A range is `(2, *shape)`: lower and upper bounds. Each function takes the equati
 its operands' ranges. NaN says that a range is not known.
 """
 
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -26,24 +27,34 @@ def _mul(eqn, x, y):
 
 
 def _div(eqn, x, y):
+    low, high = _hull([_ratio(a, b) for a in x for b in y])
     away_from_zero = (y[0] > 0) | (y[1] < 0)
-    low, high = _hull([_times(a, 1 / b) for a in x for b in y])
+    if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.integer):
+        return tuple(np.where(away_from_zero, np.trunc(z), np.nan) for z in (low, high))
     zero = (x[0] == 0) & (x[1] == 0)
     known = away_from_zero | zero
     return tuple(np.where(known, np.where(zero, 0.0, z), np.nan) for z in (low, high))
 
 
+def _ratio(x, y):
+    return np.where((x == 0) | np.isinf(y), 0.0, x / y)
+
+
+# Comparisons give whether they surely hold and whether they may. A range that isn't
+# known, NaN, decides nothing.
+
+
 def _less(eqn, x, y):
-    return x[1] < y[0], x[0] < y[1]
+    return x[1] < y[0], ~(x[0] >= y[1])
 
 
 def _less_equal(eqn, x, y):
-    return x[1] <= y[0], x[0] <= y[1]
+    return x[1] <= y[0], ~(x[0] > y[1])
 
 
 def _equal(eqn, x, y):
     always = (x[0] == x[1]) & (y[0] == y[1]) & (x[0] == y[0])
-    return always, (x[0] <= y[1]) & (y[0] <= x[1])
+    return always, ~((x[0] > y[1]) | (y[0] > x[1]))
 
 
 def _not_equal(eqn, x, y):
@@ -100,10 +111,6 @@ RANGES = {
     "or": _logical(np.maximum),
     "not": _logical(lambda x: (1 - x[1], 1 - x[0])),
     "convert_element_type": _convert,
-    "copy": _increasing(lambda x: x),
-    "stop_gradient": _increasing(lambda x: x),
-    "optimization_barrier": _increasing(lambda x: x),
-    "reduce_precision": _increasing(lambda x: x),
     "exp": _increasing(np.exp),
     "exp2": _increasing(np.exp2),
     "log": _increasing(np.log),

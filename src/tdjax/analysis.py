@@ -10,7 +10,7 @@ from jaxtyping import Bool
 
 from tdjax._checks import describe, require_array
 from tdjax._influence import evaluate
-from tdjax._spread import Spread, within_bound
+from tdjax._spread import Spread, unknown
 
 
 def step_influence(
@@ -29,8 +29,10 @@ def step_influence(
     What it guarantees:
 
     * **False is certain.** Output step i does not change, whatever input step j is, as
-      long as the inputs and what is computed from them stay finite and, where they meet
-      a constant mask of large negative numbers (attention), within `bound`.
+      long as the inputs and what is computed from them stay finite and within `bound`.
+      The bound counts where a value is compared, clipped or the larger or smaller of
+      two (a mask of large negative numbers in attention): `x**2 > 2e6` is false within
+      a bound of 1e6. Integers may have any value of their dtype.
     * **True is a path**: a chain of operations with non-zero coefficients. It is not a
       dependence only where paths cancel (`x - x`), where a value computed from `x`
       cannot leave a range (`relu(-x**2)`), or behind an operation without a rule of
@@ -41,9 +43,10 @@ def step_influence(
         trace. The number of steps may change. Random keys it closes over are constants.
       x: an example input `(batch, time, ...)`, or its `jax.ShapeDtypeStruct`; only its
         shape and dtype count. Small sizes give the same answer sooner.
-      bound: the magnitude that values computed from `x` are taken to stay within. A
-        mask adds or substitutes constants far beyond it, as -1e9 or
-        `jnp.finfo(jnp.float32).min`. For float16, whose largest value is 65504, or a
+      bound: the magnitude that floats computed from `x` are taken to stay within, in
+        every comparison, `max` and `min`. A mask adds or substitutes constants far
+        beyond it, as -1e9 or `jnp.finfo(jnp.float32).min`, and what is computed from
+        those may lie beyond it too. For float16, whose largest value is 65504, or a
         mask of -1e4, give a smaller one.
 
     Returns:
@@ -85,4 +88,5 @@ def _every_input(x, bound: float) -> Spread:
     timesteps = x.shape[1]
     mark = jnp.eye(timesteps, dtype=bool)
     mark = mark.reshape(timesteps, 1, timesteps, *(1,) * (x.ndim - 2))
-    return within_bound(np.broadcast_to(mark, (timesteps, *x.shape)), bound)
+    steps = np.broadcast_to(mark, (timesteps, *x.shape))
+    return unknown(x.dtype, steps, False, bound)
