@@ -15,7 +15,9 @@ def test_there_is_a_block_of_each_kind():
     assert [len(block.strip().splitlines()) <= 14 for block in BLOCKS] == [True] * 4
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["functional", "linen", "nnx", "autotune"])
+@pytest.mark.parametrize(
+    "block", BLOCKS, ids=["functional", "linen", "nnx", "autotune"]
+)
 def test_example_runs(block):
     exec(compile(block, "README.md", "exec"), {})
 

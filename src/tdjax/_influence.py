@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from tdjax import _jaxprs
 from tdjax._influence_rules import RULES
 from tdjax._spread import (
     Spread,
@@ -37,19 +38,14 @@ _CALLS = {
 
 def evaluate(jaxpr, consts, args, bound: float) -> list[Any]:
     """Runs `jaxpr` on known values and spreads."""
-    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-    env.update(zip(jaxpr.invars, args, strict=True))
-    read = lambda v: v.val if hasattr(v, "val") else env[v]
-    for eqn in jaxpr.eqns:
-        outs = _evaluate_equation(eqn, [read(v) for v in eqn.invars], bound)
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return [read(v) for v in jaxpr.outvars]
+    run_equation = functools.partial(_evaluate_equation, bound=bound)
+    return _jaxprs.evaluate(jaxpr, consts, args, run_equation)
 
 
 def _evaluate_equation(eqn, args, bound: float) -> list[Any]:
     name = eqn.primitive.name
     if not any(isinstance(x, Spread) for x in args):
-        return _bind(eqn, args)
+        return _jaxprs.bind(eqn, args)
     run = functools.partial(_run, bound=bound)
     if name in _CALLS and _CALLS[name] in eqn.params:
         return run(eqn.params[_CALLS[name]], args)
@@ -60,17 +56,7 @@ def _evaluate_equation(eqn, args, bound: float) -> list[Any]:
 
 def _run(program, args, bound: float) -> list[Any]:
     """Runs a jaxpr, closed or without constants."""
-    jaxpr = getattr(program, "jaxpr", program)
-    return evaluate(jaxpr, getattr(program, "consts", ()), args, bound)
-
-
-def _bind(eqn, args) -> list[Any]:
-    """Lets JAX evaluate one equation."""
-    params = eqn.primitive.get_bind_params(eqn.params)
-    # Before JAX 0.10 it returned the functions among the parameters separately.
-    subfuns, params = params if isinstance(params, tuple) else ((), params)
-    outs = eqn.primitive.bind(*subfuns, *args, **params)
-    return list(outs) if eqn.primitive.multiple_results else [outs]
+    return evaluate(*_jaxprs.open_program(program), args, bound)
 
 
 def _scan(eqn, args, run, bound) -> list[Any]:
