@@ -27,6 +27,22 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ADAPTERS = ("linen", "nnx")
+__all__ = [
+    "Tuning",
+    "as_flatten",
+    "as_per_step",
+    "autotune",
+    "dense",
+    "flatten_dense",
+    "init_dense",
+    "init_flatten_dense",
+    "init_per_step_dense",
+    "linen",
+    "nnx",
+    "per_step_dense",
+    "step_influence",
+    "time_distributed",
+]
 
 
 def __getattr__(name: str):

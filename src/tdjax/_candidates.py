@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -28,7 +28,8 @@ class Candidate:
     Attributes:
       options: `method`, `chunk_size`, `unroll` and `remat` of `time_distributed`.
       blocks: in how many blocks they cut the steps.
-      verdict: `"measured"`, or why there is no measurement to compare.
+      verdict: `"measured"`; `"behind"`, for one that was too slow to be measured as
+        often as the others; or why it was refused or not tried.
       compile_seconds: tracing and compilation.
       run_seconds: the time of one call, the median of all measurements.
       spread: the lower and upper quartiles of `run_seconds`.
@@ -47,6 +48,13 @@ class Candidate:
     temporary_bytes: int | None = None
     deviation: float | None = None
 
+    def as_json(self) -> dict[str, Any]:
+        """The fields; JSON has no infinite deviation, so that one is None."""
+        fields = dataclasses.asdict(self)
+        if self.deviation is not None and not math.isfinite(self.deviation):
+            fields["deviation"] = None
+        return fields
+
     @property
     def measured(self) -> bool:
         """Whether it agrees with the reference and was timed."""
@@ -54,7 +62,8 @@ class Candidate:
 
     def __str__(self):
         plain = make_options()
-        shown = {k: v for k, v in self.options.items() if v != plain[k]}
+        # By their text: True == 1, and means another thing.
+        shown = {k: v for k, v in self.options.items() if repr(v) != repr(plain[k])}
         shown = {"method": self.options["method"], **shown}
         return ", ".join(f"{k}={v!r}" for k, v in shown.items())
 
@@ -74,6 +83,16 @@ def default_options(timesteps: int, with_remat: bool) -> list[dict[str, Any]]:
             options.append(make_options(method, size))
             remats.append(make_options(method, size, remat=True))
     return [*options, *(remats if with_remat else [])]
+
+
+def options_from(given: Any) -> dict[str, Any]:
+    """The options of one of the user's `candidates`."""
+    if not isinstance(given, Mapping) or not set(given) <= set(OPTIONS):
+        raise TypeError(
+            f"candidates must be mappings with the keys {', '.join(OPTIONS)}, got "
+            f"{given!r}."
+        )
+    return make_options(**given)
 
 
 def make_options(

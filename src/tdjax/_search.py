@@ -31,7 +31,7 @@ _SHORTEST_MEASUREMENT = 5e-3  # seconds
 # What part of the time left a run may take to be made twice before the turns.
 _SHORT_RUN = 0.03
 # What part of the budget may be spent before the candidates are timed in turn.
-_FOR_TRIALS = 0.7
+_FOR_TRIALS = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ def measure_all(
             continue
         if not can_compare:
             candidate.verdict = "no reference fits the memory limit"
-        elif compiled and _expected(candidate, compiled[0], search) > limits.left(
+        elif compiled and _expected(candidate, compiled, search) > limits.left(
             _FOR_TRIALS
         ):
             candidate.verdict = "no time left"
@@ -108,11 +108,12 @@ def choose(candidates: Iterable[Candidate]) -> Candidate:
     return min(good, key=lambda each: each.temporary_bytes or 0)
 
 
-def _expected(candidate: Candidate, first: Candidate, search: _Search) -> float:
-    """Seconds of compilation and of two runs, from the first candidate's."""
+def _expected(candidate: Candidate, compiled: list[Candidate], search) -> float:
+    """Seconds of compilation and of two runs, from those of the others."""
+    fastest = min(each.compile_seconds or 0.0 for each in compiled)
     blocks = candidate.blocks if candidate.options["unroll"] is True else 1
     # Code that is repeated compiles faster than the first of its kind.
-    seconds = (first.compile_seconds or 0.0) * (1.5 + blocks / 8)
+    seconds = fastest * (1.2 + blocks / 8)
     best = search.best_seconds()
     return seconds + (2 * best if best < math.inf else 0.0)
 

@@ -1,11 +1,9 @@
 """A file of measurements that any number of processes may share."""
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -34,14 +32,16 @@ def load(path: Path, about: dict[str, Any]) -> list[Candidate] | None:
 
 def store(path: Path, about: dict[str, Any], candidates: list[Candidate]) -> None:
     """Adds an entry; the file is replaced as a whole or not at all."""
-    fields = [dataclasses.asdict(each) for each in candidates]
-    entry = {"about": about, "candidates": fields}
+    entry = {"about": about, "candidates": [each.as_json() for each in candidates]}
+    path = path.resolve()  # the file that a link leads to
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("there is something that is not a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path):
             entries = {**_read(path, quiet=True), _key(about): entry}
-            text = json.dumps({"format": _FORMAT, "entries": entries}, indent=1)
-            _write_atomically(path, text)
+            content = {"format": _FORMAT, "entries": entries}
+            _write_atomically(path, json.dumps(content, indent=1, allow_nan=False))
     except OSError as error:
         _warn(path, f"it can't be written ({type(error).__name__}: {error})")
 
@@ -54,7 +54,7 @@ def _read(path: Path, quiet: bool = False) -> dict[str, Any]:
     """The entries of the file; a file that has none is warned of, unless `quiet`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != _FORMAT:
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise ValueError(f"it is not a {_FORMAT}")
         return dict(content["entries"])
     except FileNotFoundError:
@@ -67,7 +67,7 @@ def _read(path: Path, quiet: bool = False) -> dict[str, Any]:
 
 def _warn(path: Path, why: str) -> None:
     message = f"cache={str(path)!r} is ignored: {why}."
-    warnings.warn(message, UserWarning, stacklevel=2)
+    warnings.warn(message, UserWarning, stacklevel=5)
 
 
 def _candidates(entry: dict[str, Any], about: dict[str, Any]) -> list[Candidate]:
@@ -119,11 +119,11 @@ def _locked(path: Path):
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    # Under the lock, no other thread or process writes a draft of this name.
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        draft.write_text(text, encoding="utf-8")
         os.replace(draft, path)
     except BaseException:
-        os.unlink(draft)
+        draft.unlink(missing_ok=True)
         raise

@@ -4,7 +4,7 @@ import contextlib
 import importlib.util
 from typing import Any
 
-from tdjax._candidates import Candidate
+from tdjax._candidates import OPTIONS, Candidate
 
 
 @contextlib.contextmanager
@@ -26,41 +26,51 @@ def progress_bar(total: int):
 
 def rich_table(candidates: list[Candidate], best: Candidate, title: str) -> Any:
     """A `rich.table.Table`: the chosen first, then by time, then the refused."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
-    table.add_column("options")
-    for name in ("time", "ratio", "quartiles", "temporary", "compile", "deviation"):
-        table.add_column(name, justify="right")
-    table.add_column("verdict")
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0)
+    )
+    for name in ("method", "chunk", "unroll", "remat"):
+        table.add_column(name, no_wrap=True)
+    for name in ("time", "ratio", "memory", "compile", "deviation"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", overflow="fold")
     order = lambda each: (each is not best, not each.measured, each.run_seconds or 1e9)
     for each in sorted(candidates, key=order):
         verdict = "chosen" if each is best else each.verdict
         style = "bold" if each is best else "" if each.measured else "dim"
-        table.add_row(str(each), *_cells(each, best), verdict, style=style)
+        table.add_row(*_cells(each, best), verdict, style=style)
     return table
 
 
 def _cells(each: Candidate, best: Candidate) -> list[str]:
     ratio = lambda seconds: f"{seconds / best.run_seconds:.2f}"
     show = lambda value, text: "" if value is None else text(value)
+    method, size, unroll, remat = (each.options[name] for name in OPTIONS)
     return [
+        method,
+        "all" if size is None else str(size),
+        str(unroll),
+        "yes" if remat else "no",
         show(each.run_seconds, format_seconds),
         show(each.run_seconds, ratio),
-        show(each.spread, lambda spread: " to ".join(map(ratio, spread))),
         show(each.temporary_bytes, format_bytes),
         show(each.compile_seconds, format_seconds),
-        show(each.deviation, lambda deviation: f"{deviation:.1e}"),
+        show(each.deviation, lambda deviation: f"{deviation:.0e}"),
     ]
 
 
 def format_seconds(seconds: float) -> str:
     """With the unit that suits it."""
     if seconds >= 1:
-        return f"{seconds:.2f} s"
-    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} µs"
+        return f"{seconds:.3g} s"
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
 
 
 def format_bytes(size: int) -> str:
-    """In megabytes of 10**6 bytes."""
-    return f"{size / 1e6:.1f} MB"
+    """In megabytes of 10**6 bytes, or in smaller units."""
+    if size >= 1e5:
+        return f"{size / 1e6:.1f} MB"
+    return f"{size / 1e3:.1f} kB" if size >= 1e3 else f"{size} B"

@@ -14,7 +14,7 @@ from flax.errors import CallCompactUnboundModuleError
 from flax.linen.dtypes import promote_dtype
 from flax.linen.module import _caches
 
-from tdjax._axes import flatten_inputs, time_size
+from tdjax._candidates import OPTIONS
 from tdjax._checks import describe, refuse_mask, require_array
 from tdjax._state import distribute_stateful, first_steps, make_lowering
 from tdjax.dense import (
@@ -27,7 +27,7 @@ from tdjax.dense import (
     init_per_step_dense,
     per_step_dense,
 )
-from tdjax.tuning import Settings, Tuning, tune
+from tdjax.tuning import Settings, Tuning, prepare_inputs, tune
 
 
 class TimeDistributed(nn.Module):
@@ -355,6 +355,10 @@ def autotune(
       >>> result.tuned.apply(variables, x).shape
       (2, 4, 5)
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"module must be an instance of flax.linen.Module, got {describe(module)}."
+        )
     over_time = (
         module if isinstance(module, TimeDistributed) else TimeDistributed(module)
     )
@@ -365,6 +369,7 @@ def autotune(
         return lambda variables, *args: apply(variables, *args)
 
     settings = Settings(argnums, budget, memory_limit, tolerance, candidates, cache)
-    timesteps = time_size(flatten_inputs(args, _thaw(over_time.in_axes)))
+    args, timesteps = prepare_inputs(args, _thaw(over_time.in_axes))
     make = lambda options: over_time.clone(**options)
-    return tune(run, make, (variables, *args), timesteps, settings)
+    own = {name: getattr(over_time, name) for name in OPTIONS}
+    return tune(run, make, (variables, *args), timesteps, settings, own)

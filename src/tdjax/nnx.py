@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tdjax._axes import flatten_inputs, time_size
+from tdjax._candidates import OPTIONS
 from tdjax._checks import (
     describe,
     refuse_mask,
@@ -25,7 +25,7 @@ from tdjax.dense import (
     init_per_step_dense,
     per_step_dense,
 )
-from tdjax.tuning import Settings, Tuning, tune
+from tdjax.tuning import Settings, Tuning, prepare_inputs, tune
 
 
 class TimeDistributed(nnx.Module):
@@ -355,6 +355,10 @@ def autotune(
       >>> result.tuned(x).shape
       (2, 4, 5)
     """
+    if not isinstance(module, nnx.Module):
+        raise TypeError(
+            f"module must be an instance of flax.nnx.Module, got {describe(module)}."
+        )
     wrap = TimeDistributed
     over_time = module if isinstance(module, wrap) else wrap(module)
     names = inspect.signature(wrap.__init__).parameters
@@ -364,12 +368,14 @@ def autotune(
 
     def run(options):
         def call(state, *args):
-            layer = nnx.merge(graphdef, state)
+            # Rebuilt from leaves, the variables belong to the trace that writes them.
+            layer = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))
             y = wrap(layer, **{**kept, **options})(*args, **kwargs)
             return y, nnx.state(layer, nnx.Not(nnx.Param))
 
         return call
 
     settings = Settings(argnums, budget, memory_limit, tolerance, candidates, cache)
-    timesteps = time_size(flatten_inputs(args, over_time.in_axes))
-    return tune(run, make, (state, *args), timesteps, settings)
+    args, timesteps = prepare_inputs(args, over_time.in_axes)
+    own = {name: kept[name] for name in OPTIONS}
+    return tune(run, make, (state, *args), timesteps, settings, own)

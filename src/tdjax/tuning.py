@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -12,13 +13,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from tdjax import _tuning_cache as cache_file
 from tdjax._axes import flatten_inputs, time_size
 from tdjax._candidates import (
     Candidate,
     default_options,
+    is_float,
     make_options,
+    options_from,
     with_gradient,
 )
 from tdjax._checks import describe
@@ -74,13 +78,18 @@ class Tuning:
         return rich_table(self.candidates, self.best, title)
 
     def __repr__(self):
-        return f"Tuning({self.best}; {len(self.candidates)} candidates)"
+        timed = sum(each.run_seconds is not None for each in self.candidates)
+        return f"Tuning({self.best}; {timed} of {len(self.candidates)} measured)"
 
     def to_json(self) -> str:
         """All figures as JSON: times in seconds, memory in bytes."""
-        candidates = [dataclasses.asdict(each) for each in self.candidates]
-        fields = {"options": self.options, "about": self.about}
-        return json.dumps({**fields, "candidates": candidates}, indent=1)
+        fields = {
+            "options": self.options,
+            "from_cache": self.from_cache,
+            "about": self.about,
+            "candidates": [each.as_json() for each in self.candidates],
+        }
+        return json.dumps(fields, indent=1, allow_nan=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,12 +108,16 @@ class Settings:
             value = getattr(self, name)
             if value is not None or name == "budget":
                 _require_positive(name, value)
+        if self.cache is not None and not _is_path(self.cache):
+            raise TypeError(f"cache must be the path of a file, got {self.cache!r}.")
 
     def positions(self, args: tuple) -> list[int]:
         """Which arguments to differentiate by, counted from the front."""
         if self.argnums is None:
             return []
         argnums = self.argnums if isinstance(self.argnums, Sequence) else [self.argnums]
+        if not argnums:
+            raise ValueError("argnums must name an argument; None is for no gradient.")
         for i in argnums:
             whole = isinstance(i, int) and not isinstance(i, bool)
             if not whole or not -len(args) <= i < len(args):
@@ -112,16 +125,23 @@ class Settings:
                     f"argnums must be positions of the {len(args)} argument(s), got "
                     f"{self.argnums!r}."
                 )
-        return sorted({i % len(args) for i in argnums})
+        chosen = sorted({i % len(args) for i in argnums})
+        for i in chosen:
+            if not any(map(is_float, jax.tree.leaves(args[i]))):
+                raise ValueError(
+                    f"argnums={self.argnums!r} must point at floating point arguments, "
+                    f"got {describe(args[i])} at {i}."
+                )
+        return chosen
 
-    def listing(self, timesteps: int) -> list[Candidate]:
-        """The candidates, the reference first."""
+    def listing(self, timesteps: int, own: dict[str, Any]) -> list[Candidate]:
+        """The candidates: the reference, the module's own options, the others."""
         if self.candidates is None:
-            options = default_options(timesteps, with_remat=self.argnums is not None)
+            others = default_options(timesteps, with_remat=self.argnums is not None)
         else:
-            given = [make_options(**each) for each in self.candidates]
-            rest = [each for each in given if each != make_options()]
-            options = [make_options(), *rest]
+            others = [options_from(each) for each in self.candidates]
+        # By their text: True == 1, and means another thing.
+        options = {repr(each): each for each in (make_options(), own, *others)}.values()
         blocks = lambda size: math.ceil(timesteps / (size or timesteps))
         return [Candidate(each, blocks(each["chunk_size"])) for each in options]
 
@@ -150,7 +170,9 @@ def autotune(
     Args:
       fun: the function of one step; give it keyword arguments by `functools.partial`.
       *args: its arguments with their time axes: arrays of the shapes and dtypes that
-        the program will see.
+        the program will see. Better real data than constants, by which the results of
+        a wrong lowering may look right; a constant array of floats that is mapped
+        over is replaced by random numbers.
       in_axes: the time axis of the arguments, as in `time_distributed`.
       out_axes: the time axis of the results.
       argnums: None to time the call alone; or the position(s) of the arguments, as in
@@ -166,8 +188,9 @@ def autotune(
         (5e-3) at least twice the reference's own deviation from single precision.
       candidates: the options to try instead of the default list, each a mapping of
         options of `time_distributed`. The reference is measured too.
-      cache: a file to keep results in, for any number of functions and processes. They
-        are found again for the same function, arguments, shapes, device and versions.
+      cache: a file to keep results in, for any number of functions and processes; a
+        lock file lies beside it. They are found again for the same function, shapes,
+        device, versions and arguments of this call, `budget` among them.
 
     Returns:
       A `Tuning`: `.tuned` is `time_distributed(fun)` with the best options, `.options`
@@ -192,7 +215,7 @@ def autotune(
         fun, in_axes=in_axes, out_axes=out_axes, **options
     )
     settings = Settings(argnums, budget, memory_limit, tolerance, candidates, cache)
-    timesteps = time_size(flatten_inputs(args, in_axes))
+    args, timesteps = prepare_inputs(args, in_axes)
     return tune(make, make, args, timesteps, settings)
 
 
@@ -202,13 +225,13 @@ def tune(
     args: tuple,
     timesteps: int,
     settings: Settings,
+    own: Mapping[str, Any] | None = None,
 ) -> Tuning:
     """Measures `run(options)(*args)`; the result holds `make(options)`."""
-    if timesteps < 1:
-        raise ValueError("args must have steps to measure, got 0 steps.")
     args = jax.tree.map(jnp.asarray, args)
     limits = Limits(settings.budget, settings.memory_limit, settings.tolerance)
-    candidates, argnums = settings.listing(timesteps), settings.positions(args)
+    candidates = settings.listing(timesteps, make_options(**(own or {})))
+    argnums = settings.positions(args)
     about = _about(run(make_options()), args, argnums, candidates, limits)
     path = None if settings.cache is None else Path(settings.cache)
     found = path and cache_file.load(path, about)
@@ -218,6 +241,31 @@ def tune(
     if path is not None:
         cache_file.store(path, about, candidates)
     return Tuning(make(choose(candidates).options), candidates, about)
+
+
+def prepare_inputs(args: tuple, in_axes: Any) -> tuple[tuple, int]:
+    """`(args, timesteps)`, with numbers that tell a right lowering from a wrong one.
+
+    An array that is the same everywhere, as `jnp.ones` is, has the mean over its batch
+    that each example has; such a one gets random numbers instead.
+    """
+    for x in jax.tree.leaves(args):
+        if isinstance(x, Tracer | jax.ShapeDtypeStruct):
+            raise TypeError(
+                "autotune runs the function, so its arguments must be arrays, outside "
+                f"of jit, got {describe(x)}."
+            )
+    inputs = flatten_inputs(args, in_axes)
+    if time_size(inputs) < 1:
+        raise ValueError("args must have steps to measure, got 0 steps.")
+    varied = [_vary(jnp.asarray(x), i) for i, x in enumerate(inputs.mapped)]
+    return inputs.rebuild(varied), time_size(inputs)
+
+
+def _vary(x, seed: int):
+    if not is_float(x) or x.size < 2 or not (x == x.ravel()[0]).all():
+        return x
+    return jax.random.normal(jax.random.key(seed), x.shape, x.dtype)
 
 
 def _measure(candidates, run, args, argnums, limits: Limits) -> None:
@@ -244,8 +292,9 @@ def _about(reference, args, argnums, candidates, limits: Limits) -> dict[str, An
         "platform": device.client.platform_version,
         "cores": os.cpu_count() if device.platform == "cpu" else None,
         "jax": jax.__version__,
+        "tdjax": importlib.metadata.version("tdjax"),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-        "precision": str(getattr(jax.config, "jax_default_matmul_precision", None)),
+        "precision": getattr(jax.config, "jax_default_matmul_precision", None),
         "shapes": [str(jax.typeof(x)) for x in jax.tree.leaves(args)],
         "program": _fingerprint(reference, args),
         "argnums": argnums,
@@ -267,6 +316,10 @@ def _fingerprint(reference, args) -> str:
     # Functions inside of a jaxpr are printed with their addresses.
     program = re.sub(r" at 0x[0-9a-f]+", "", str(jax.make_jaxpr(reference)(*args)))
     return hashlib.sha256(program.encode()).hexdigest()
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str | os.PathLike) and os.fspath(value) not in ("", b"")
 
 
 def _require_positive(name: str, value: Any) -> None:
