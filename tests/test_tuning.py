@@ -172,9 +172,8 @@ def test_a_slow_candidate_is_measured_less_often(monkeypatch):
         "method='vmap', chunk_size=2": "behind",
         "method='vmap', chunk_size=1": "behind",
     }
-    # The first run, and one more; then it is 20 times behind.
-    assert measured[1] == 2
-    assert 2 < measured[2] < measured[None] / 2
+    # The first run, and a few more; then it is 20 times behind.
+    assert measured[1] <= 4 < measured[2] < measured[None] / 2
     assert result.options["chunk_size"] is None
 
 
@@ -273,12 +272,12 @@ def test_some_steps_are_needed(user_errors):
 
 def test_the_table_and_the_json_have_every_candidate(params, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    result = tune_dense(params)
+    result = tune_dense(params, budget=60.0)
     result.show()
     printed = capsys.readouterr().out
     assert "chosen" in printed
     assert printed.count("fold") == 1
-    assert len(printed.splitlines()[0]) < 80
+    assert max(len(line.rstrip()) for line in printed.splitlines()) <= 80
     content = json.loads(result.to_json())
     assert content["options"] == result.options
     assert len(content["candidates"]) == len(result.candidates)

@@ -185,7 +185,10 @@ def _time_once_more(candidate, program, first: float, search: _Search) -> None:
     """The first run was a warm-up; a long one matters less, and costs more."""
     seconds = first
     if first < _SHORT_RUN * search.limits.left():
-        seconds, _ = timed(program, search.args, _calls(first))
+        # The least of a few: one alone may have been disturbed.
+        few = 3 if first < 0.1 * _SHORT_RUN * search.limits.left() else 1
+        calls = _calls(first)
+        seconds = min(timed(program, search.args, calls)[0] for _ in range(few))
     candidate.run_seconds = seconds
     if seconds > 2 * _FAR_BEHIND * search.best_seconds():
         candidate.verdict = "behind"
@@ -212,9 +215,10 @@ def _take_turns(search: _Search) -> None:
 
 
 def _drop_the_slow(search: _Search, times_behind: float) -> None:
-    limit = times_behind * search.best_seconds()
+    typical = lambda times: statistics.median(times[1:])
+    limit = times_behind * min(typical(times) for _, _, times in search.running)
     for candidate, _, times in search.running:
-        if min(times) > limit:
+        if typical(times) > limit:
             _summarise(candidate, times)
             candidate.verdict = "behind"
     search.running = [each for each in search.running if each[0].measured]

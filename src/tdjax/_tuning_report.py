@@ -26,22 +26,23 @@ def progress_bar(total: int):
 
 def rich_table(candidates: list[Candidate], best: Candidate, title: str) -> Any:
     """A `rich.table.Table`: the chosen first, then by time, then the refused."""
-    from rich import box
     from rich.table import Table
 
-    table = Table(
-        title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0)
-    )
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     for name in ("method", "chunk", "unroll", "remat"):
         table.add_column(name, no_wrap=True)
     for name in ("time", "ratio", "memory", "compile", "deviation"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", overflow="fold")
     order = lambda each: (each is not best, not each.measured, each.run_seconds or 1e9)
-    for each in sorted(candidates, key=order):
+    tried = [each for each in candidates if each.verdict != "no time left"]
+    for each in sorted(tried, key=order):
         verdict = "chosen" if each is best else each.verdict
         style = "bold" if each is best else "" if each.measured else "dim"
         table.add_row(*_cells(each, best), verdict, style=style)
+    left = len(candidates) - len(tried)
+    if left:
+        table.caption = f"No time was left for {left} more; budget= gives more."
     return table
 
 
