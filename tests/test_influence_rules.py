@@ -168,6 +168,7 @@ def some_results(y):
     return jnp.asarray(np.resize(np.random.default_rng(1).permutation(y), 5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_each_rule_covers_what_changes(name):
     rule = HOW_TO_USE.get(name) or getattr(lax, name)
