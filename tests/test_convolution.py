@@ -120,6 +120,16 @@ def test_no_convolution_in_the_loop_is_in_an_order_that_xla_runs_slowly():
     assert set(orders) == {"b01f_01io->b01f"}
 
 
+@pytest.mark.parametrize(("argnums", "count"), [((0, 1), 9), (0, 8), (1, 6)])
+def test_only_the_wanted_gradients_are_computed(argnums, count):
+    x = normal(0, 2, 6, 8, 8, 3)
+    params = Frame().init(jax.random.key(0), x[:, 0])
+    apply = tdjax.time_distributed(Frame().apply, in_axes=(None, 1), chunk_size=2)
+    program = jax.jit(jax.grad(loss(apply), argnums)).lower(params, x).as_text()
+    # Three forward, and one for each kernel and each input.
+    assert program.count("stablehlo.convolution") == count
+
+
 def test_a_grouped_convolution_and_one_of_integers_stay_as_they_are():
     x = normal(0, 2, 4, 7, 5, 4)
     kernel = normal(1, 3, 2, 1, 4)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from tdjax._jaxprs import bind, evaluate, open_program
 
@@ -114,14 +115,19 @@ def _channels_last(options, x, kernel):
     def apply(x, kernel):
         return convolve(x, kernel, image, taps, image)
 
-    @apply.defjvp
     def jvp(primals, tangents):
         (x, kernel), (dx, dkernel) = primals, tangents
-        swapped = jnp.swapaxes(kernel, before, last)
-        by_x = convolve(dx, swapped, image, (before, last, *front), image)
-        turned = jnp.swapaxes(x, 0, last), jnp.moveaxis(dkernel, before, 0)
-        specs = (last, 0, *space), (last, 0, *space), (before, last, *front)
-        by_kernel = jnp.moveaxis(convolve(*turned, *specs), before, 0)
-        return apply(x, kernel), by_x + by_kernel
+        y = apply(x, kernel)
+        dy = jnp.zeros_like(y)
+        # A convolution of zeros would be computed: leave it out.
+        if not isinstance(dx, SymbolicZero):
+            swapped = jnp.swapaxes(kernel, before, last)
+            dy += convolve(dx, swapped, image, (before, last, *front), image)
+        if not isinstance(dkernel, SymbolicZero):
+            turned = jnp.swapaxes(x, 0, last), jnp.moveaxis(dkernel, before, 0)
+            specs = (last, 0, *space), (last, 0, *space), (before, last, *front)
+            dy += jnp.moveaxis(convolve(*turned, *specs), before, 0)
+        return y, dy
 
+    apply.defjvp(jvp, symbolic_zeros=True)
     return apply(x, kernel)
