@@ -18,18 +18,21 @@ def calls(quick: bool) -> dict[str, Calls]:
     """By operation: the same by each library; PyTorch's only where it is installed."""
     rows, batch = (64, 2) if quick else (1024, 8)
     products = {
-        f"product ({rows}, {n}) x ({n}, {n})": _product(rows, n) for n in (64, 256)
+        f"product ({rows}, {n}) x ({n}, {n}), {dtype}": _product(rows, n, dtype)
+        for n in (64, 256)
+        for dtype in ("float32", "bfloat16")
     }
     return {**products, **_convolutions(batch)}
 
 
-def _product(rows: int, size: int) -> Calls:
+def _product(rows: int, size: int, dtype: str) -> Calls:
     x = np.random.default_rng(0).normal(size=(rows, size)).astype(np.float32)
     kernel = np.random.default_rng(1).normal(size=(size, size)).astype(np.float32)
-    found = {"XLA": _jitted(jnp.matmul, x, kernel)}
+    found = {"XLA": _jitted(jnp.matmul, *(jnp.asarray(a, dtype) for a in (x, kernel)))}
     torch = _torch()
     if torch is not None:
-        a, b = torch.from_numpy(x), torch.from_numpy(kernel)
+        kind = getattr(torch, dtype)
+        a, b = torch.from_numpy(x).to(kind), torch.from_numpy(kernel).to(kind)
         found["PyTorch"] = lambda: torch.matmul(a, b)
     return found
 
