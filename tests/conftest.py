@@ -62,10 +62,14 @@ def assert_trees_equal(got, want):
     assert_trees_close(got, want, rtol=0, atol=0)
 
 
-def lowerings(timesteps, methods=("vmap", "fold"), unrolls=(1, 2, True)):
-    """Every method, chunk size (1, 3, T, more), unroll and remat that differ."""
+def lowerings(timesteps, methods=("vmap", "fold"), unrolls=(1, 2, True), whole=None):
+    """Every method, chunk size (1, 3, T, more), unroll and remat that differ.
+
+    `whole` are the chunk sizes for all steps at once: None, T and more.
+    """
+    whole = whole or (None, timesteps, timesteps + 2)
     loops = itertools.product((1, 3), unrolls, (False, True))
-    single = itertools.product((None, timesteps, timesteps + 2), (1,), (False, True))
+    single = itertools.product(whole, (1,), (False, True))
     return [
         {"method": method, "chunk_size": chunk, "unroll": unroll, "remat": remat}
         for method in methods

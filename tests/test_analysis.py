@@ -215,6 +215,7 @@ def test_influence_does_not_depend_on_the_point(name):
         np.testing.assert_array_equal(tdjax.step_influence(fun, x), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_what_changes_the_output_is_an_influence(name):
     """No false negative: changing a step changes only the steps it influences."""

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 import tdjax
-from conftest import assert_trees_close, normal
+from conftest import assert_trees_close, normal, quick_compile
 
 ORDERS = [
     ("NHWC", "HWIO", "NHWC"),
@@ -53,6 +53,10 @@ def loss(apply):
     return lambda *args: jnp.sum(jnp.sin(apply(*args)))
 
 
+def value_and_gradients(apply):
+    return jax.value_and_grad(loss(apply), (0, 1))
+
+
 def loop_over_steps(fun):
     """The reference: JAX's own convolution, one step after the other."""
     return lambda kernel, x: jnp.stack(
@@ -60,13 +64,14 @@ def loop_over_steps(fun):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS, ids="-".join)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_order_keeps_its_numbers_and_derivatives(order, options):
     fun = convolution(order, **options)
     x, kernel = arrays(order)
     apply = tdjax.time_distributed(fun, in_axes=(None, 1), chunk_size=2)
-    both = lambda apply: jax.jit(jax.value_and_grad(loss(apply), (0, 1)))(kernel, x)
+    both = lambda apply: quick_compile(value_and_gradients(apply), kernel, x)
     assert_trees_close(both(apply), both(loop_over_steps(fun)), 1e-4, 1e-4)
 
 
@@ -78,7 +83,7 @@ def test_every_loop_over_blocks_agrees(method, chunk_size):
     apply = tdjax.time_distributed(
         fun, in_axes=(None, 1), method=method, chunk_size=chunk_size, remat=True
     )
-    both = lambda apply: jax.jit(jax.value_and_grad(loss(apply), (0, 1)))(kernel, x)
+    both = lambda apply: quick_compile(value_and_gradients(apply), kernel, x)
     assert_trees_close(both(apply), both(loop_over_steps(fun)), 1e-4, 1e-4)
 
 
@@ -137,7 +142,7 @@ def test_a_grouped_convolution_and_one_of_integers_stay_as_they_are():
         x, kernel, (1, 1), "SAME", dimension_numbers=ORDERS[0], feature_group_count=4
     )
     apply = tdjax.time_distributed(grouped, in_axes=(None, 1), chunk_size=1)
-    both = lambda apply: jax.jit(jax.value_and_grad(loss(apply), (0, 1)))(kernel, x)
+    both = lambda apply: quick_compile(value_and_gradients(apply), kernel, x)
     assert_trees_close(both(apply), both(loop_over_steps(grouped)), 1e-4, 1e-4)
     x, kernel = (jnp.round(4 * a).astype(jnp.int32) for a in arrays(ORDERS[0]))
     fun = convolution(ORDERS[0])

@@ -224,7 +224,7 @@ def deviations(kind: Kind, functional: Functional, method: str) -> dict[str, flo
         return y, grads
 
     weights = normal(9, *jax.eval_shape(loop, functional.params, *kind.inputs).shape)
-    options = lowerings(T, methods=(method,), unrolls=(1, True))
+    options = lowerings(T, (method,), unrolls=(1, True), whole=(None,))
 
     def everything(params, inputs):
         run = lambda apply: value_and_gradients(apply, params, inputs)

@@ -201,7 +201,7 @@ def _calls(seconds: float) -> int:
 
 
 def _take_turns(search: _Search) -> None:
-    for done in range(_MOST_ROUNDS):
+    for done in range(_MOST_ROUNDS if search.running else 0):
         if done >= 2:
             _drop_the_slow(search, _FAR_BEHIND if done < 5 else _BEHIND)
         left = search.limits.left()
