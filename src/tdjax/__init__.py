@@ -16,6 +16,8 @@ from tdjax.dense import init_dense as init_dense
 from tdjax.dense import init_flatten_dense as init_flatten_dense
 from tdjax.dense import init_per_step_dense as init_per_step_dense
 from tdjax.dense import per_step_dense as per_step_dense
+from tdjax.masking import lengths_to_mask as lengths_to_mask
+from tdjax.masking import masked_mean as masked_mean
 from tdjax.time_distributed import time_distributed as time_distributed
 from tdjax.tuning import Tuning as Tuning
 from tdjax.tuning import autotune as autotune
@@ -37,7 +39,9 @@ __all__ = [
     "init_dense",
     "init_flatten_dense",
     "init_per_step_dense",
+    "lengths_to_mask",
     "linen",
+    "masked_mean",
     "nnx",
     "per_step_dense",
     "step_influence",

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 
 def describe(value: Any) -> str:
@@ -18,6 +19,11 @@ def describe(value: Any) -> str:
 def is_array(value: Any) -> bool:
     """Whether it has a shape and a dtype: arrays, tracers, `ShapeDtypeStruct`s."""
     return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def is_concrete(value: Any) -> bool:
+    """Whether its numbers can be looked at, as they can't be inside `jit`."""
+    return is_array(value) and not isinstance(value, Tracer | jax.ShapeDtypeStruct)
 
 
 def require_array(name: str, value: Any, min_rank: int, layout: str) -> None:
@@ -65,16 +71,6 @@ def require_params(
                 f"a kernel {describe(kernel)}, got {describe(bias)}."
             )
     return kernel, bias
-
-
-def refuse_mask(kwargs: Mapping[str, Any]) -> None:
-    """Keeps the keyword `mask` free, so that its meaning can come later."""
-    if "mask" in kwargs:
-        raise TypeError(
-            "mask is reserved for a (batch, time) mask of steps, which this version "
-            f"lacks; got {describe(kwargs['mask'])}. Pass a mask of your own as "
-            "a positional argument, with its entry in in_axes."
-        )
 
 
 FLAX_MODULES = {"flax.linen.module": "tdjax.linen", "flax.nnx.module": "tdjax.nnx"}

@@ -39,12 +39,14 @@ class Lowering:
     remat: bool = False
     axis_name: Any = None
     spmd_axis_name: Any = None
+    capacity: int | None = None
 
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {METHODS}, got {self.method!r}.")
-        if self.chunk_size is not None:
-            require_positive_int("chunk_size", self.chunk_size)
+        for name in ("chunk_size", "capacity"):
+            if getattr(self, name) is not None:
+                require_positive_int(name, getattr(self, name))
         if not isinstance(self.unroll, bool):
             require_positive_int("unroll", self.unroll)
         if not isinstance(self.remat, bool):
@@ -62,6 +64,12 @@ class Lowering:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} names the axis that vmap maps "
                     f"over; it needs method='vmap', got method={self.method!r}."
+                )
+            if self.capacity is not None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} names the time axis, which "
+                    f"capacity={self.capacity} replaces by the valid steps of all "
+                    "examples; give one of them only."
                 )
 
 
@@ -99,11 +107,12 @@ def _loop(make_block, call, inputs: Inputs, out_axes, timesteps, lowering: Lower
 def _call_and_check(call, out_axes, mapped):
     """Refuses `out_axes` that the results of one step can't have."""
     y = call(mapped)
-    _map_results(_check_out_axis, y, out_axes)
+    _map_results(check_out_axis, y, out_axes)
     return y
 
 
-def _check_out_axis(y, axis: Axis) -> None:
+def check_out_axis(y, axis: Axis) -> None:
+    """Refuses an axis that the results of one step can't be stacked on."""
     if not is_array(y) and not isinstance(y, bool | int | float | complex):
         raise TypeError(f"fun must return arrays, got {describe(y)}.")
     rank = jnp.ndim(y) + 1

@@ -13,11 +13,14 @@ from tdjax._axes import (
     flatten_inputs,
     time_size,
 )
-from tdjax._lowering import Lowering, distribute
+from tdjax._checks import describe
+from tdjax._lowering import Lowering
+from tdjax._masked_steps import PackedSteps, select_steps
+from tdjax.masking import masked_mean
 
 
 def distribute_stateful(
-    step, before, keys, args, in_axes, out_axes, lowering, share_rng
+    step, before, keys, args, mask, in_axes, out_axes, lowering, share_rng
 ):
     """Runs `step(keys, *args) -> (y, state)` over all steps.
 
@@ -25,26 +28,52 @@ def distribute_stateful(
     `before` keeps its shape, floats (running statistics) moved by the mean over steps,
     anything else (counters, keys) as the last step left it. What is new (sown values)
     is stacked, time first. What no step wrote to is the very object of `before`, of
-    which no copies are made. Each step gets keys of its own, unless `share_rng`.
+    which no copies are made. Each step gets keys of its own, unless `share_rng`. Steps
+    without a valid example move no running statistics.
     """
-    if share_rng and lowering.method == "fold" and jax.tree.leaves(keys):
-        raise ValueError(
-            "share_rng=True needs method='vmap': with method='fold' the layer draws "
-            "noise once for all examples and steps of a block."
-        )
-    inputs = flatten_inputs(args, in_axes)
+    if share_rng and jax.tree.leaves(keys):
+        _check_share_rng(lowering)
+    steps = select_steps(flatten_inputs(args, in_axes), mask, lowering)
     if not share_rng:
-        keys = _split_keys(keys, time_size(inputs))
-    both = _with_keys(inputs, keys, None if share_rng else PER_STEP)
+        keys = _split_keys(keys, time_size(steps.inputs))
+    steps.inputs = _with_keys(steps.inputs, keys, None if share_rng else PER_STEP)
 
     def call(mapped):
-        step_keys, step_args = both.rebuild(mapped)
+        step_keys, step_args = steps.inputs.rebuild(mapped)
         y, state = step(step_keys, *step_args)
         return y, *_split_state(before, state)
 
     axes = (out_axes, PER_STEP, PER_STEP_OR_BATCH)
-    y, kept, new = distribute(call, both, axes, lowering)
-    return y, _join_state(before, _after_steps(before, kept), new)
+    y, kept, new = steps.run(call, axes, lowering)
+    if isinstance(steps, PackedSteps):
+        _refuse_statistics(kept, lowering.capacity)
+    return y, _join_state(before, _after_steps(before, kept, steps.weights), new)
+
+
+def _check_share_rng(lowering: Lowering) -> None:
+    if lowering.method == "fold":
+        raise ValueError(
+            "share_rng=True needs method='vmap': with method='fold' the layer draws "
+            "noise once for all examples and steps of a block."
+        )
+    if lowering.capacity is not None:
+        raise ValueError(
+            f"share_rng=True gives all steps of an example the same noise; with "
+            f"capacity={lowering.capacity} the steps of all examples are one sequence, "
+            "and all would share it. Leave one of them out."
+        )
+
+
+def _refuse_statistics(kept, capacity: int) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(kept):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            step = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+            raise ValueError(
+                f"capacity={capacity} needs a layer that treats examples "
+                f"independently, got one that writes {describe(step)} to its state at "
+                f"{jax.tree_util.keystr(path)}, a statistic over examples. Call the "
+                "layer for inference, or leave capacity out."
+            )
 
 
 def first_steps(args: tuple, in_axes: Any) -> tuple:
@@ -105,16 +134,19 @@ def _join_state(before, changed, new):
     )
 
 
-def _after_steps(before, kept):
+def _after_steps(before, kept, weights):
     known = _by_path(before)
-    after = lambda path, x: _after(known[jax.tree_util.keystr(path)], x)
+    after = lambda path, x: _after(known[jax.tree_util.keystr(path)], x, weights)
     return jax.tree_util.tree_map_with_path(after, kept)
 
 
-def _after(before, stacked):
+def _after(before, stacked, weights):
     if stacked.shape[0] == 0:
         return before
     if jnp.issubdtype(stacked.dtype, jnp.floating):
         # The mean of the moves, not of the values: what did not move stays as it is.
-        return before + jnp.mean(stacked - before, axis=0)
+        moves = stacked - before
+        if weights is None:
+            return before + jnp.mean(moves, axis=0)
+        return before + masked_mean(moves, jnp.asarray(weights), axis=0)
     return stacked[-1]

@@ -15,7 +15,7 @@ from flax.linen.dtypes import promote_dtype
 from flax.linen.module import _caches
 
 from tdjax._candidates import OPTIONS
-from tdjax._checks import describe, refuse_mask, require_array
+from tdjax._checks import describe, require_array
 from tdjax._state import distribute_stateful, first_steps, make_lowering
 from tdjax.dense import (
     Initializer,
@@ -47,6 +47,13 @@ class TimeDistributed(nn.Module):
       statistics over batch and time together; with `chunk_size`, over batch and the
       chunk's steps. Integer state is the last step's. What `layer` sows is stacked,
       time first.
+    * **Masks**: the call takes `mask`, bool, `(batch, time)`: zeros at masked steps and
+      no gradient, as in `tdjax.time_distributed`. Steps that no example has don't move
+      running statistics. A layer that mixes the examples of a batch, as `BatchNorm` in
+      training, sees copies of a valid step at the masked ones; give it the mask as an
+      input of its own.
+    * **Packing**: with `capacity=n` the layer computes the valid steps only. It must
+      treat examples independently; one that writes statistics is refused.
 
     Attributes:
       layer: the module to apply, or one that is already part of the surrounding module.
@@ -61,6 +68,7 @@ class TimeDistributed(nn.Module):
         axis of one step.
       spmd_axis_name: the mesh axis over which time is sharded.
       share_rng: whether all steps draw the same noise.
+      capacity: compute the valid steps only, at most so many.
 
     Raises:
       TypeError: if `layer` is not a Linen module.
@@ -87,6 +95,7 @@ class TimeDistributed(nn.Module):
     axis_name: Any = None
     spmd_axis_name: Any = None
     share_rng: bool = False
+    capacity: int | None = None
 
     def __post_init__(self):
         layer = self.layer
@@ -105,14 +114,16 @@ class TimeDistributed(nn.Module):
             layer = _adopt(layer, self.scope)
         object.__setattr__(self, "layer", layer)
 
-    def __call__(self, *args, **kwargs):
-        """Calls `layer` on every step; keyword arguments are shared by all steps."""
-        refuse_mask(kwargs)
+    def __call__(self, *args, mask=None, **kwargs):
+        """Calls `layer` on every step; keyword arguments are shared by all steps.
+
+        With `mask`, bool, `(batch, time)`, masked steps give zeros.
+        """
         if self.scope is None:
             raise CallCompactUnboundModuleError()
         if self.is_initializing():
             self._init_layer(*first_steps(args, _thaw(self.in_axes)), **kwargs)
-        over_time = nn.transforms.lift_transform(_lift, _call, self, kwargs)
+        over_time = nn.transforms.lift_transform(_lift, _call, self, mask, kwargs)
         return over_time(self.layer, *args)
 
     def _init_layer(self, *args, **kwargs):
@@ -139,7 +150,7 @@ def _adopt(layer: nn.Module, scope: Scope) -> nn.Module:
     return layer
 
 
-def _lift(call, options: TimeDistributed, kwargs):
+def _lift(call, options: TimeDistributed, mask, kwargs):
     """A function of scopes and one step, lifted as Flax lifts: to all steps."""
     initializing = options.is_initializing()
     axes = _thaw(options.in_axes), _thaw(options.out_axes)
@@ -159,7 +170,9 @@ def _lift(call, options: TimeDistributed, kwargs):
                     inner.rng_counters.update(counter)
                 return call(scope, *args, **kwargs), repack(scope)
 
-            y, after = distribute_stateful(step, variables, rngs, args, *axes, *how)
+            y, after = distribute_stateful(
+                step, variables, rngs, args, mask, *axes, *how
+            )
             return y, () if initializing else after
 
         return lift.pack(over_time, (True,), (written,), (True,))(scopes, args)

@@ -12,7 +12,6 @@ from flax import nnx
 from tdjax._candidates import OPTIONS
 from tdjax._checks import (
     describe,
-    refuse_mask,
     require_array,
     require_positive_int,
 )
@@ -45,6 +44,13 @@ class TimeDistributed(nnx.Module):
       chunk's steps. Integer state is the last step's. Parameters are not
       written to. An attribute that is no variable can't be kept over steps; a layer
       that sets one in the call is refused.
+    * **Masks**: the call takes `mask`, bool, `(batch, time)`: zeros at masked steps and
+      no gradient, as in `tdjax.time_distributed`. Steps that no example has don't move
+      running statistics. A layer that mixes the examples of a batch, as `BatchNorm` in
+      training, sees copies of a valid step at the masked ones; give it the mask as an
+      input of its own.
+    * **Packing**: with `capacity=n` the layer computes the valid steps only. It must
+      treat examples independently; one that writes statistics is refused.
 
     Args:
       layer: the module to apply.
@@ -58,6 +64,7 @@ class TimeDistributed(nnx.Module):
         normalise over all steps with `method="vmap"`.
       spmd_axis_name: the mesh axis over which time is sharded.
       share_rng: whether all steps draw the same noise.
+      capacity: compute the valid steps only, at most so many.
 
     Raises:
       TypeError: if `layer` is not an NNX module, if a call is given an `nnx.Rngs`, or
@@ -85,6 +92,7 @@ class TimeDistributed(nnx.Module):
         axis_name: Any = None,
         spmd_axis_name: Any = None,
         share_rng: bool = False,
+        capacity: int | None = None,
     ):
         if not isinstance(layer, nnx.Module):
             raise TypeError(
@@ -96,11 +104,14 @@ class TimeDistributed(nnx.Module):
         self.method, self.chunk_size, self.unroll = method, chunk_size, unroll
         self.remat, self.share_rng = remat, share_rng
         self.axis_name, self.spmd_axis_name = axis_name, spmd_axis_name
+        self.capacity = capacity
         make_lowering(self)
 
-    def __call__(self, *args, **kwargs):
-        """Calls `layer` on every step; keyword arguments are shared by all steps."""
-        refuse_mask(kwargs)
+    def __call__(self, *args, mask=None, **kwargs):
+        """Calls `layer` on every step; keyword arguments are shared by all steps.
+
+        With `mask`, bool, `(batch, time)`, masked steps give zeros.
+        """
         _refuse_rngs(args, kwargs)
         graphdef, keys, params, state = nnx.split(
             self.layer, nnx.RngKey, nnx.Param, ...
@@ -121,6 +132,7 @@ class TimeDistributed(nnx.Module):
             state,
             keys,
             args,
+            mask,
             self.in_axes,
             self.out_axes,
             make_lowering(self),

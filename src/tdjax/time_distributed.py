@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from tdjax._axes import Inputs, flatten_inputs
-from tdjax._checks import describe, refuse_mask, refuse_module
-from tdjax._lowering import Lowering, distribute
+from tdjax._checks import describe, refuse_module
+from tdjax._lowering import Lowering
+from tdjax._masked_steps import select_steps
 
 
 def time_distributed(
@@ -20,6 +21,7 @@ def time_distributed(
     remat: bool = False,
     axis_name: Any = None,
     spmd_axis_name: Any = None,
+    capacity: int | None = None,
 ) -> Callable[..., Any]:
     """Applies `fun` to every time step, with the same parameters at each.
 
@@ -48,14 +50,32 @@ def time_distributed(
       for them there (jax-ml/jax issue 12868). With `chunk_size=1` the steps are
       sliced and `fun` is called on each as it is.
 
+    **Masks.** Called with `mask`, bool, `(batch, time)` whatever the time axis of the
+    arguments, it gives zeros at the steps where the mask is False, and no gradient
+    flows from or to them, even where the input there is NaN or infinite: in place of
+    their numbers `fun` sees those of a valid step. The batch is axis 0 of what `fun`
+    sees and returns, as for `"fold"`. If `fun` wants the mask too, give it as an
+    argument as well: `time_distributed(fun)(x, mask, mask=mask)` calls `fun(x[:, t],
+    mask[:, t])`.
+
+    **Packing.** With `capacity=n` the valid steps alone are computed, so the cost
+    follows `n` and not the padded size: they are gathered, in the order of the mask, as
+    `n` steps of a batch of one, and the results are put back. `method`, `chunk_size`
+    and the like are about these steps. It is right where `fun` treats examples
+    independently; shared arguments (None in `in_axes`) must have no batch axis. If
+    there are more valid steps than `n`, it is an error when the mask is known while
+    tracing. Otherwise those after the first `n` are marked in the result: floats are
+    NaN, and so is a loss made of them; signed integers are the lowest of their dtype,
+    unsigned ones the highest. `mask.sum() > n` tells beforehand.
+
     Compile time does not grow with the number of steps, except under `unroll=True`.
     Call it under `jax.jit`: as with `jax.lax.map`, a loop outside of `jit` is compiled
     at each call.
 
     Args:
       fun: a function of positional arguments that are pytrees of arrays. Keyword
-        arguments of the call reach it unchanged and are shared by all steps; `mask`
-        is reserved.
+        arguments of the call reach it unchanged and are shared by all steps, all but
+        `mask`.
       in_axes: the time axis of the positional arguments, as in `jax.vmap`: an int, None
         for an argument that all steps share, or a pytree prefix (a tuple with an entry
         for each argument).
@@ -73,15 +93,17 @@ def time_distributed(
         Only with `method="vmap"` and all steps in one block.
       spmd_axis_name: the mesh axis over which time is sharded, as in `jax.vmap`. Only
         with `method="vmap"`.
+      capacity: compute the valid steps only, at most so many; see above.
 
     Returns:
-      A function of the same arguments with a time axis in each.
+      A function of the same arguments with a time axis in each, and of `mask`.
 
     Raises:
       TypeError: if an option or an argument is of the wrong kind; if `fun` is a Flax
         module, for which there are `tdjax.linen` and `tdjax.nnx`.
-      ValueError: if options contradict each other, or shapes do not fit `in_axes`; both
-        are raised before anything is computed.
+      ValueError: if options contradict each other, or shapes do not fit `in_axes` or
+        `mask`, or `mask` is known and has more valid steps than `capacity`; all are
+        raised before anything is computed.
 
     Example:
       >>> import jax, jax.numpy as jnp, tdjax
@@ -89,19 +111,24 @@ def time_distributed(
       >>> apply = tdjax.time_distributed(tdjax.dense, in_axes=(None, 1))
       >>> apply(params, jnp.ones((2, 4, 3))).shape
       (2, 4, 5)
+      >>> mask = tdjax.lengths_to_mask(jnp.array([4, 1]), 4)
+      >>> packed = tdjax.time_distributed(tdjax.dense, in_axes=(None, 1), capacity=5)
+      >>> packed(params, jnp.ones((2, 4, 3)), mask=mask)[1, 1:].any().item()
+      False
     """
     if not callable(fun):
         raise TypeError(f"fun must be callable, got {describe(fun)}.")
     refuse_module(fun)
-    lowering = Lowering(method, chunk_size, unroll, remat, axis_name, spmd_axis_name)
+    lowering = Lowering(
+        method, chunk_size, unroll, remat, axis_name, spmd_axis_name, capacity
+    )
 
     # `updated=()`: a module object's attributes are not the wrapper's.
     @functools.wraps(fun, updated=())
-    def distributed(*args, **kwargs):
-        refuse_mask(kwargs)
-        inputs = flatten_inputs(args, in_axes)
-        call = functools.partial(_call_on_mapped, fun, inputs, kwargs)
-        return distribute(call, inputs, out_axes, lowering)
+    def distributed(*args, mask=None, **kwargs):
+        steps = select_steps(flatten_inputs(args, in_axes), mask, lowering)
+        call = functools.partial(_call_on_mapped, fun, steps.inputs, kwargs)
+        return steps.run(call, out_axes, lowering)
 
     return distributed
 

@@ -1,0 +1,253 @@
+"""Steps of which some are masked: computed and hidden, or left out by packing.
+
+Both keep two promises. Results at masked steps are zeros, and no gradient flows from or
+to them. And `fun` never sees the numbers of a masked step: it sees those of a valid one
+in their place, where it is finite if it is finite at all. Zeros would not do: the
+gradient of a norm is NaN at zero, and NaN times the zero gradient of a hidden result is
+NaN. Bools (a mask, say) and random keys stay what they are.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tdjax._axes import Axis, Inputs, broadcast_axes, output_position, time_size
+from tdjax._checks import describe, is_concrete
+from tdjax._lowering import Lowering, check_out_axis, distribute
+from tdjax.masking import over_trailing_axes, require_mask_dtype
+
+
+class AllSteps:
+    """Without a mask."""
+
+    weights = None
+
+    def __init__(self, inputs: Inputs):
+        self.inputs = inputs
+
+    def run(self, call, out_axes, lowering: Lowering):
+        return distribute(call, self.inputs, out_axes, lowering)
+
+
+class MaskedSteps:
+    """All steps are computed, and masked ones hidden on both sides."""
+
+    def __init__(self, inputs: Inputs, mask):
+        self.mask = mask
+        self.inputs = _replace(inputs, self._guard)
+        self.weights = jnp.any(mask, axis=0)
+
+    def _guard(self, x, axis: Axis):
+        if not isinstance(axis, int) or not jnp.issubdtype(x.dtype, jnp.number):
+            return x, axis
+        mask, steps = self.mask, _batch_first(x, axis)
+        if x.ndim == 1:
+            mask, steps = jnp.any(mask, axis=0), x
+        steps = jnp.where(
+            over_trailing_axes(mask, x.ndim), steps, _a_valid_step(steps, mask)
+        )
+        return (steps if x.ndim == 1 else _time_back(steps, axis)), axis
+
+    def run(self, call, out_axes, lowering: Lowering):
+        results = distribute(call, self.inputs, out_axes, lowering)
+        return _map_timed(self._hide, results, out_axes)
+
+    def _hide(self, y, axis: int):
+        axis = output_position(axis, y.ndim)
+        _require_batch("mask", y, axis, self.mask.shape[0])
+        y = _batch_first(y, axis)
+        y = jnp.where(over_trailing_axes(self.mask, y.ndim), y, jnp.zeros((), y.dtype))
+        return _time_back(y, axis)
+
+
+class PackedSteps:
+    """Only the valid steps are computed: as `capacity` steps of a batch of one."""
+
+    weights = None
+
+    def __init__(self, inputs: Inputs, mask, capacity: int):
+        self.mask, self.capacity = mask, capacity
+        flat = jnp.ravel(mask)
+        self.size = flat.shape[0]
+        found = jnp.nonzero(flat, size=capacity, fill_value=self.size)[0]
+        self.used = found < self.size
+        # Beyond the end and each its own: unused rows read zeros and write nothing.
+        self.rows = jnp.where(self.used, found, self.size + jnp.arange(capacity))
+        self.inputs = _replace(inputs, self._pack)
+
+    def _pack(self, x, axis: Axis):
+        """(batch, time, ...) -> (1, capacity, ...), the order that of the mask."""
+        if not isinstance(axis, int):
+            return x, axis
+        if x.ndim == 1:
+            x = jnp.broadcast_to(x, self.mask.shape)
+            return self._gather(jnp.ravel(x)), 0
+        x = _batch_first(x, axis)
+        return self._gather(jnp.reshape(x, (-1, *x.shape[2:])))[None], 1
+
+    def _gather(self, x):
+        at = x.at[self.rows]
+        if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+            return at.get(mode="clip")
+        rows = at.get(
+            mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True
+        )
+        if x.dtype == jnp.bool_:
+            return rows
+        used = over_trailing_axes(self.used, rows.ndim)
+        return jnp.where(used, rows, jax.lax.stop_gradient(rows[:1]))
+
+    def run(self, call, out_axes, lowering: Lowering):
+        packed_axes = jax.tree.map(
+            lambda axis: 1 if isinstance(axis, int) else axis,
+            out_axes,
+            is_leaf=lambda node: node is None,
+        )
+        call = functools.partial(_call_and_check, call, out_axes)
+        results = distribute(call, self.inputs, packed_axes, lowering)
+        return _map_timed(self._unpack, results, out_axes)
+
+    def _unpack(self, y, axis: int):
+        """(1, capacity, ...) -> (batch, time, ...), zeros at masked steps."""
+        _require_batch("capacity", y, 1, 1)
+        rows = jnp.zeros((self.size, *y.shape[2:]), y.dtype)
+        if not is_concrete(self.mask):
+            rows = self._mark_what_did_not_fit(rows)
+        at = rows.at[self.rows]
+        rows = at.set(y[0], mode="drop", unique_indices=True, indices_are_sorted=True)
+        y = jnp.reshape(rows, (*self.mask.shape, *y.shape[2:]))
+        return _time_back(y, output_position(axis, y.ndim))
+
+    def _mark_what_did_not_fit(self, rows):
+        flat = jnp.ravel(self.mask)
+        left_out = flat & (jnp.cumsum(flat) > self.capacity)
+        return jnp.where(
+            over_trailing_axes(left_out, rows.ndim), _not_computed(rows.dtype), rows
+        )
+
+
+def select_steps(inputs: Inputs, mask, lowering: Lowering):
+    """The steps to compute, once it is sure that the mask fits them."""
+    capacity = lowering.capacity
+    if mask is None:
+        if capacity is not None:
+            raise ValueError(
+                f"capacity={capacity} needs a mask that says which steps are valid: "
+                "call with mask=, bool, (batch, time)."
+            )
+        return AllSteps(inputs)
+    _check_mask(mask, inputs)
+    if isinstance(mask, np.ndarray) or is_concrete(mask):
+        mask = np.asarray(mask)
+    if capacity is None:
+        return MaskedSteps(inputs, mask)
+    _check_capacity(mask, capacity)
+    return PackedSteps(inputs, mask, capacity)
+
+
+def _replace(inputs: Inputs, change) -> Inputs:
+    pairs = [change(x, axis) for x, axis in zip(inputs.leaves, inputs.axes)]
+    leaves, axes = zip(*pairs)
+    return Inputs([*leaves], [*axes], inputs.treedef)
+
+
+def _batch_first(x, axis: int):
+    """(batch, time, ...): of what `fun` sees, the batch is axis 0."""
+    return jnp.moveaxis(x, axis, 1)
+
+
+def _time_back(x, axis: int):
+    return jnp.moveaxis(x, 1, axis)
+
+
+def _a_valid_step(steps, mask):
+    """One valid step, of which no gradient is taken; zeros if there are none."""
+    if 0 in mask.shape:
+        return jnp.zeros((), steps.dtype)
+    flat = jnp.reshape(steps, (-1, *steps.shape[mask.ndim :]))
+    first = flat[jnp.argmax(jnp.ravel(mask))]
+    return jax.lax.stop_gradient(
+        jnp.where(jnp.any(mask), first, jnp.zeros((), steps.dtype))
+    )
+
+
+def _map_timed(fun, results, out_axes):
+    """Maps `fun(leaf, axis)` over the results that have a time axis of their own."""
+    axes = broadcast_axes("out_axes", out_axes, results, "the results")
+    leaves, treedef = jax.tree.flatten(results)
+    changed = [
+        fun(jnp.asarray(y), axis) if isinstance(axis, int) else y
+        for y, axis in zip(leaves, axes)
+    ]
+    return jax.tree.unflatten(treedef, changed)
+
+
+def _call_and_check(call, out_axes, mapped):
+    """Refuses what can't be unpacked, in terms of the user's own axes."""
+    return _map_timed(_require_result_batch, call(mapped), out_axes)
+
+
+def _require_result_batch(y, axis: int):
+    if y.ndim < 1:
+        raise ValueError(_batch_message("capacity", y))
+    check_out_axis(y, axis)
+    return y
+
+
+def _require_batch(name: str, y, time_axis: int, batch: int) -> None:
+    """`y` has time on `time_axis`, and must have the batch on axis 0 without it."""
+    if y.ndim < 2 or y.shape[1 if time_axis == 0 else 0] != batch:
+        step = jax.ShapeDtypeStruct(np.delete(y.shape, time_axis), y.dtype)
+        raise ValueError(_batch_message(name, step))
+
+
+def _batch_message(name: str, step) -> str:
+    return (
+        f"{name} needs results with the batch on axis 0 of what fun returns for a "
+        f"step, got {describe(step)}. Reduce over the batch outside of fun, or declare "
+        "what no step changes with None in out_axes."
+    )
+
+
+def _not_computed(dtype):
+    """What no layer would give: NaN; for integers, the lowest, or the highest."""
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return jnp.asarray(jnp.nan, dtype)
+    if dtype == jnp.bool_:
+        raise TypeError(
+            "capacity marks the steps for which there was no room, which a bool result "
+            "can't show when the mask is only known at run time. Return an integer."
+        )
+    limits = jnp.iinfo(dtype)
+    return jnp.asarray(limits.min or limits.max, dtype)
+
+
+def _check_mask(mask: Any, inputs: Inputs) -> None:
+    require_mask_dtype(mask)
+    if mask.ndim != 2:
+        raise ValueError(f"mask must have shape (batch, time), got {describe(mask)}.")
+    timesteps = time_size(inputs)
+    for x, axis in zip(inputs.mapped, inputs.mapped_axes):
+        if not isinstance(axis, int):
+            continue
+        batch = mask.shape[0] if x.ndim == 1 else x.shape[1 if axis == 0 else 0]
+        if mask.shape != (batch, timesteps):
+            raise ValueError(
+                f"mask must have shape (batch, time) = {(batch, timesteps)} to go "
+                f"with an input {describe(x)} with time on axis {axis}, got "
+                f"{describe(mask)}."
+            )
+
+
+def _check_capacity(mask, capacity: int) -> None:
+    if not is_concrete(mask):
+        return
+    valid = int(np.sum(mask))
+    if valid > capacity:
+        raise ValueError(
+            f"capacity={capacity} must be at least the number of valid steps, got a "
+            f"mask with {valid}."
+        )

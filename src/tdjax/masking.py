@@ -1,0 +1,128 @@
+"""Lengths and masks: which steps of a sequence are there, and means over those."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, Num
+
+from tdjax._checks import describe, is_concrete, require_array
+
+
+def lengths_to_mask(
+    lengths: Int[Array | np.ndarray, " batch"], timesteps: Any
+) -> Bool[Array, "batch timesteps"]:
+    """Marks the first `lengths[b]` of `timesteps` steps as valid.
+
+    Args:
+      lengths: `(batch,)`, integers from 0 to `timesteps`. Inside `jit`, where values
+        can't be looked at, a length below 0 counts as 0 and one above `timesteps` as
+        `timesteps`.
+      timesteps: the number of steps of the padded sequences.
+
+    Returns:
+      `(batch, timesteps)`, bool: `mask[b, t] = t < lengths[b]`.
+
+    Raises:
+      TypeError: if `lengths` is not an array of integers, or `timesteps` not an int.
+      ValueError: if `lengths` is not `(batch,)`, or holds a number below 0 or above
+        `timesteps`.
+
+    Example:
+      >>> import jax.numpy as jnp, tdjax
+      >>> tdjax.lengths_to_mask(jnp.array([2, 0]), 3).tolist()
+      [[True, True, False], [False, False, False]]
+    """
+    _check_timesteps(timesteps)
+    require_array("lengths", lengths, 1, "(batch,)")
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise TypeError(f"lengths must be integers, got {describe(lengths)}.")
+    if lengths.ndim != 1:
+        raise ValueError(f"lengths must have shape (batch,), got {describe(lengths)}.")
+    if is_concrete(lengths):
+        _check_range(np.asarray(lengths), timesteps)
+    return jnp.arange(timesteps) < jnp.asarray(lengths)[:, None]
+
+
+def masked_mean(
+    values: Num[Array | np.ndarray, "..."],
+    mask: Bool[Array | np.ndarray, "..."],
+    axis: Any = None,
+) -> Num[Array, "..."]:
+    """The mean over valid entries; 0, and not NaN, where there are none.
+
+    What is masked has no part in the mean or in its gradient, were it NaN or infinite.
+
+    Args:
+      values: `(batch, time, ...)`, the losses or scores of the steps.
+      mask: bool, with the leading axes of `values`: `(batch, time)`, say. Axes that it
+        lacks are averaged over in full.
+      axis: the axis or axes to average over, as in `jnp.mean`; all by default.
+
+    Returns:
+      The mean, in the dtype that `jnp.mean` gives.
+
+    Raises:
+      TypeError: if `mask` is not bool.
+      ValueError: if the shape of `mask` is not that of the leading axes of `values`.
+
+    Example:
+      >>> import jax.numpy as jnp, tdjax
+      >>> losses = jnp.array([[1.0, 3.0, jnp.nan], [jnp.inf, jnp.nan, 0.0]])
+      >>> mask = tdjax.lengths_to_mask(jnp.array([2, 0]), 3)
+      >>> tdjax.masked_mean(losses, mask).item()
+      2.0
+      >>> tdjax.masked_mean(losses, mask, axis=1).tolist()
+      [2.0, 0.0]
+    """
+    require_array("values", values, 0, "(batch, time, ...)")
+    require_mask_dtype(mask)
+    if mask.shape != values.shape[: mask.ndim]:
+        raise ValueError(
+            "mask must have the shape of the leading axes of values, got "
+            f"{describe(mask)} for values {describe(values)}."
+        )
+    valid = jnp.broadcast_to(over_trailing_axes(mask, values.ndim), values.shape)
+    kept = jnp.where(valid, values, jnp.zeros((), values.dtype))
+    count = jnp.maximum(jnp.sum(valid, axis=axis), 1)
+    # `jnp.mean` sums half precision in single; so does this.
+    dtype = jnp.mean(jnp.zeros((1,), values.dtype)).dtype
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return (jnp.sum(kept, axis=axis, dtype=wide) / count).astype(dtype)
+
+
+def require_mask_dtype(mask: Any) -> None:
+    """Refuses numbers, which could be meant as weights or as lengths."""
+    require_array("mask", mask, 0, "(batch, time)")
+    if mask.dtype != jnp.bool_:
+        raise TypeError(
+            f"mask must be bool, True at the valid steps, got {describe(mask)}. "
+            "tdjax.lengths_to_mask makes one of lengths."
+        )
+
+
+def over_trailing_axes(mask, rank: int):
+    """`(batch, time)` -> `(batch, time, 1, ...)`."""
+    return jnp.reshape(mask, (*mask.shape, *[1] * (rank - mask.ndim)))
+
+
+def _check_timesteps(timesteps: Any) -> None:
+    is_int = isinstance(timesteps, int | np.integer) and not isinstance(timesteps, bool)
+    # A symbolic size of `jax.export` is neither, and allowed.
+    if not is_int and not hasattr(timesteps, "dimension_as_value"):
+        raise TypeError(f"timesteps must be an int, got {describe(timesteps)}.")
+    if is_int and timesteps < 0:
+        raise ValueError(f"timesteps must be at least 0, got {timesteps}.")
+
+
+def _check_range(lengths: np.ndarray, timesteps: Any) -> None:
+    wrong = lengths < 0
+    if isinstance(timesteps, int | np.integer):
+        wrong |= lengths > timesteps
+    if wrong.any():
+        places = np.flatnonzero(wrong)
+        raise ValueError(
+            f"lengths must be from 0 to timesteps = {timesteps}, got "
+            f"{lengths[wrong][0]} at index {places[0]} ({len(places)} of "
+            f"{len(lengths)} are out of range)."
+        )
