@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from _sequences import InputError
+from _options import InputError
 
 # Orbax reports its own workings as warnings; what fails still raises.
 logging.getLogger("absl").setLevel(logging.ERROR)

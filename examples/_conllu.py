@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from _sequences import NO_LABEL, InputError, Tagged, Task, cut
+from _options import InputError
+from _sequences import NO_LABEL, Tagged, Task, cut
 
 UPOS = ("ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM")
 UPOS += ("PART", "PRON", "PROPN", "PUNCT", "SCONJ", "SYM", "VERB", "X")

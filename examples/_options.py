@@ -1,38 +1,17 @@
-"""The command line of `tagging.py`."""
+"""The command line of an example: a dataclass whose fields are the options."""
 
 import argparse
 import dataclasses
 import math
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The options and their defaults."""
-
-    steps: int = 1000
-    batch_size: int = 32
-    length: int = 128
-    hidden: int = 64
-    learning_rate: float = 5e-3
-    seed: int = 0
-    checkpoint_every: int = 100
-    out: Path = Path("runs/tagging")
-    resume: bool = False
-    conllu: tuple[str, str] | None = None
-
-    def identity(self) -> dict[str, Any]:
-        """What must be the same for a run to go on, by option."""
-        free = ("checkpoint_every", "out", "resume", "conllu")
-        fields = dataclasses.asdict(self).items()
-        return {_option(name): value for name, value in fields if name not in free}
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
+class InputError(ValueError):
+    """What the user gave cannot be used; the message says why and what to do."""
 
 
 def positive_int(text: str) -> int:
@@ -53,30 +32,88 @@ def seed(text: str) -> int:
     return value
 
 
-def parse_settings(arguments: list[str], description: str) -> Settings:
+_CHECKED = {int: positive_int, float: positive_float}
+
+
+def option(
+    default: Any, text: str, *, same_on_resume: bool = True, **argument: Any
+) -> Any:
+    """A field of `Settings` that is an option of the command line.
+
+    Args:
+      default: an int or a float must be positive, unless `type` says otherwise.
+      text: what `--help` says.
+      same_on_resume: whether a run can only go on with the value it began with.
+      **argument: of `ArgumentParser.add_argument`, as `type`, `nargs`, `choices`.
+    """
+    if checked := _CHECKED.get(type(default)):
+        argument.setdefault("type", checked)
+    metadata = {"argument": {"help": text, **argument}, "same": same_on_resume}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of every example and their defaults.
+
+    An example's own settings derive from this. A bare `steps: int = 300` there is
+    another default of the same option, a field with `option` is one more.
+    """
+
+    steps: int = option(1000, "steps of training")
+    batch_size: int = option(32, "examples in a step")
+    learning_rate: float = option(5e-3, "the highest of the schedule")
+    seed: int = option(
+        0, "of the parameters, the noise and the order of the data", type=seed
+    )
+    checkpoint_every: int = option(
+        100, "steps from one checkpoint to the next", same_on_resume=False
+    )
+    out: Path = option(
+        Path("runs"),
+        "folder of the checkpoints and the results",
+        same_on_resume=False,
+        type=Path,
+    )
+    resume: bool = option(
+        False,
+        "go on from the newest checkpoint in --out",
+        same_on_resume=False,
+        action="store_true",
+    )
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to go on, by option."""
+        return {
+            _flag(field.name): getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if _metadata(type(self), field.name)["same"]
+        }
+
+
+SettingsType = TypeVar("SettingsType", bound=Settings)
+
+
+def parse_settings(
+    arguments: list[str], settings: type[SettingsType], description: str
+) -> SettingsType:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    for field in dataclasses.fields(settings):
+        argument = _metadata(settings, field.name)["argument"]
+        parser.add_argument(_flag(field.name), default=field.default, **argument)
+    return settings(**vars(parser.parse_args(arguments)))
 
-    def add(name, kind, text, **options):
-        default = getattr(Settings, name)
-        parser.add_argument(
-            _option(name), type=kind, help=text, default=default, **options
-        )
 
-    add("steps", positive_int, "steps of training")
-    add("batch_size", positive_int, "sequences in a step")
-    add("length", positive_int, "characters (or words) in a sequence, at most")
-    add("hidden", positive_int, "features of the embedding and of each direction")
-    add("learning_rate", positive_float, "the highest of the schedule")
-    add("seed", seed, "of the parameters, the noise and the order of the data")
-    add("checkpoint_every", positive_int, "steps from one checkpoint to the next")
-    add("out", Path, "folder of the checkpoints and the learning curve")
-    files = {"nargs": 2, "metavar": ("TRAIN", "DEV")}
-    add("conllu", str, "tag parts of speech in CoNLL-U files instead", **files)
-    go_on = "go on from the newest checkpoint in --out"
-    parser.add_argument("--resume", action="store_true", help=go_on)
-    return Settings(**vars(parser.parse_args(arguments)))
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _metadata(settings: type[Settings], name: str) -> Mapping[str, Any]:
+    """Of the nearest class that has it: another default alone changes none of it."""
+    fields = (vars(kind)["__dataclass_fields__"][name] for kind in settings.__mro__)
+    return next(field.metadata for field in fields if field.metadata)
 
 
 def resume_command(script: str, arguments: list[str]) -> str:

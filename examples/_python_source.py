@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from _sequences import InputError, Tagged, Task, cut
+from _options import InputError
+from _sequences import Tagged, Task, cut
 
 TAGS = ("other", "keyword", "name", "number", "string", "comment", "operator")
 VOCABULARY = 129

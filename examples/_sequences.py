@@ -1,18 +1,12 @@
-"""Ragged sequences as arrays of one shape, and the order in which batches take them."""
+"""Ragged sequences as arrays of one shape."""
 
-import functools
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 NO_LABEL = -1
-
-
-class InputError(ValueError):
-    """What the user gave cannot be used; the message says why and what to do."""
 
 
 class Tagged(NamedTuple):
@@ -58,16 +52,6 @@ class Task:
     between_symbols: str = ""
     between_windows: str = ""
 
-    def identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to be of this task, as JSON."""
-        return {
-            "task": self.name,
-            "tags": list(self.tags),
-            "vocabulary": self.vocabulary,
-            "training data": _checksum(self.train),
-            "held-out data": _checksum(self.held_out),
-        }
-
 
 def cut(
     train: list[Tagged], held_out: list[Tagged], length: int
@@ -101,24 +85,6 @@ def _pad(arrays: list[np.ndarray], length: int, value: int) -> np.ndarray:
     for row, array in zip(padded, arrays):
         row[: len(array)] = array
     return padded
-
-
-def _checksum(windows: Windows) -> str:
-    return f"{zlib.crc32(b''.join(x.tobytes() for x in windows.arrays)):08x}"
-
-
-def batch_rows(seed: int, step: int, batch_size: int, count: int) -> np.ndarray:
-    """The windows of one step: a pure function, so a resumed run needs no iterator.
-
-    Every epoch is a permutation of all `count` windows; a batch may span two epochs.
-    """
-    epochs, places = np.divmod(step * batch_size + np.arange(batch_size), count)
-    return np.array([_order(seed, int(e), count)[p] for e, p in zip(epochs, places)])
-
-
-@functools.lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def majority_accuracy(task: Task) -> float:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import _batches
 import _conllu
-import _options
 import _python_source
 import _sequences
 import tagging
@@ -82,10 +82,10 @@ def test_windows_are_no_longer_than_the_longest_sequence():
 
 
 def test_the_order_is_a_permutation_in_each_epoch_also_across_batches():
-    rows = np.concatenate([_sequences.batch_rows(3, step, 4, 10) for step in range(5)])
+    rows = np.concatenate([_batches.batch_rows(3, step, 4, 10) for step in range(5)])
     assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10))
     assert rows[:10].tolist() != rows[10:].tolist()
-    assert _sequences.batch_rows(4, 0, 100, 3).shape == (100,)
+    assert _batches.batch_rows(4, 0, 100, 3).shape == (100,)
 
 
 SENTENCE = """\
@@ -196,28 +196,31 @@ def test_padding_never_reaches_the_logits():
     np.testing.assert_allclose(padded[0, :3], alone[0], rtol=1e-5, atol=1e-6)
 
 
+def small_tagging(train, held_out):
+    settings = tagging.TaggingSettings(hidden=2, length=8, conllu=(train, held_out))
+    problem = tagging.Tagging(settings)
+    return problem, problem.init(jax.random.key(0))
+
+
 def test_a_tag_unseen_in_training_is_an_error_without_a_loss(tmp_path):
     train, dev = tmp_path / "train.conllu", tmp_path / "dev.conllu"
     train.write_text(conllu_line("1", "a", "NOUN"))
     dev.write_text(f"{conllu_line('1', 'a', 'NOUN')}\n{conllu_line('2', 'b', 'VERB')}")
-    task = _conllu.conllu_task(str(train), str(dev), 8)
-    assert task.tags == ("NOUN",)
-    assert _sequences.majority_accuracy(task) == 0.5
-    state = tagging.create_state(task, _options.Settings(hidden=2))
-    score = tagging.evaluate(state, *task.held_out.arrays)
-    assert score.accuracy == 0.5
-    assert score.loss == 0
+    problem, params = small_tagging(str(train), str(dev))
+    assert problem.task.tags == ("NOUN",)
+    assert problem.baselines == {"accuracy": {"majority class": 0.5}}
+    score = problem.evaluate(params, problem.held_out)
+    assert score == {"loss": 0, "accuracy": 0.5}
 
 
 def test_evaluation_counts_each_window_once(tmp_path, monkeypatch):
     path = tmp_path / "x.conllu"
     path.write_text("\n\n".join(sentences(5)))
-    task = _conllu.conllu_task(str(path), str(path), 8)
-    state = tagging.create_state(task, _options.Settings(hidden=2))
+    problem, params = small_tagging(str(path), str(path))
     scores = []
     for size in (2, 5, 7):
         monkeypatch.setattr(tagging, "EVALUATION_BATCH", size)
-        scores.append(tagging.evaluate(state, *task.held_out.arrays))
-    assert len({score.accuracy for score in scores}) == 1
-    assert scores[0].loss == pytest.approx(scores[1].loss, rel=1e-5)
-    assert scores[0].loss == pytest.approx(scores[2].loss, rel=1e-5)
+        scores.append(problem.evaluate(params, problem.held_out))
+    assert len({score["accuracy"] for score in scores}) == 1
+    assert scores[0]["loss"] == pytest.approx(scores[1]["loss"], rel=1e-5)
+    assert scores[0]["loss"] == pytest.approx(scores[2]["loss"], rel=1e-5)

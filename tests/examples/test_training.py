@@ -1,0 +1,190 @@
+"""The loop of all examples, on a problem that takes no time."""
+
+import json
+import signal
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import _batches
+import _display
+import _main
+import _options
+import _problem
+
+STEPS = 20
+EVERY = 8
+
+
+@dataclass(frozen=True)
+class LineSettings(_options.Settings):
+    steps: int = STEPS
+    checkpoint_every: int = EVERY
+    offset: float = _options.option(3.0, "of the line")
+
+
+class Line(_problem.Problem):
+    """Fits a line to points.
+
+    Noise is added anew in every step, so that a resumed run must go on with it.
+    """
+
+    quantities = {"loss": ".3f"}
+    baselines = {"loss": {"zero": 1.0}}
+
+    def __init__(self, settings):
+        x = np.linspace(-1, 1, 30, dtype=np.float32)
+        y = 2 * x + settings.offset
+        self.train, self.held_out = (x[::2], y[::2]), (x[1::2], y[1::2])
+
+    def init(self, key):
+        return {"slope": jax.random.normal(key), "offset": jnp.zeros(())}
+
+    def loss(self, params, batch, key):
+        x, y = batch
+        y += 0.1 * jax.random.normal(key, y.shape)
+        return self.error(params, x, y), {}
+
+    def evaluate(self, params, examples):
+        return {"loss": float(self.error(params, *examples))}
+
+    def error(self, params, x, y):
+        return jnp.mean((params["slope"] * x + params["offset"] - y) ** 2)
+
+    def report(self, params, console, out):
+        console.print(f"slope {params['slope']:.3f}")
+
+
+class BrokenLine(Line):
+    """Is stopped while it measures the point after 10 of the 20 steps."""
+
+    measured = 0
+
+    def evaluate(self, params, examples):
+        self.measured += examples is self.held_out
+        if self.measured == 5:
+            self.stop()
+        return super().evaluate(params, examples)
+
+
+class Interrupted(BrokenLine):
+    def stop(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+class Crashed(BrokenLine):
+    def stop(self):
+        raise RuntimeError("power cut")
+
+
+def run(out, *arguments, problem=Line):
+    return _main.run_example(problem, LineSettings, ["--out", str(out), *arguments])
+
+
+def ending(capsys):
+    """Of the last run: the step it began with and its parameters."""
+    output = capsys.readouterr().out
+    began = output.split("from step ")[1].split()[0] if "from step" in output else "0"
+    return int(began), output.split("parameters ")[1].split()[0]
+
+
+def curve(out):
+    return json.loads((out / "learning_curve.json").read_text())
+
+
+@pytest.fixture
+def whole(tmp_path, capsys):
+    """The folder of a run without a break, and its parameters."""
+    assert run(tmp_path / "whole") == 0
+    return tmp_path / "whole", ending(capsys)[1]
+
+
+def test_the_loop_learns(whole):
+    numbers = curve(whole[0])
+    assert [point["step"] for point in numbers["curve"]] == [*range(2, STEPS + 1, 2)]
+    losses = [point["held_out_loss"] for point in numbers["curve"]]
+    assert losses == sorted(losses, reverse=True)
+    assert numbers["baselines"] == {"loss": {"zero": 1.0}}
+
+
+def test_an_interrupted_run_ends_as_one_without_a_break(whole, tmp_path, capsys):
+    folder, parameters = whole
+    out = tmp_path / "broken"
+    assert run(out, problem=Interrupted) == 130
+    assert "Go on with: python " in capsys.readouterr().out
+    assert run(out, "--resume") == 0
+    assert ending(capsys) == (10, parameters)
+    assert curve(out) == curve(folder)
+
+
+def test_a_crashed_run_goes_on_from_its_last_checkpoint(whole, tmp_path, capsys):
+    folder, parameters = whole
+    out = tmp_path / "broken"
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(out, problem=Crashed)
+    assert run(out, "--resume") == 0
+    assert ending(capsys) == (EVERY, parameters)
+    assert curve(out) == curve(folder)
+
+
+def test_another_seed_ends_elsewhere(whole, tmp_path, capsys):
+    assert run(tmp_path / "other", "--seed", "1") == 0
+    assert ending(capsys)[1] != whole[1]
+
+
+def test_only_the_same_problem_goes_on(whole, capsys):
+    folder, parameters = whole
+    assert run(folder, "--resume", "--offset", "2") == 2
+    assert "--offset is 2.0, was 3.0" in capsys.readouterr().err
+
+    class OtherData(Line):
+        def __init__(self, settings):
+            super().__init__(settings)
+            self.held_out = self.train
+
+    assert run(folder, "--resume", problem=OtherData) == 2
+    message = capsys.readouterr().err
+    assert "held-out data" in message
+    assert "training data" not in message
+    assert run(folder, "--resume", "--checkpoint-every", "3") == 0
+    assert ending(capsys) == (STEPS, parameters)
+
+
+def test_a_default_of_an_example_keeps_the_help_and_the_check(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        run("unused", "--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Fits a line to points." in shown
+    assert f"steps of training (default: {STEPS})" in shown
+    with pytest.raises(SystemExit, match="2"):
+        run("unused", "--steps", "0")
+    assert "argument --steps: must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 9])
+def test_in_batches_every_example_is_taken_once(size):
+    sizes = []
+
+    def double(batch):
+        sizes.append(len(batch["x"]))
+        return batch["x"] * 2, batch["y"].sum(axis=1)
+
+    examples = {"x": np.arange(5), "y": np.arange(10).reshape(5, 2)}
+    doubled, sums = _batches.in_batches(double, examples, size)
+    assert doubled.tolist() == [0, 2, 4, 6, 8]
+    assert sums.tolist() == [1, 5, 9, 13, 17]
+    assert {*sizes} == {size}
+
+
+def test_a_table_has_a_column_for_everything_that_some_method_has():
+    rows = {"ours": {"accuracy": "90%", "wrong": "1"}, "baseline": {"accuracy": "5%"}}
+    table = _display.results("title", rows)
+    columns = {column.header: [*column.cells] for column in table.columns}
+    assert columns == {
+        "": ["ours", "baseline"],
+        "accuracy": ["90%", "5%"],
+        "wrong": ["1", ""],
+    }
