@@ -10,6 +10,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 # Options with which a program takes a few seconds.
 SMALL = {
+    "dense_families": ["--steps", "4", "--days", "10", "--batch-size", "2"],
+    "many_to_one": ["--steps", "4", "--hidden", "2", "--batch-size", "2"],
     "tagging": ["--steps", "4", "--hidden", "2", "--batch-size", "2"],
 }
 
