@@ -98,7 +98,7 @@ class PackedSteps:
         if x.dtype == jnp.bool_:
             return rows
         used = over_trailing_axes(self.used, rows.ndim)
-        return jnp.where(used, rows, jax.lax.stop_gradient(rows[:1]))
+        return jnp.where(used, rows, _stand_in(rows[:1], self.used[0]))
 
     def run(self, call, out_axes, lowering: Lowering):
         packed_axes = jax.tree.map(
@@ -164,14 +164,21 @@ def _time_back(x, axis: int):
 
 
 def _a_valid_step(steps, mask):
-    """One valid step, of which no gradient is taken; zeros if there are none."""
+    """The first valid step."""
     if 0 in mask.shape:
-        return jnp.zeros((), steps.dtype)
+        return _stand_in(jnp.zeros((), steps.dtype), False)
     flat = jnp.reshape(steps, (-1, *steps.shape[mask.ndim :]))
-    first = flat[jnp.argmax(jnp.ravel(mask))]
-    return jax.lax.stop_gradient(
-        jnp.where(jnp.any(mask), first, jnp.zeros((), steps.dtype))
-    )
+    return _stand_in(flat[jnp.argmax(jnp.ravel(mask))], jnp.any(mask))
+
+
+def _stand_in(valid_step, exists):
+    """What `fun` sees in place of masked steps; no gradient is taken of it.
+
+    Ones, where there is no valid step: they have a logarithm and a norm to divide by.
+    """
+    is_float = jnp.issubdtype(valid_step.dtype, jnp.inexact)
+    other = jnp.asarray(1 if is_float else 0, valid_step.dtype)
+    return jax.lax.stop_gradient(jnp.where(exists, valid_step, other))
 
 
 def _map_timed(fun, results, out_axes):
@@ -197,7 +204,7 @@ def _require_result_batch(y, axis: int):
     return y
 
 
-def _require_batch(name: str, y, time_axis: int, batch: int) -> None:
+def _require_batch(name: str, y, time_axis: int, batch: Any) -> None:
     """`y` has time on `time_axis`, and must have the batch on axis 0 without it."""
     if y.ndim < 2 or y.shape[1 if time_axis == 0 else 0] != batch:
         step = jax.ShapeDtypeStruct(np.delete(y.shape, time_axis), y.dtype)
