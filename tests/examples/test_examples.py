@@ -10,6 +10,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 # Options with which a program takes a few seconds.
 SMALL = {
+    "encoder_decoder": ["--steps=2", "--hidden=2", "--batch-size=2", "--examples=99"],
     "tagging": ["--steps", "4", "--hidden", "2", "--batch-size", "2"],
 }
 
