@@ -11,6 +11,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 # Options with which a program takes a few seconds.
 SMALL = {
     "encoder_decoder": ["--steps=2", "--hidden=2", "--batch-size=2", "--examples=99"],
+    "language_model": ["--steps=2", "--hidden=2", "--batch-size=2", "--characters=9"],
     "tagging": ["--steps", "4", "--hidden", "2", "--batch-size", "2"],
 }
 
