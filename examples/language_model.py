@@ -15,8 +15,8 @@ more often than the model would.
 
 What to copy:
 
-* `losses`: `tdjax.linear_cross_entropy` is the output layer and its loss in one. Its
-  logits, the largest array of a language model, are never whole in memory.
+* `losses`: `tdjax.linear_cross_entropy` is the output layer and its loss in one. It
+  makes the logits, the largest array of many a language model, a block at a time.
 * `generate`: one input, many outputs. The state of the GRU goes from step to step in
   `jax.lax.scan`, compiled once; all temperatures at a time.
 * `CharacterGRU`: one module for windows, for the prompt and for a single step.

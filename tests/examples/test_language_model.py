@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rich.console import Console
 
 import _english
 import _text_baselines
 import language_model
-
-SMALL = ["--steps=2", "--hidden=2", "--batch-size=2"]
 
 
 def paragraphs(text):
@@ -137,19 +136,20 @@ def test_a_text_is_of_its_key_and_its_prompt(trained):
     assert (texts[0][0] != texts[0][1]).any()
 
 
-def test_a_finished_run_writes_from_another_prompt(tmp_path, capsys):
-    out = ["--out", str(tmp_path / "run"), "--characters=5"]
-    assert language_model.main([*SMALL, *out]) == 0
-    first = capsys.readouterr().out
-    assert "The " in first
-    options = ["--resume", "--prompt", "Nobody", "--temperature", "0.25"]
-    assert language_model.main([*SMALL, *out, *options]) == 0
-    second = capsys.readouterr().out
-    assert "Nobody" in second
-    assert second.count(" temperature ") == 1
-    assert " temperature 0.25 " in second
-    ends = [output.split("parameters ")[1].split()[0] for output in (first, second)]
-    assert ends[0] == ends[1]
+def test_another_prompt_is_the_same_run_with_another_text(
+    trained, tmp_path, capsys, monkeypatch
+):
+    texts = "To be, or not to be. " * 20, "that is the question. " * 10
+    monkeypatch.setattr(language_model, "english_split", lambda: texts)
+    same = {"hidden": 8, "window": 64, "length": 8}
+    other = {"prompt": "Nobody", "temperature": (0.25,), "characters": 5}
+    settings = language_model.LanguageSettings(**same, **other)
+    assert settings.identity() == language_model.LanguageSettings(**same).identity()
+    problem = language_model.LanguageModel(settings)
+    problem.report(trained[1], Console(), tmp_path)
+    output = capsys.readouterr().out
+    assert "Nobody" in output
+    assert output.count(" temperature ") == output.count(" temperature 0.25 ") == 1
 
 
 def test_unusable_options_are_refused(tmp_path, capsys):
