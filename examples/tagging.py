@@ -14,12 +14,18 @@ run would have had without the break.
 trains the same model as a part-of-speech tagger on any two CoNLL-U files of Universal
 Dependencies (https://universaldependencies.org).
 
+Sequences are ragged: a batch is padded, and `tdjax.lengths_to_mask` says which steps
+are there. `--head dense` puts a bare `Dense` at the end instead of
+`TimeDistributed(Dense)`: the parameters, the loss and every step of training are the
+same. Only the masked head gives zeros at padding, which no loss sees. The report shows
+both on the same parameters.
+
 What to copy:
 
 * `Tagger`: lengths keep padding out of the recurrence, and
-  `tdjax.linen.TimeDistributed` applies the output layer to every step.
-* `masked_cross_entropy`: the mean over the steps that have a label, whatever is in the
-  others.
+  `tdjax.linen.TimeDistributed` applies the output layer to every step that is there.
+* `masked_cross_entropy`: `tdjax.masked_mean` over the steps that have a label, whatever
+  is in the others.
 * `Tagging`: what `run_example` needs to know of a problem. The loop that it runs is in
   `_training.py`.
 """
@@ -37,7 +43,7 @@ import numpy as np
 import optax
 
 import tdjax.linen
-from _batches import in_batches
+from _batches import in_batches, take
 from _conllu import conllu_task
 from _display import results
 from _main import run_example
@@ -48,6 +54,7 @@ from _sequences import NO_LABEL, Task, majority_accuracy
 from _tags_in_colour import snippet
 
 EVALUATION_BATCH = 128
+HEADS = ("time_distributed", "dense")
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class TaggingSettings(Settings):
     out: Path = Path("runs/tagging")
     length: int = option(128, "characters (or words) in a sequence, at most")
     hidden: int = option(64, "features of the embedding and of each direction")
+    head: str = option("time_distributed", "the output layer, the same", choices=HEADS)
     conllu: tuple[str, str] | None = option(
         None,
         "tag parts of speech in CoNLL-U files instead",
@@ -70,12 +78,14 @@ class Tagger(nn.Module):
     """`(batch, time, features)` ids to `(batch, time, tags)` logits.
 
     A symbol's embedding is the sum over its features. Nothing at or after a sequence's
-    length reaches the logits before it.
+    length reaches the logits before it. At and after it the logits are 0 with the head
+    `"time_distributed"`, and of no use with `"dense"`.
     """
 
     vocabulary: int
     tags: int
     hidden: int
+    head: str = "time_distributed"
     dropout: float = 0.1
 
     @nn.compact
@@ -84,7 +94,11 @@ class Tagger(nn.Module):
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         forward, backward = (nn.RNN(nn.GRUCell(self.hidden)) for _ in range(2))
         x = nn.Bidirectional(forward, backward)(x, seq_lengths=lengths)
-        return tdjax.linen.TimeDistributed(nn.Dense(self.tags))(x)
+        head = nn.Dense(self.tags)
+        if self.head == "dense":
+            return head(x)
+        mask = tdjax.lengths_to_mask(lengths, ids.shape[1])
+        return tdjax.linen.TimeDistributed(head)(x, mask=mask)
 
 
 def cross_entropies(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -99,8 +113,7 @@ def cross_entropies(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 def masked_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """The mean over all labelled steps of the batch, 0 if there are none."""
-    count = jnp.sum(labels != NO_LABEL)
-    return jnp.sum(cross_entropies(logits, labels)) / jnp.maximum(count, 1)
+    return tdjax.masked_mean(cross_entropies(logits, labels), labels != NO_LABEL)
 
 
 class Score(NamedTuple):
@@ -123,7 +136,8 @@ class Tagging(Problem):
         self.held_out = self.task.held_out.arrays
         self.majority = majority_accuracy(self.task)
         self.baselines = {"accuracy": {"majority class": self.majority}}
-        self.model = Tagger(self.task.vocabulary, len(self.task.tags), settings.hidden)
+        sizes = self.task.vocabulary, len(self.task.tags), settings.hidden
+        self.model = Tagger(*sizes, settings.head)
 
     def identity(self):
         task = self.task
@@ -167,6 +181,9 @@ class Tagging(Problem):
         }
         console.print(snippet(task, score.predicted))
         console.print(results(title, rows))
+        batch = take(self.held_out, slice(EVALUATION_BATCH))
+        heads = compare_heads(self.model, params, batch)
+        console.print(results("the same parameters under both heads", heads))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -174,6 +191,24 @@ def _predict(model: Tagger, params, batch):
     ids, labels, lengths = batch
     logits: Any = model.apply({"params": params}, ids, lengths)
     return cross_entropies(logits, labels), logits.argmax(-1)
+
+
+def compare_heads(model: Tagger, params, batch) -> dict[str, dict[str, str]]:
+    """What both heads make of one batch with the same parameters."""
+    ids, labels, lengths = batch
+    padding = ~np.asarray(tdjax.lengths_to_mask(lengths, ids.shape[1]))
+    rows = {}
+    for head in HEADS:
+        with_head = model.clone(head=head)
+        own = jax.eval_shape(with_head.init, jax.random.key(0), ids, lengths)
+        logits: Any = jax.jit(with_head.apply)({"params": params}, ids, lengths)
+        at_padding = np.abs(np.asarray(logits)[padding]).max(initial=0)
+        rows[head] = {
+            "parameters": f"{sum(leaf.size for leaf in jax.tree.leaves(own)):,}",
+            "loss": f"{masked_cross_entropy(logits, labels):.7f}",
+            "largest logit at padding": f"{at_padding:.2f}",
+        }
+    return rows
 
 
 def load_task(settings: TaggingSettings) -> Task:

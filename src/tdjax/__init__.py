@@ -16,6 +16,7 @@ from tdjax.dense import init_dense as init_dense
 from tdjax.dense import init_flatten_dense as init_flatten_dense
 from tdjax.dense import init_per_step_dense as init_per_step_dense
 from tdjax.dense import per_step_dense as per_step_dense
+from tdjax.losses import linear_cross_entropy as linear_cross_entropy
 from tdjax.masking import lengths_to_mask as lengths_to_mask
 from tdjax.masking import masked_mean as masked_mean
 from tdjax.time_distributed import time_distributed as time_distributed
@@ -40,6 +41,7 @@ __all__ = [
     "init_flatten_dense",
     "init_per_step_dense",
     "lengths_to_mask",
+    "linear_cross_entropy",
     "linen",
     "masked_mean",
     "nnx",

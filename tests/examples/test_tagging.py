@@ -12,6 +12,7 @@ import _batches
 import _conllu
 import _python_source
 import _sequences
+import _training
 import tagging
 from conllu_text import conllu_line, sentences
 
@@ -196,10 +197,53 @@ def test_padding_never_reaches_the_logits():
     np.testing.assert_allclose(padded[0, :3], alone[0], rtol=1e-5, atol=1e-6)
 
 
-def small_tagging(train, held_out):
-    settings = tagging.TaggingSettings(hidden=2, length=8, conllu=(train, held_out))
-    problem = tagging.Tagging(settings)
+def small_tagging(train, held_out, **options):
+    sizes = {"hidden": 2, "length": 8, "conllu": (train, held_out)}
+    problem = tagging.Tagging(tagging.TaggingSettings(**sizes, **options))
     return problem, problem.init(jax.random.key(0))
+
+
+@pytest.fixture
+def ragged_corpus(tmp_path):
+    path = tmp_path / "x.conllu"
+    path.write_text("\n\n".join(sentences(12)))
+    return str(path)
+
+
+def test_both_heads_train_to_the_same_losses_and_parameters(ragged_corpus):
+    ends = {}
+    for head in tagging.HEADS:
+        problem, _ = small_tagging(ragged_corpus, ragged_corpus, head=head)
+        settings = tagging.TaggingSettings(steps=5)
+        assert len(set(problem.train[2].tolist())) > 1
+        state, losses = _training.create_state(problem, settings), []
+        for _ in range(5):
+            state, metrics = _training.train_step(state, problem.train)
+            losses.append(float(metrics["loss"]))
+        ends[head] = losses, state.params
+    (masked_losses, masked), (losses, params) = ends.values()
+    assert masked_losses == losses
+    assert len({*losses}) == 5
+    jax.tree.map(np.testing.assert_array_equal, masked, params)
+
+
+def test_the_masked_head_alone_gives_zeros_at_padding(ragged_corpus):
+    problem, params = small_tagging(ragged_corpus, ragged_corpus)
+    params = jax.tree.map(lambda leaf: leaf + 0.1, params)
+    ids, _, lengths = problem.train
+    there = np.arange(ids.shape[1]) < lengths[:, None]
+    models = (problem.model.clone(head=head) for head in tagging.HEADS)
+    outputs = [model.apply({"params": params}, ids, lengths) for model in models]
+    masked, bare = map(np.asarray, outputs)
+    assert not there.all()
+    assert not masked[~there].any()
+    assert bare[~there].all()
+    np.testing.assert_array_equal(masked[there], bare[there])
+    rows = tagging.compare_heads(problem.model, params, problem.train)
+    assert len({row["loss"] for row in rows.values()}) == 1
+    assert len({row["parameters"] for row in rows.values()}) == 1
+    paddings = [row["largest logit at padding"] for row in rows.values()]
+    assert paddings == ["0.00", f"{np.abs(bare[~there]).max():.2f}"]
 
 
 def test_a_tag_unseen_in_training_is_an_error_without_a_loss(tmp_path):
