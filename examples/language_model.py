@@ -152,7 +152,7 @@ def generate(
 class LanguageModel(Problem):
     """Trains a language model of characters and writes with it.
 
-    A batch is `(batch, length + 1)` symbols.
+    A batch is `(batch, window + 1)` symbols.
     """
 
     quantities = {"bits": ".3f"}
