@@ -1,5 +1,6 @@
 """What the user sees of any example: progress, the table of results, the curve."""
 
+import itertools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from _checkpoints import write_atomically
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 Point = dict[str, Any]
+STYLES = ("--", ":", "-.")
 
 
 class TrainingProgress:
@@ -116,8 +118,9 @@ def save_curve(
     panels = figure.subplots(1, len(quantities), squeeze=False)[0]
     for axes, (quantity, form) in zip(panels, quantities.items()):
         _draw(axes, curve, quantity)
-        for name, value in baselines.get(quantity, {}).items():
-            axes.axhline(value, color="grey", linestyle="--", label=name)
+        lines = zip(baselines.get(quantity, {}).items(), itertools.cycle(STYLES))
+        for (name, value), style in lines:
+            axes.axhline(value, color="grey", linestyle=style, label=name)
         if form.endswith("%"):
             axes.yaxis.set_major_formatter(PercentFormatter(1))
         else:

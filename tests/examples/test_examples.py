@@ -11,6 +11,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 # Options with which a program takes a few seconds.
 SMALL = {
     "dense_families": ["--steps", "4", "--days", "10", "--batch-size", "2"],
+    "encoder_decoder": ["--steps=2", "--hidden=2", "--batch-size=2", "--examples=99"],
+    "language_model": ["--steps=2", "--hidden=2", "--batch-size=2", "--characters=9"],
     "many_to_one": ["--steps", "4", "--hidden", "2", "--batch-size", "2"],
     "tagging": ["--steps", "4", "--hidden", "2", "--batch-size", "2"],
 }
