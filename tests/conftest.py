@@ -48,6 +48,15 @@ def normal(seed, *shape, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
+def x64():
+    """A context in which float64 stays float64."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    from jax.experimental import enable_x64
+
+    return enable_x64()
+
+
 def assert_trees_close(got, want, rtol=2e-5, atol=2e-5):
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for (path, a), b in zip(

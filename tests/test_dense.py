@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tdjax
-from conftest import integers, normal, numpy_dense
+from conftest import integers, normal, numpy_dense, x64
 
 sizes = st.integers(1, 5)
 leads = st.lists(st.integers(0, 3), max_size=3).map(tuple)
@@ -93,18 +93,12 @@ def test_dtypes_follow_jax_promotion_as_in_flax(key, dtype):
 
 
 def test_float64_stays_float64_under_x64(key):
-    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else _old_x64():
+    with x64():
         params = tdjax.init_dense(key, 3, 4, dtype=jnp.float64)
         x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3)))
         y = tdjax.time_distributed(tdjax.dense, in_axes=(None, 1))(params, x)
         assert y.dtype == jnp.float64
         np.testing.assert_allclose(y, numpy_dense(params, x), rtol=1e-13)
-
-
-def _old_x64():
-    from jax.experimental import enable_x64
-
-    return enable_x64()
 
 
 def test_initial_values_are_those_of_flax_in_law(key):

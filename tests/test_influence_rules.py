@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import SingleDeviceSharding
 
 import tdjax
+from conftest import x64
 from tdjax._influence_rules import RULES
 
 T = 4
@@ -303,12 +304,6 @@ def test_a_constant_or_a_rounding_hides_no_influence(name):
 
 def test_integers_that_floats_cannot_hold_are_not_known():
     fun = lambda x: (x > 0).astype(jnp.int64) + 2**60 - 2**60 > 0
-    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else _old_x64():
+    with x64():
         x = np.zeros((1, T))
         np.testing.assert_array_equal(tdjax.step_influence(fun, x), np.eye(T))
-
-
-def _old_x64():
-    from jax.experimental import enable_x64
-
-    return enable_x64()

@@ -535,11 +535,6 @@ def test_dtype_and_param_dtype_are_as_in_flax(key, x, layer):
             r"args\[0\] is mapped over axis 1 .* got float32\[5\]",
         ),
         (
-            lambda key, x: TimeDistributed(nn.Dense(2)).init(key, x, mask=x),
-            TypeError,
-            r"mask is reserved .* got float32\[3,4,5\]",
-        ),
-        (
             lambda key, x: FlattenDense(2).init(key, x[0, 0]),
             ValueError,
             r"x must have shape \(\.\.\., timesteps, in_features\), got float32\[5\]",

@@ -360,11 +360,6 @@ class Calls(nnx.Module):
             "share_rng=True needs method='vmap'",
         ),
         (
-            lambda x: TimeDistributed(batch_norm())(x, mask=x),
-            TypeError,
-            r"mask is reserved .* got float32\[3,4,5\]",
-        ),
-        (
             lambda x: TimeDistributed(batch_norm())(x[0, 0]),
             ValueError,
             r"args\[0\] is mapped over axis 1 .* got float32\[5\]",

@@ -483,11 +483,6 @@ td = tdjax.time_distributed
         (lambda: td(abs, out_axes=None, chunk_size=1)(ONES), ValueError, r"out_axes"),
         (lambda: td(abs, out_axes=None, method="fold")(ONES), ValueError, r"out_axes"),
         (
-            lambda: td(abs)(ONES, mask=jnp.ones((2, T), bool)),
-            TypeError,
-            r"mask is reserved .* got bool\[2,5\]",
-        ),
-        (
             lambda: td(abs, method="fold", in_axes=0)(jnp.ones(T)),
             ValueError,
             r"method='fold' needs a batch axis .* got float32\[5\] with time on axis 0",

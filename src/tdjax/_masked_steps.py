@@ -37,19 +37,20 @@ class MaskedSteps:
 
     def __init__(self, inputs: Inputs, mask):
         self.mask = mask
-        self.inputs = _replace(inputs, self._guard)
         self.weights = jnp.any(mask, axis=0)
+        self.inputs = _replace(inputs, self._guard)
 
     def _guard(self, x, axis: Axis):
         if not isinstance(axis, int) or not jnp.issubdtype(x.dtype, jnp.number):
             return x, axis
-        mask, steps = self.mask, _batch_first(x, axis)
         if x.ndim == 1:
-            mask, steps = jnp.any(mask, axis=0), x
-        steps = jnp.where(
-            over_trailing_axes(mask, x.ndim), steps, _a_valid_step(steps, mask)
-        )
-        return (steps if x.ndim == 1 else _time_back(steps, axis)), axis
+            return self._replace_masked(x, self.weights), axis
+        steps = self._replace_masked(_batch_first(x, axis), self.mask)
+        return _time_back(steps, axis), axis
+
+    def _replace_masked(self, steps, mask):
+        valid = over_trailing_axes(mask, steps.ndim)
+        return jnp.where(valid, steps, _a_valid_step(steps, mask))
 
     def run(self, call, out_axes, lowering: Lowering):
         results = distribute(call, self.inputs, out_axes, lowering)
@@ -89,6 +90,8 @@ class PackedSteps:
         return self._gather(jnp.reshape(x, (-1, *x.shape[2:])))[None], 1
 
     def _gather(self, x):
+        if 0 in self.mask.shape:
+            return jnp.zeros((self.capacity, *x.shape[1:]), x.dtype)
         at = x.at[self.rows]
         if jnp.issubdtype(x.dtype, jax.dtypes.extended):
             return at.get(mode="clip")

@@ -322,5 +322,5 @@ def _in_chunks(rows, size: int):
     return jax.tree.map(chunk, rows)
 
 
-def _join(chunked, rows: int):
+def _join(chunked, rows: Any):
     return jnp.reshape(chunked, (-1, *chunked.shape[2:]))[:rows]
