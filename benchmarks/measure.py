@@ -55,7 +55,7 @@ def check(case: Case, of: str, programs: dict[str, tuple[Candidate, Program]]) -
         if common is None:
             common = _common(out, of)
         got, want = program.results(out), candidate.expected(common)
-        deviations[name] = _deviation(name, got, want)
+        deviations[name] = deviation(name, got, want)
         if not deviations[name] <= _tolerance(case):
             raise AssertionError(
                 f"{name} differs from {next(iter(programs))} by {deviations[name]:.1e} "
@@ -78,7 +78,7 @@ def _common(out: Any, of: str) -> list:
     return [y, of_x, of_params]
 
 
-def _deviation(name: str, got: list[np.ndarray], want: list[np.ndarray]) -> float:
+def deviation(name: str, got: list[np.ndarray], want: list[np.ndarray]) -> float:
     shapes = [[a.shape for a in arrays] for arrays in (got, want)]
     if shapes[0] != shapes[1]:
         raise AssertionError(f"{name} returns shapes {shapes[0]}, not {shapes[1]}.")

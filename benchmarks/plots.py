@@ -14,7 +14,7 @@ def draw_all(out: Path, results: dict[str, Any]) -> None:
 
     matplotlib.use("Agg")
     rows = [row for row in results["rows"] if "missing" not in row]
-    draw = {"compile": _compile, "memory": _memory}
+    draw = {"compile": _compile, "memory": _memory, "packing": _packing}
     for suite in dict.fromkeys(row["suite"] for row in rows):
         chosen = [row for row in rows if row["suite"] == suite]
         figure = draw.get(suite, _ratios)(chosen, suite, results["about"])
@@ -88,4 +88,22 @@ def _memory(rows: list[Row], suite: str, about: dict[str, Any]):
     axes.set_xlabel("temporary memory, MB")
     axes.set_ylabel("time, relative to all steps at once")
     axes.legend()
+    return figure
+
+
+def _packing(rows: list[Row], suite: str, about: dict[str, Any]):
+    figure, axes = _figure("packed steps: time", about, (8, 5))
+    lines: dict[tuple, list] = defaultdict(list)
+    for row in rows:
+        if row["candidate"].startswith("packed"):
+            place = row["layer"], row["candidate"], row["of"]
+            lines[place].append((row["capacity_share"], row["ratio"]))
+    for (layer, name, of), points in lines.items():
+        style = "-o" if of == "forward" else "--s"
+        label = f"{layer}, {name}, {of}"
+        axes.plot(*zip(*sorted(points)), style, label=label, alpha=0.7)
+    axes.plot([0, 1], [0, 1], color="k", linewidth=0.8, label="share of valid steps")
+    axes.set_xlabel("share of valid steps")
+    axes.set_ylabel("time, relative to all steps padded")
+    axes.legend(fontsize=7)
     return figure

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks import cases, dispatch, kernels, ours, peers
+from benchmarks import cases, dispatch, kernels, ours, peers, ragged, vocabularies
 from benchmarks.candidate import Candidate
 from benchmarks.measure import Effort, measure, take_turns
 
@@ -164,6 +164,18 @@ def _tuner_rows(case, of: str, settings: Settings) -> list[Row]:
     ]
 
 
+def packing(settings: Settings) -> Iterator[Task]:
+    """Ragged batches: only the valid steps computed, beside all of them."""
+    run = lambda case, of, settings: ragged.rows(case, of, settings.effort)
+    return _tasks(ragged.cases(settings.quick), run, settings)
+
+
+def loss(settings: Settings) -> Iterator[Task]:
+    """The fused softmax head and loss, beside Optax and PyTorch on all logits."""
+    run = lambda case, of, settings: vocabularies.rows(case, of, settings.effort)
+    return _tasks(vocabularies.cases(settings.quick), run, settings)
+
+
 def operations(settings: Settings) -> Iterator[Task]:
     """Single products and convolutions, by XLA and by PyTorch: beyond any lowering."""
     for name, calls in kernels.calls(settings.quick).items():
@@ -202,6 +214,8 @@ SUITES: dict[str, Callable[[Settings], Iterator[Task]]] = {
     "compile": compilation,
     "memory": memory,
     "tuner": tuner,
+    "packing": packing,
+    "loss": loss,
     "operations": operations,
     "overhead": overhead,
 }

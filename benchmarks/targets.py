@@ -109,6 +109,41 @@ def _chunked(rows: list[Row]) -> str:
     return "; ".join(figures)
 
 
+def _packed(rows: list[Row]) -> str:
+    figures = []
+    for case in _cases(rows, ("packing",)):
+        padded = case["padded"]
+        if padded["share"] == 0.3:
+            ratio = _best(case, "packed") / _best(case, "padded")
+            figures.append(f"{padded['layer']}, {padded['of']}: {ratio:.2f}")
+    return "; ".join(figures)
+
+
+def _best(case: dict[str, Row], kind: str) -> float:
+    return min(row["seconds"] for name, row in case.items() if name.startswith(kind))
+
+
+def _loss(of: str, what: str) -> Callable[[list[Row]], str]:
+    def answer(rows: list[Row]) -> str:
+        figures = []
+        for case in _cases(rows, ("loss",)):
+            plain, fused = case["Optax, all logits"], case["linear_cross_entropy"]
+            if plain["of"] == of and plain[what]:
+                figures.append(f"{plain['case']}: {fused[what] / plain[what]:.2f}")
+        return "; ".join(figures)
+
+    return answer
+
+
+def _loss_and_torch(rows: list[Row]) -> str:
+    cases = [case for case in _cases(rows, ("loss",)) if "PyTorch" in case]
+    return "; ".join(
+        f"{row['case']}, {row['of']}: {row['seconds'] / case['PyTorch']['seconds']:.2f}"
+        for case in cases
+        for row in [case["linear_cross_entropy"]]
+    )
+
+
 def _budget(rows: list[Row]) -> str:
     used = [row["spent"] / row["budget"] for row in rows if row["suite"] == "tuner"]
     return f"at most {max(used):.2f} of the budget" if used else ""
@@ -171,4 +206,25 @@ PROMISES: list[tuple[str, str, Callable[[list[Row]], str]]] = [
     ),
     ("the tuner's pick against the best fixed choice", "at most 1.1 times", _picks),
     ("the tuner's own time", "at most 1.2 of its budget", _budget),
+    (
+        "a batch that is 30 % valid, packed, against padded",
+        "at most 0.4 times",
+        _packed,
+    ),
+    (
+        "`linear_cross_entropy` against Optax on all logits, forward",
+        "at most 0.5 times at 32,000 words, 1 from 8,000",
+        _loss("forward", "seconds"),
+    ),
+    (
+        "the same, gradient",
+        "at most 0.65 times at 32,000 words, 1 from 8,000",
+        _loss("gradient", "seconds"),
+    ),
+    (
+        "the same, temporary memory of the gradient",
+        "at most 0.125 times at 32,000 words",
+        _loss("gradient", "temporary_bytes"),
+    ),
+    ("the same, against PyTorch", "", _loss_and_torch),
 ]

