@@ -34,7 +34,9 @@ def test_each_command_is_one_line_with_its_own_environment():
 
 def test_every_example_has_its_line():
     listed = set(re.findall(r"`\.venv/bin/python (examples/\w+\.py)`", README))
-    programs = {f"examples/{path.name}" for path in (ROOT / "examples").glob("[a-z]*.py")}
+    programs = {
+        f"examples/{path.name}" for path in (ROOT / "examples").glob("[a-z]*.py")
+    }
     assert listed == programs
 
 

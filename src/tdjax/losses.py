@@ -105,7 +105,7 @@ def linear_cross_entropy(
       Bello et al., Neural Combinatorial Optimization with Reinforcement Learning, 2016,
       https://arxiv.org/abs/1611.09940 (soft cap).
     """
-    params = _require_head(params, hidden)
+    params, hidden = _require_head(params, hidden)
     _check_steps(hidden, labels, mask)
     _check_options(reduction, label_smoothing, z_loss, logits_soft_cap, ignore_class)
     for name, size in (
@@ -134,8 +134,8 @@ def linear_cross_entropy(
     return weighted_loss(head, *rows, weights)
 
 
-def _require_head(params: Any, hidden: Any) -> dict[str, Any]:
-    """The parameters, of one dtype with `hidden`, as a product of them has it."""
+def _require_head(params: Any, hidden: Any) -> tuple[dict[str, Any], Any]:
+    """`(params, hidden)`, once it is sure that they fit each other."""
     kernel, bias = require_params(params, 2, "(features, words)", "(words,)")
     require_array("hidden", hidden, 1, "(..., features)")
     for name, x in (("hidden", hidden), ("params['kernel']", kernel)):
@@ -147,8 +147,12 @@ def _require_head(params: Any, hidden: Any) -> dict[str, Any]:
             f"there must be a word: got hidden {describe(hidden)}, kernel "
             f"{describe(kernel)}."
         )
-    kernel = kernel.astype(jnp.result_type(hidden, kernel))
-    return {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
+    # Of one dtype, as their product has it; the bias as the sums that it is added to.
+    dtype = jnp.result_type(hidden, kernel)
+    params = {"kernel": kernel.astype(dtype)}
+    if bias is not None:
+        params["bias"] = bias.astype(jnp.promote_types(dtype, jnp.float32))
+    return params, hidden.astype(dtype)
 
 
 def _check_steps(hidden: Any, labels: Any, mask: Any) -> None:
