@@ -139,8 +139,10 @@ def test_masked_mean_over_an_axis_and_trailing_features():
     np.testing.assert_allclose(tdjax.masked_mean(values, MASK), total, 1e-5)
 
 
-def test_masked_mean_of_integers_and_bools_is_a_float_and_half_sums_in_float32():
-    assert tdjax.masked_mean(jnp.array([1, 2]), jnp.array([True, True])) == 1.5
+def test_masked_mean_of_integers_is_a_float_and_half_sums_in_float32():
+    both = jnp.array([True, True])
+    assert tdjax.masked_mean(jnp.array([1, 2]), both) == 1.5
+    assert tdjax.masked_mean(np.array([1.0, 2.0]), both) == 1.5
     ones = jnp.ones(4096, jnp.bfloat16)
     mean = tdjax.masked_mean(ones, jnp.ones(4096, bool))
     assert mean.dtype == jnp.bfloat16
@@ -182,6 +184,7 @@ def test_what_is_in_masked_steps_changes_no_value_and_no_gradient(options):
     assert not np.any(got[1][1][~MASK])
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(
     st.integers(1, 3), st.integers(1, 4), st.sampled_from(["float32", "bfloat16"]),
@@ -260,6 +263,30 @@ def test_inputs_without_a_batch_are_those_of_the_step(options):
 
 
 @lowerings
+def test_masks_of_words_are_those_of_a_valid_sentence(options):
+    """At a masked sentence they would be all False, and its mean 0 / 0."""
+    words = (
+        jnp.arange(6) < jnp.array([[4, 2, 1, 5], [3, 6, 0, 0], [0, 0, 0, 0]])[..., None]
+    )
+    x = normal(0, B, T, 6)
+    mean = lambda w, x, words: w * jnp.where(words, x, 0).sum(-1) / words.sum(-1)
+    apply = tdjax.time_distributed(mean, in_axes=(None, 1, 1), **options)
+    got = jax.grad(lambda w: apply(w, x, words, mask=MASK).sum())(1.0)
+    want = sum(np.mean(x[place][words[place]]) for place in zip(*np.nonzero(MASK)))
+    np.testing.assert_allclose(got, want, 1e-5)
+
+
+def test_inputs_of_a_masked_step_come_from_one_step():
+    """Of a batch and of none: a pair of two steps may be one that no example has."""
+    places = jnp.arange(float(T))
+    x = jnp.broadcast_to(places, (B, T)) + 0.5
+    root = lambda w, x, place: jnp.sqrt(w * x - place)
+    apply = tdjax.time_distributed(root, in_axes=(None, 1, 0))
+    gradient = jax.grad(lambda w: apply(w, x, places, mask=MASK).sum())(1.0)
+    np.testing.assert_allclose(gradient, np.sum(x[MASK] / 2 / np.sqrt(0.5)), 1e-5)
+
+
+@lowerings
 def test_no_batch_and_no_steps(options):
     for shape in ((0, T, F), (B, 0, F), (0, 0, F)):
         mask = jnp.zeros(shape[:2], bool)
@@ -315,6 +342,24 @@ def test_inside_jit_steps_beyond_capacity_are_marked_and_the_rest_is_right(metho
     assert np.isfinite(fits[0]).all()
 
 
+def test_steps_beyond_capacity_make_the_gradient_nan_too():
+    x = jnp.arange(1.0, 1 + B * T).reshape(B, T)
+
+    def loss(weight, mask, capacity):
+        apply = tdjax.time_distributed(lambda x: weight * x, capacity=capacity)
+        return tdjax.masked_mean(apply(x, mask=mask), mask)
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=2)
+    assert np.isnan(gradient(2.0, MASK, VALID - 1))
+    np.testing.assert_allclose(gradient(2.0, MASK, VALID), np.mean(x[MASK]), 1e-6)
+
+
+def test_a_bool_result_is_fine_where_every_step_has_room():
+    apply = tdjax.time_distributed(lambda x: x > 0, capacity=B * T)
+    y = jax.jit(lambda mask: apply(jnp.ones((B, T)), mask=mask))(MASK)
+    np.testing.assert_array_equal(y, MASK)
+
+
 def test_only_the_valid_steps_are_computed():
     conv = nn.Conv(4, (3, 3))
     video = normal(0, 4, 10, 8, 8, 3)
@@ -331,8 +376,7 @@ def test_only_the_valid_steps_are_computed():
 
 
 def test_a_mask_does_not_recompile_for_the_same_shapes():
-    traces = []
-    apply = tdjax.time_distributed(lambda x: traces.append(1) or x, capacity=VALID)
+    apply = tdjax.time_distributed(lambda x: x, capacity=VALID)
     run = jax.jit(lambda x, mask: apply(x, mask=mask))
     for mask in (MASK, jnp.roll(MASK, 1, 0), MASK & False):
         run(jnp.ones((B, T)), mask)
@@ -483,6 +527,35 @@ def test_a_layer_that_mixes_examples_is_refused_under_capacity():
         tdjax.nnx.TimeDistributed(norm, capacity=9)(ONES, mask=MASK)
     still = linen(nn.BatchNorm(use_running_average=True), capacity=9)
     assert np.isfinite(still.apply(variables, ONES, mask=MASK)).all()
+
+
+class Sows(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        y = nn.Dense(2)(x)
+        self.sow("losses", "square", (y**2).sum(-1))
+        calls = self.variable("count", "valid", lambda: jnp.zeros((), jnp.int32))
+        calls.value = jnp.int32(x.shape[0])
+        return y
+
+
+@lowerings
+def test_what_is_sown_at_masked_steps_is_zero_and_init_needs_no_mask(options):
+    model = linen(Sows(), **options)
+    variables = model.init(jax.random.key(0), ONES)
+    variables = {"params": variables["params"], "count": variables["count"]}
+    y, state = model.apply(variables, ONES, mask=MASK, mutable=["losses", "count"])
+    (sown,) = state["losses"]["square"]
+    np.testing.assert_allclose(sown.sum(), (y**2).sum(), 1e-5)
+    _, state = model.apply(variables, ONES, mask=MASK & False, mutable=["count"])
+    assert_trees_equal(state["count"], variables["count"])
+
+
+def test_the_tuner_takes_a_mask_and_a_capacity():
+    x = normal(0, B, T, F)
+    result = tdjax.autotune(jnp.sin, x, mask=MASK, capacity=VALID, budget=1)
+    want = jnp.where(MASK[..., None], jnp.sin(x), 0)
+    np.testing.assert_allclose(result.tuned(x, mask=MASK), want, 1e-6)
 
 
 def test_shared_noise_is_refused_under_capacity():

@@ -23,7 +23,10 @@ def is_array(value: Any) -> bool:
 
 def is_concrete(value: Any) -> bool:
     """Whether its numbers can be looked at, as they can't be inside `jit`."""
-    return is_array(value) and not isinstance(value, Tracer | jax.ShapeDtypeStruct)
+    if not is_array(value) or isinstance(value, Tracer | jax.ShapeDtypeStruct):
+        return False
+    # An array of several processes has numbers that this one lacks.
+    return getattr(value, "is_fully_addressable", True)
 
 
 def require_array(name: str, value: Any, min_rank: int, layout: str) -> None:
@@ -44,7 +47,7 @@ def require_positive_int(name: str, value: Any) -> None:
 
 def require_params(
     params: Any, kernel_rank: int, kernel_layout: str, bias_layout: str
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[Any, Any]:
     """Returns `(kernel, bias)` of a Dense-like parameter dict."""
     if not isinstance(params, Mapping):
         raise TypeError(

@@ -4,7 +4,7 @@ Both keep two promises. Results at masked steps are zeros, and no gradient flows
 to them. And `fun` never sees the numbers of a masked step: it sees those of a valid one
 in their place, where it is finite if it is finite at all. Zeros would not do: the
 gradient of a norm is NaN at zero, and NaN times the zero gradient of a hidden result is
-NaN. Bools (a mask, say) and random keys stay what they are.
+NaN. Random keys stay what they are, and bools of `(batch, time)`, which are masks.
 """
 
 import functools
@@ -19,6 +19,8 @@ from tdjax._checks import describe, is_concrete
 from tdjax._lowering import Lowering, check_out_axis, distribute
 from tdjax.masking import over_trailing_axes, require_mask_dtype
 
+EACH_ITS_OWN: dict[str, Any] = {"unique_indices": True, "indices_are_sorted": True}
+
 
 class AllSteps:
     """Without a mask."""
@@ -31,6 +33,9 @@ class AllSteps:
     def run(self, call, out_axes, lowering: Lowering):
         return distribute(call, self.inputs, out_axes, lowering)
 
+    def hide_sown(self, sown):
+        return sown
+
 
 class MaskedSteps:
     """All steps are computed, and masked ones hidden on both sides."""
@@ -38,19 +43,33 @@ class MaskedSteps:
     def __init__(self, inputs: Inputs, mask):
         self.mask = mask
         self.weights = jnp.any(mask, axis=0)
-        self.inputs = _replace(inputs, self._guard)
+        self.inputs = inputs if 0 in mask.shape else _replace(inputs, self._guard)
 
     def _guard(self, x, axis: Axis):
-        if not isinstance(axis, int) or not jnp.issubdtype(x.dtype, jnp.number):
+        if not isinstance(axis, int) or _is_kept(x):
             return x, axis
         if x.ndim == 1:
-            return self._replace_masked(x, self.weights), axis
-        steps = self._replace_masked(_batch_first(x, axis), self.mask)
-        return _time_back(steps, axis), axis
+            stand_in = _stand_in(x[self._times()], jnp.any(self.mask))
+            return jnp.where(self.weights, x, stand_in), axis
+        steps = _batch_first(x, axis)
+        valid = over_trailing_axes(self.mask, steps.ndim)
+        return _time_back(jnp.where(valid, steps, self._stand_ins(steps)), axis), axis
 
-    def _replace_masked(self, steps, mask):
-        valid = over_trailing_axes(mask, steps.ndim)
-        return jnp.where(valid, steps, _a_valid_step(steps, mask))
+    def _times(self):
+        """For each step: itself, or the first that has a valid example."""
+        times = jnp.arange(self.mask.shape[1])
+        return jnp.where(self.weights, times, jnp.argmax(self.weights))
+
+    def _stand_ins(self, steps):
+        """(time, ...): the first valid example of each step, or of `_times`.
+
+        By a sum, for which devices that share the batch exchange one example only.
+        """
+        examples = jnp.arange(self.mask.shape[0])[:, None]
+        first = self.mask & (examples == jnp.argmax(self.mask, axis=0))
+        chosen = jnp.where(over_trailing_axes(first, steps.ndim), steps, _zero(steps))
+        found = jnp.sum(jax.lax.stop_gradient(chosen), 0, dtype=steps.dtype)
+        return _stand_in(found[self._times()], jnp.any(self.mask))
 
     def run(self, call, out_axes, lowering: Lowering):
         results = distribute(call, self.inputs, out_axes, lowering)
@@ -60,14 +79,18 @@ class MaskedSteps:
         axis = output_position(axis, y.ndim)
         _require_batch("mask", y, axis, self.mask.shape[0])
         y = _batch_first(y, axis)
-        y = jnp.where(over_trailing_axes(self.mask, y.ndim), y, jnp.zeros((), y.dtype))
+        y = jnp.where(over_trailing_axes(self.mask, y.ndim), y, _zero(y))
         return _time_back(y, axis)
+
+    def hide_sown(self, sown):
+        """Zeros where no example is valid, and at masked examples."""
+        by_example = sown.shape[1:2] == self.mask.shape[:1]
+        valid = jnp.transpose(self.mask) if by_example else self.weights
+        return jnp.where(over_trailing_axes(valid, sown.ndim), sown, _zero(sown))
 
 
 class PackedSteps:
     """Only the valid steps are computed: as `capacity` steps of a batch of one."""
-
-    weights = None
 
     def __init__(self, inputs: Inputs, mask, capacity: int):
         self.mask, self.capacity = mask, capacity
@@ -77,6 +100,7 @@ class PackedSteps:
         self.used = found < self.size
         # Beyond the end and each its own: unused rows read zeros and write nothing.
         self.rows = jnp.where(self.used, found, self.size + jnp.arange(capacity))
+        self.weights = self.used
         self.inputs = _replace(inputs, self._pack)
 
     def _pack(self, x, axis: Axis):
@@ -95,10 +119,8 @@ class PackedSteps:
         at = x.at[self.rows]
         if jnp.issubdtype(x.dtype, jax.dtypes.extended):
             return at.get(mode="clip")
-        rows = at.get(
-            mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True
-        )
-        if x.dtype == jnp.bool_:
+        rows = at.get(mode="fill", fill_value=0, **EACH_ITS_OWN)
+        if x.ndim == 1 and x.dtype == jnp.bool_:
             return rows
         used = over_trailing_axes(self.used, rows.ndim)
         return jnp.where(used, rows, _stand_in(rows[:1], self.used[0]))
@@ -117,19 +139,30 @@ class PackedSteps:
         """(1, capacity, ...) -> (batch, time, ...), zeros at masked steps."""
         _require_batch("capacity", y, 1, 1)
         rows = jnp.zeros((self.size, *y.shape[2:]), y.dtype)
-        if not is_concrete(self.mask):
-            rows = self._mark_what_did_not_fit(rows)
-        at = rows.at[self.rows]
-        rows = at.set(y[0], mode="drop", unique_indices=True, indices_are_sorted=True)
+        if not self._fits():
+            rows = self._mark_what_did_not_fit(rows, y[0, :1])
+        rows = rows.at[self.rows].set(y[0], mode="drop", **EACH_ITS_OWN)
         y = jnp.reshape(rows, (*self.mask.shape, *y.shape[2:]))
         return _time_back(y, output_position(axis, y.ndim))
 
-    def _mark_what_did_not_fit(self, rows):
+    def _fits(self) -> bool:
+        """Whether it is sure, before the program runs, that no step is left out."""
+        known = isinstance(self.size, int) and self.size <= self.capacity
+        return known or is_concrete(self.mask)
+
+    def _mark_what_did_not_fit(self, rows, a_result):
         flat = jnp.ravel(self.mask)
-        left_out = flat & (jnp.cumsum(flat) > self.capacity)
-        return jnp.where(
-            over_trailing_axes(left_out, rows.ndim), _not_computed(rows.dtype), rows
-        )
+        count = jnp.cumsum(flat)
+        left_out = over_trailing_axes(flat & (count > self.capacity), rows.ndim)
+        mark = _not_computed(rows.dtype)
+        if jnp.issubdtype(rows.dtype, jnp.inexact):
+            # Made of a result, it makes the gradient NaN as well.
+            mark = jnp.where(count[-1] > self.capacity, mark, _zero(rows)) * a_result
+        return jnp.where(left_out, mark, rows)
+
+    def hide_sown(self, sown):
+        """Zeros in the rows that are not used."""
+        return jnp.where(over_trailing_axes(self.used, sown.ndim), sown, _zero(sown))
 
 
 def select_steps(inputs: Inputs, mask, lowering: Lowering):
@@ -166,12 +199,14 @@ def _time_back(x, axis: int):
     return jnp.moveaxis(x, 1, axis)
 
 
-def _a_valid_step(steps, mask):
-    """The first valid step."""
-    if 0 in mask.shape:
-        return _stand_in(jnp.zeros((), steps.dtype), False)
-    flat = jnp.reshape(steps, (-1, *steps.shape[mask.ndim :]))
-    return _stand_in(flat[jnp.argmax(jnp.ravel(mask))], jnp.any(mask))
+def _is_kept(x) -> bool:
+    """Random keys have no zero; bools of (batch, time) are masks."""
+    is_mask = x.dtype == jnp.bool_ and x.ndim <= 2
+    return is_mask or jnp.issubdtype(x.dtype, jax.dtypes.extended)
+
+
+def _zero(x):
+    return jnp.zeros((), x.dtype)
 
 
 def _stand_in(valid_step, exists):
@@ -217,8 +252,9 @@ def _require_batch(name: str, y, time_axis: int, batch: Any) -> None:
 def _batch_message(name: str, step) -> str:
     return (
         f"{name} needs results with the batch on axis 0 of what fun returns for a "
-        f"step, got {describe(step)}. Reduce over the batch outside of fun, or declare "
-        "what no step changes with None in out_axes."
+        f"step, got {describe(step)}. Reduce over the batch outside of fun; give an "
+        "argument that has a batch a time axis too (jnp.broadcast_to), so that it is "
+        "not shared; declare results that no step changes with None in out_axes."
     )
 
 
@@ -238,7 +274,10 @@ def _not_computed(dtype):
 def _check_mask(mask: Any, inputs: Inputs) -> None:
     require_mask_dtype(mask)
     if mask.ndim != 2:
-        raise ValueError(f"mask must have shape (batch, time), got {describe(mask)}.")
+        raise ValueError(
+            f"mask must have shape (batch, time), got {describe(mask)}. Give a mask "
+            "that is for fun itself as a positional argument."
+        )
     timesteps = time_size(inputs)
     for x, axis in zip(inputs.mapped, inputs.mapped_axes):
         if not isinstance(axis, int):

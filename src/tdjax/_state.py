@@ -47,6 +47,7 @@ def distribute_stateful(
     y, kept, new = steps.run(call, axes, lowering)
     if isinstance(steps, PackedSteps):
         _refuse_statistics(kept, lowering.capacity)
+    new = jax.tree.map(steps.hide_sown, new)
     return y, _join_state(before, _after_steps(before, kept, steps.weights), new)
 
 
@@ -149,4 +150,7 @@ def _after(before, stacked, weights):
         if weights is None:
             return before + jnp.mean(moves, axis=0)
         return before + masked_mean(moves, jnp.asarray(weights), axis=0)
-    return stacked[-1]
+    if weights is None:
+        return stacked[-1]
+    last = stacked.shape[0] - 1 - jnp.argmax(weights[::-1])
+    return jnp.where(jnp.any(weights), stacked[last], before)

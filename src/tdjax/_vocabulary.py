@@ -20,6 +20,11 @@ import jax
 import jax.numpy as jnp
 
 Params = dict[str, Any]
+ONE_A_ROW: dict[str, Any] = {
+    "mode": "drop",
+    "unique_indices": True,
+    "indices_are_sorted": True,
+}
 
 
 class Head(NamedTuple):
@@ -43,18 +48,30 @@ class Head(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def weighted_loss(head: Head, params: Params, hidden, labels, weights):
     """The sum of `weights * losses`; its gradients are made in the forward pass."""
-    return jnp.sum(weights * _forward(head, params, hidden, labels))
+    return _weighted_sum(weights, _forward(head, params, hidden, labels))
 
 
 def _weighted_loss_forward(head, params, hidden, labels, weights):
     losses, gradients = _losses_and_gradients(head, params, hidden, labels, weights)
-    return jnp.sum(weights * losses), (*gradients, losses)
+    like = jax.tree.map(_empty, (params, hidden))
+    return _weighted_sum(weights, losses), (gradients, losses, like)
 
 
 def _weighted_loss_backward(head, residuals, cotangent):
-    scale = lambda gradient: (cotangent * gradient).astype(gradient.dtype)
-    of_params, of_hidden, of_weights = jax.tree.map(scale, residuals)
-    return of_params, of_hidden, None, of_weights
+    gradients, losses, like = residuals
+    scale = lambda gradient, x: (cotangent * gradient).astype(x.dtype)
+    of_params, of_hidden = jax.tree.map(scale, gradients, like)
+    return of_params, of_hidden, None, cotangent * losses
+
+
+def _weighted_sum(weights, losses):
+    # A step that does not count may have an infinite loss: its label may be banned.
+    return jnp.sum(jnp.where(weights == 0, 0, weights * losses))
+
+
+def _empty(x):
+    """What remembers a dtype, and no more."""
+    return jnp.zeros((0,), x.dtype)
 
 
 weighted_loss.defvjp(_weighted_loss_forward, _weighted_loss_backward)
@@ -72,10 +89,9 @@ def _losses_forward(head, params, hidden, labels):
 
 def _losses_backward(head, residuals, cotangents):
     params, hidden, labels = residuals
-    _, (of_params, of_hidden) = _losses_and_gradients(
-        head, params, hidden, labels, cotangents
-    )
-    return of_params, of_hidden, None
+    _, gradients = _losses_and_gradients(head, params, hidden, labels, cotangents)
+    cast = lambda gradient, x: gradient.astype(x.dtype)
+    return *jax.tree.map(cast, gradients, (params, hidden)), None
 
 
 losses_of_steps.defvjp(_losses_forward, _losses_backward)
@@ -98,10 +114,12 @@ def _losses_and_gradients(head: Head, params: Params, hidden, labels, weights):
     """Losses, and the gradients of their weighted sum by params and hidden.
 
     Weights are brought to at most 1 before they meet half-precision gradients of
-    logits, where a mean over many steps would leave nothing of small probabilities.
+    logits, where a mean over many steps would leave nothing of small probabilities. A
+    float16 gradient is left wide, so that a scaled loss finds what it has to save.
     """
-    largest = jnp.max(jnp.abs(weights), initial=0)
-    relative = weights / jnp.where(largest > 0, largest, 1)
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(weights), initial=0))
+    largest = jnp.where(largest > 0, largest, 1)
+    relative = weights / largest
     # The kernel's gradient is (words, features) here: a label is a row to add to.
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x.T, dtype=weights.dtype), params)
 
@@ -114,9 +132,13 @@ def _losses_and_gradients(head: Head, params: Params, hidden, labels, weights):
     body = jax.checkpoint(of_rows, prevent_cse=False)
     sums, chunked = jax.lax.scan(body, zeros, rows)
     of_hidden, losses = (_join(each, labels.shape[0]) for each in chunked)
-    cast = lambda gradient, x: (largest * gradient).astype(x.dtype)
-    of_params = jax.tree.map(lambda total, x: cast(total.T, x), sums, params)
-    return losses, (of_params, cast(of_hidden, hidden))
+
+    def scale(gradient, x):
+        small_range = x.dtype == jnp.float16
+        return (largest * gradient).astype(gradient.dtype if small_range else x.dtype)
+
+    of_params = jax.tree.map(lambda total, x: scale(total.T, x), sums, params)
+    return losses, (of_params, scale(of_hidden, hidden))
 
 
 def _add_gradients(head: Head, params, sums, hidden, labels, weights):
@@ -263,12 +285,12 @@ def _of_logits(head: Head, block: Block, softmax: Softmax, normaliser, labels, w
     rows = 1.0 if sums is None else sums
     is_plain = not (head.label_smoothing or head.z_loss or head.logits_soft_cap)
     if is_plain and not head.is_half:
-        of_logits = _at_labels(of_logits, labels).add(-rows, mode="drop")
+        of_logits = _at_labels(of_logits, labels).add(-rows, **ONE_A_ROW)
         return of_logits, 1 / rows
     of_logits *= jnp.expand_dims((1 + 2 * head.z_loss * normaliser) / rows, 1)
     of_logits -= head.label_smoothing / words
     share = head.label_smoothing - 1
-    of_logits = _at_labels(of_logits, labels).add(share, mode="drop")
+    of_logits = _at_labels(of_logits, labels).add(share, **ONE_A_ROW)
     return of_logits if block.slope is None else of_logits * block.slope, 1.0
 
 
@@ -312,15 +334,21 @@ def _add_at(whole, part, start):
 
 
 def _in_chunks(rows, size: int):
-    """(rows, ...) -> (chunks, size, ...), zeros at the end."""
+    """(rows, ...) -> (chunks, size, ...), padded with zeros.
+
+    A chunk has every n-th row: where rows are sharded over devices, each then has a
+    part of every chunk.
+    """
 
     def chunk(x):
         chunks = -(-x.shape[0] // size)
         padding = [(0, chunks * size - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
-        return jnp.reshape(jnp.pad(x, padding), (chunks, size, *x.shape[1:]))
+        x = jnp.reshape(jnp.pad(x, padding), (size, chunks, *x.shape[1:]))
+        return jnp.moveaxis(x, 1, 0)
 
     return jax.tree.map(chunk, rows)
 
 
 def _join(chunked, rows: Any):
-    return jnp.reshape(chunked, (-1, *chunked.shape[2:]))[:rows]
+    rows_first = jnp.moveaxis(chunked, 0, 1)
+    return jnp.reshape(rows_first, (-1, *chunked.shape[2:]))[:rows]

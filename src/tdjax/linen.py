@@ -1,5 +1,6 @@
 """Flax Linen modules: any layer over time, and the Dense family."""
 
+import dataclasses
 import functools
 import os
 import weakref
@@ -50,10 +51,12 @@ class TimeDistributed(nn.Module):
     * **Masks**: the call takes `mask`, bool, `(batch, time)`: zeros at masked steps and
       no gradient, as in `tdjax.time_distributed`. Steps that no example has don't move
       running statistics. A layer that mixes the examples of a batch, as `BatchNorm` in
-      training, sees copies of a valid step at the masked ones; give it the mask as an
-      input of its own.
+      training, sees copies of a valid step at the masked ones; wrap a module that takes
+      the mask as an input, one slice a step, and hands it on: `def __call__(self, x,
+      mask)`, called with `(x, mask, mask=mask)`. What is sown is zero where masked.
     * **Packing**: with `capacity=n` the layer computes the valid steps only. It must
-      treat examples independently; one that writes statistics is refused.
+      treat examples independently; one that writes statistics is refused. What is sown
+      is that of the packed steps, `(n, ...)`.
 
     Attributes:
       layer: the module to apply, or one that is already part of the surrounding module.
@@ -154,7 +157,10 @@ def _lift(call, options: TimeDistributed, mask, kwargs):
     """A function of scopes and one step, lifted as Flax lifts: to all steps."""
     initializing = options.is_initializing()
     axes = _thaw(options.in_axes), _thaw(options.out_axes)
-    how = make_lowering(options), options.share_rng
+    lowering = make_lowering(options)
+    if initializing and mask is None:
+        lowering = dataclasses.replace(lowering, capacity=None)
+    how = lowering, options.share_rng
     # Initialisation leaves the state as the one plain call left it, but layers may
     # want to write to all of it.
     written = True if initializing else DenyList(("params",))

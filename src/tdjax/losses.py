@@ -45,7 +45,9 @@ def linear_cross_entropy(
 
     It works under `jit`, `vmap`, `grad` and `jax.checkpoint`. Second derivatives are
     right (`jax.hessian`, `grad` of `grad`); forward mode alone (`jax.jvp`) is refused.
-    Products of half-precision inputs are summed in float32, and so are losses.
+    `jax.shard_map` needs `check_vma=False`. Call it under `jit`: its loops are compiled
+    at each call otherwise. Products of half-precision inputs are summed in float32, and
+    so are losses.
 
     Args:
       params: `{"kernel": (features, words), "bias": (words,)}`, as of `dense` and of
@@ -54,7 +56,7 @@ def linear_cross_entropy(
       hidden: `(..., features)`, the inputs of the head: `(batch, time, features)`, say.
       labels: `(...)`, integers from 0 to `words - 1`, but for masked and ignored steps,
         where they may be anything. Inside `jit`, where values can't be looked at, any
-        other label gives NaN.
+        other label makes the loss and its gradient NaN.
       mask: `(...)`, bool: the steps that count, all by default. Others have the loss 0,
         and neither get nor give a gradient, were `hidden` NaN there.
       reduction: `"mean"` over the steps that count, 0 if there are none; `"sum"`; or
@@ -68,11 +70,12 @@ def linear_cross_entropy(
         al. 2016).
       ignore_class: a label that marks steps to leave out, as does the mask.
       chunk_size: steps in a block of logits. By default chosen by shape, so that a
-        block has at most a ninth of all logits, or 32 MB.
+        block has at most a ninth of all logits, or little memory (32 MB on a CPU, 256
+        MB elsewhere).
       vocab_chunk_size: words in a block. By default all, unless the vocabulary is so
         large for the number of steps that a chunk would have less than 256 of them.
-        With words in chunks the gradient makes the logits twice. Both sizes are about
-        the gradient; the loss alone goes through blocks of a few MB.
+        With words in chunks the gradient makes the logits twice. The loss alone has
+        smaller blocks of its own.
 
     Returns:
       The mean or sum, `()`, or the losses, `(...)`: float32, or float64 if the inputs
@@ -107,6 +110,9 @@ def linear_cross_entropy(
     """
     params, hidden = _require_head(params, hidden)
     _check_steps(hidden, labels, mask)
+    # Numbers of words need not fit the dtype that the labels came in.
+    labels = jnp.asarray(labels)
+    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
     _check_options(reduction, label_smoothing, z_loss, logits_soft_cap, ignore_class)
     for name, size in (
         ("chunk_size", chunk_size),
@@ -117,13 +123,18 @@ def linear_cross_entropy(
     features, words = params["kernel"].shape
     valid = _valid_steps(labels, mask, ignore_class)
     _check_labels(labels, valid, words)
-    # Zeros have a finite loss; where it is hidden, neither NaN nor its gradient passes.
-    hidden = jnp.where(over_trailing_axes(valid, hidden.ndim), hidden, 0)
+    # Where a loss is hidden, neither NaN nor its gradient passes. A label that is no
+    # word makes both NaN.
+    over_features = lambda steps: over_trailing_axes(steps, hidden.ndim)
+    known = (labels >= 0) & (labels < words)
+    hidden = jnp.where(over_features(known), hidden, jnp.nan)
+    hidden = jnp.where(over_features(valid), hidden, 0)
     labels, valid = (jnp.ravel(jnp.where(valid, labels, 0)), jnp.ravel(valid))
     steps = labels.shape[0]
     sizes = _block_sizes(steps, features, words, chunk_size, vocab_chunk_size)
     is_half = jnp.finfo(hidden.dtype).bits < 32
-    head = Head(label_smoothing, z_loss, logits_soft_cap, *sizes, is_half)
+    cap = None if logits_soft_cap is None else float(logits_soft_cap)
+    head = Head(float(label_smoothing), float(z_loss), cap, *sizes, is_half)
     rows = params, jnp.reshape(hidden, (steps, features)), labels
     if reduction == "none":
         losses = jnp.where(valid, losses_of_steps(head, *rows), 0)
@@ -149,10 +160,11 @@ def _require_head(params: Any, hidden: Any) -> tuple[dict[str, Any], Any]:
         )
     # Of one dtype, as their product has it; the bias as the sums that it is added to.
     dtype = jnp.result_type(hidden, kernel)
-    params = {"kernel": kernel.astype(dtype)}
+    params = {"kernel": jnp.asarray(kernel).astype(dtype)}
     if bias is not None:
-        params["bias"] = bias.astype(jnp.promote_types(dtype, jnp.float32))
-    return params, hidden.astype(dtype)
+        wide = jnp.promote_types(dtype, jnp.float32)
+        params["bias"] = jnp.asarray(bias).astype(wide)
+    return params, jnp.asarray(hidden).astype(dtype)
 
 
 def _check_steps(hidden: Any, labels: Any, mask: Any) -> None:
@@ -199,7 +211,8 @@ def _check_options(
 
 
 def _require_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    kinds = int | float | np.integer | np.floating
+    if isinstance(value, bool) or not isinstance(value, kinds):
         raise TypeError(f"{name} must be a Python number, got {describe(value)}.")
 
 
@@ -246,7 +259,9 @@ def _block_sizes(
             chunk_size = 1024
             vocab_chunk_size = vocab_chunk_size or max(in_cache // 1024, 128)
     forward_rows = _even(steps, 1024)
-    forward_words = vocab_chunk_size or max(in_cache // forward_rows, 128)
+    forward_words = max(in_cache // forward_rows, 128)
+    if vocab_chunk_size is not None:
+        forward_words = min(forward_words, vocab_chunk_size)
     sizes = (_even(steps, chunk_size), vocab_chunk_size or words)
     return *sizes, forward_rows, forward_words
 

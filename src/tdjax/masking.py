@@ -76,6 +76,7 @@ def masked_mean(
       [2.0, 0.0]
     """
     require_array("values", values, 0, "(batch, time, ...)")
+    values = jnp.asarray(values)
     require_mask_dtype(mask)
     if mask.shape != values.shape[: mask.ndim]:
         raise ValueError(

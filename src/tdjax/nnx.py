@@ -47,10 +47,12 @@ class TimeDistributed(nnx.Module):
     * **Masks**: the call takes `mask`, bool, `(batch, time)`: zeros at masked steps and
       no gradient, as in `tdjax.time_distributed`. Steps that no example has don't move
       running statistics. A layer that mixes the examples of a batch, as `BatchNorm` in
-      training, sees copies of a valid step at the masked ones; give it the mask as an
-      input of its own.
+      training, sees copies of a valid step at the masked ones; wrap a module that takes
+      the mask as an input, one slice a step, and hands it on: `def __call__(self, x,
+      mask)`, called with `(x, mask, mask=mask)`. What is sown is zero where masked.
     * **Packing**: with `capacity=n` the layer computes the valid steps only. It must
-      treat examples independently; one that writes statistics is refused.
+      treat examples independently; one that writes statistics is refused. What is sown
+      is that of the packed steps, `(n, ...)`.
 
     Args:
       layer: the module to apply.

@@ -54,9 +54,10 @@ def time_distributed(
     arguments, it gives zeros at the steps where the mask is False, and no gradient
     flows from or to them, even where the input there is NaN or infinite: in place of
     their numbers `fun` sees those of a valid step. The batch is axis 0 of what `fun`
-    sees and returns, as for `"fold"`. If `fun` wants the mask too, give it as an
-    argument as well: `time_distributed(fun)(x, mask, mask=mask)` calls `fun(x[:, t],
-    mask[:, t])`.
+    sees and returns, as for `"fold"`, and every argument with a time axis must have one
+    (or be `(time,)`). If `fun` wants the mask too, give it as an argument as well:
+    `time_distributed(fun)(x, mask, mask=mask)` calls `fun(x[:, t], mask[:, t])`.
+    Collectives over `axis_name` see all steps.
 
     **Packing.** With `capacity=n` the valid steps alone are computed, so the cost
     follows `n` and not the padded size: they are gathered, in the order of the mask, as
@@ -65,8 +66,9 @@ def time_distributed(
     independently; shared arguments (None in `in_axes`) must have no batch axis. If
     there are more valid steps than `n`, it is an error when the mask is known while
     tracing. Otherwise those after the first `n` are marked in the result: floats are
-    NaN, and so is a loss made of them; signed integers are the lowest of their dtype,
-    unsigned ones the highest. `mask.sum() > n` tells beforehand.
+    NaN, and so are a loss made of them and its gradient; signed integers are the lowest
+    of their dtype, unsigned ones the highest, and bools are refused. `mask.sum() > n`
+    tells beforehand.
 
     Compile time does not grow with the number of steps, except under `unroll=True`.
     Call it under `jax.jit`: as with `jax.lax.map`, a loop outside of `jit` is compiled

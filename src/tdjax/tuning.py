@@ -1,6 +1,7 @@
 """Measure the lowerings on this device, and pick the fastest that agrees."""
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -157,6 +158,8 @@ def autotune(
     tolerance: int | float | None = None,
     candidates: Sequence[Mapping[str, Any]] | None = None,
     cache: str | os.PathLike[str] | None = None,
+    capacity: int | None = None,
+    mask: Any = None,
 ) -> Tuning:
     """Finds the fastest lowering of `time_distributed(fun)` for these inputs.
 
@@ -191,6 +194,8 @@ def autotune(
       cache: a file to keep results in, for any number of functions and processes; a
         lock file lies beside it. They are found again for the same function, shapes,
         device, versions and arguments of this call, `budget` among them.
+      capacity: as in `time_distributed`; `.tuned` has it too.
+      mask: the mask of the calls, `(batch, time)`, as `.tuned` will be called with.
 
     Returns:
       A `Tuning`: `.tuned` is `time_distributed(fun)` with the best options, `.options`
@@ -212,11 +217,14 @@ def autotune(
     if not callable(fun):
         raise TypeError(f"fun must be callable, got {describe(fun)}.")
     make = lambda options: time_distributed(
-        fun, in_axes=in_axes, out_axes=out_axes, **options
+        fun, in_axes=in_axes, out_axes=out_axes, capacity=capacity, **options
     )
+    run = lambda options: functools.partial(make(options), mask=mask)
     settings = Settings(argnums, budget, memory_limit, tolerance, candidates, cache)
     args, timesteps = prepare_inputs(args, in_axes)
-    return tune(make, make, args, timesteps, settings)
+    if capacity is not None:
+        timesteps = capacity
+    return tune(run, make, args, timesteps, settings)
 
 
 def tune(
