@@ -9,8 +9,8 @@ DIGITS = 10
 WAYS = {"↑": (-1, 0), "↓": (1, 0), "←": (0, -1), "→": (0, 1)}
 LABELS = DIGITS * len(WAYS)
 
-SHORTEST, LONGEST = 2, 12
-CANVAS = 16
+SHORTEST, LONGEST = 2, 9
+CANVAS, SIZE = 16, 8
 FASTEST = 3
 LOST = 0.2
 HELD_OUT_IMAGES = 297
@@ -34,7 +34,7 @@ def moving_digits() -> tuple[Films, Films]:
     scikit-learn brings the images along. Each goes every way, in a film of its own.
     """
     images, digits = load_digits(return_X_y=True)
-    images = images.reshape(-1, 8, 8) * (255 / images.max())
+    images = images.reshape(-1, SIZE, SIZE) * (255 / images.max())
     rng = np.random.default_rng(0)
     rows = rng.permutation(len(images))
     train, held_out = rows[HELD_OUT_IMAGES:], rows[:HELD_OUT_IMAGES]
@@ -58,16 +58,19 @@ def _films(rng: np.random.Generator, images: np.ndarray, digits: np.ndarray) -> 
 def film(
     rng: np.random.Generator, image: np.ndarray, way: int, length: int
 ) -> np.ndarray:
-    """`(length, CANVAS, CANVAS)`: the image from any place on, at any speed, one way.
+    """`(length, CANVAS, CANVAS)`: the image at any place and speed, going one way.
 
-    What leaves the canvas on one side comes back on the other. So in every frame all
-    places are as likely, and a film backwards is as likely as one of the opposite way.
+    All of it stays on the canvas. All that fit are as likely, so a film backwards is as
+    likely as one of the opposite way.
     """
-    canvas = np.zeros((CANVAS, CANVAS))
-    canvas[: image.shape[0], : image.shape[1]] = image
-    start, speed = rng.integers(CANVAS, size=2), rng.integers(1, FASTEST + 1)
-    step = speed * np.array([*WAYS.values()][way])
-    return np.stack([np.roll(canvas, start + t * step, (0, 1)) for t in range(length)])
+    room, steps = CANVAS - SIZE, length - 1
+    speed = rng.integers(1, min(FASTEST, room // steps) + 1)
+    path = speed * np.array([*WAYS.values()][way]) * np.arange(length)[:, None]
+    start = rng.integers(-path.min(0), room - path.max(0) + 1)
+    frames = np.zeros((length, CANVAS, CANVAS))
+    for frame, (row, column) in zip(frames, start + path):
+        frame[row : row + SIZE, column : column + SIZE] = image
+    return frames
 
 
 def lose_pixels(rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
@@ -77,5 +80,5 @@ def lose_pixels(rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
 
 def label_name(label: int) -> str:
     """As `7→`."""
-    digit, way = divmod(int(label), len(WAYS))
+    digit, way = divmod(label, len(WAYS))
     return f"{digit}{[*WAYS][way]}"
