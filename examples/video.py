@@ -19,14 +19,12 @@ What to copy:
 
 * `FilmReader`: `tdjax.linen.TimeDistributed` with `mask` and `capacity`, then an RNN
   with `seq_lengths`.
-* `most_frames`: a capacity that no batch exceeds. The batches are a function of the
-  seed, so they are known before the run begins.
-* `Video.optimizer`: two models in one run, and neither feels the other.
+* `most_steps` in `_batches.py`: a capacity that no batch of the run exceeds.
+* `each_alone` in `_problem.py`: two models in one run, and neither feels the other.
 """
 
 import functools
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +36,7 @@ import numpy as np
 import optax
 
 import tdjax.linen
-from _batches import batch_rows, in_batches, take
+from _batches import batch_rows, in_batches, most_steps, take
 from _display import results, save_figure
 from _film_strips import film_strips
 from _main import run_example
@@ -52,7 +50,7 @@ from _moving_digits import (
     moving_digits,
 )
 from _options import Settings, option
-from _problem import Problem
+from _problem import Problem, each_alone
 
 EVALUATION_BATCH = 99
 OURS, BASELINE = "GRU over frames", "mean baseline"
@@ -108,11 +106,6 @@ class FilmReader(nn.Module):
         return (digit[:, :, None] + way[:, None, :]).reshape(-1, LABELS)
 
 
-def most_frames(lengths: np.ndarray, batches: Iterable[np.ndarray]) -> int:
-    """The frames of the batch that has the most, each batch given by its rows."""
-    return max(int(lengths[rows].sum()) for rows in batches)
-
-
 class Video(Problem):
     """Reads films of moving digits: a conv net for every frame, a GRU over the frames.
 
@@ -128,17 +121,13 @@ class Video(Problem):
         right = float((self.majority == self.held_out.labels).mean())
         lines = {"majority class": right, "at best, without order": 0.5}
         self.baselines = {"accuracy": lines, "accuracy without order": lines}
-        batches = [self._rows(settings, step) for step in range(settings.steps)]
-        self.capacity = most_frames(self.train.lengths, batches)
-        self.last_batch = take(self.train, batches[-1])
+        self.capacity = most_steps(self.train.lengths, settings)
+        rows = batch_rows(settings.seed, 0, settings.batch_size, len(self.train.labels))
+        self.first_batch = take(self.train, rows)
         self.models = {
             OURS: FilmReader(settings.hidden),
             BASELINE: FilmReader(settings.hidden, in_order=False),
         }
-
-    def _rows(self, settings: VideoSettings, step: int) -> np.ndarray:
-        count = len(self.train.labels)
-        return batch_rows(settings.seed, step, settings.batch_size, count)
 
     def init(self, key):
         inputs = self.train.frames[:1], self.train.lengths[:1]
@@ -148,11 +137,7 @@ class Video(Problem):
         }
 
     def optimizer(self, settings):
-        # Each its own: clipped together, the gradients of one would change the other.
-        adam = super().optimizer(settings)
-        return optax.multi_transform(
-            dict.fromkeys(self.models, adam), {name: name for name in self.models}
-        )
+        return each_alone(dict.fromkeys(self.models, super().optimizer(settings)))
 
     def loss(self, params, batch, key):
         judged = {
@@ -189,7 +174,7 @@ class Video(Problem):
 
     def packing(self, params):
         """What `capacity` saved, and how far it changes an answer."""
-        padded, batch = self.models[OURS], self.last_batch
+        padded, batch = self.models[OURS], self.first_batch
         packed = padded.clone(capacity=self.capacity)
         both = [logits(model, params, batch) for model in (padded, packed)]
         difference = float(jnp.abs(both[0] - both[1]).max())

@@ -11,6 +11,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 # Options with which a program takes a few seconds.
 SMALL = {
     "tagging": ["--steps", "4", "--hidden", "2", "--batch-size", "2"],
+    "hierarchical": ["--steps", "2", "--hidden", "2", "--batch-size", "2"],
     "video": ["--steps", "2", "--hidden", "2", "--batch-size", "2"],
 }
 
