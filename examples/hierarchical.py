@@ -3,10 +3,10 @@
     python examples/hierarchical.py
 
 The question is, for every line of a function of the standard library: does it go one
-step in, stay, or come back out, and how far? The words of the line alone don't say. After
-`return x` a block is over, and the last line of a loop looks like any other, so the
-lines around count too. It takes less than a minute on two CPU cores, and ends with a
-function of a file that the model has not seen, as the model indents it. The labels of
+step in, stay, or come back out, and how far? The words of the line alone don't say.
+After `return x` a block is over, and the last line of a loop looks like any other, so
+the lines around count too. It takes less than a minute on two CPU cores, and ends with
+a function of a file that the model has not seen, as the model indents it. The labels of
 documents made of sentences are learned in the same way.
 
     words (functions, lines, words) -> a GRU over the words of a line
