@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from _options import Settings
+
 
 def count(examples: Any) -> int:
     return len(jax.tree.leaves(examples)[0])
@@ -33,6 +35,20 @@ def batch_rows(seed: int, step: int, batch_size: int, count: int) -> np.ndarray:
     """
     epochs, places = np.divmod(step * batch_size + np.arange(batch_size), count)
     return np.array([_order(seed, int(e), count)[p] for e, p in zip(epochs, places)])
+
+
+def most_steps(lengths: np.ndarray, settings: Settings) -> int:
+    """The steps in the batch of a run that has the most: a capacity that always holds.
+
+    Args:
+      lengths: `(examples,)`, the steps of each training example.
+      settings: of the run, whose batches are known before it begins.
+    """
+    rows = (
+        batch_rows(settings.seed, step, settings.batch_size, len(lengths))
+        for step in range(settings.steps)
+    )
+    return max(int(lengths[batch].sum()) for batch in rows)
 
 
 @functools.lru_cache(maxsize=4)

@@ -72,3 +72,14 @@ class Problem(abc.ABC):
             "training data": fingerprint(self.train),
             "held-out data": fingerprint(self.held_out),
         }
+
+
+def each_alone(
+    optimizers: Mapping[str, optax.GradientTransformation],
+) -> optax.GradientTransformation:
+    """For the parameters of several models by name: each trains as if alone.
+
+    Clipped together, the gradients of one would change the steps of the others.
+    """
+    transforms: Any = dict(optimizers)
+    return optax.multi_transform(transforms, {name: name for name in optimizers})

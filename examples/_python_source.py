@@ -43,12 +43,21 @@ def python_task(length: int) -> Task:
 
 
 def read_split() -> tuple[list[Tagged], list[Tagged]]:
-    """Training and held-out files; a file's name alone decides on which side it is."""
-    sides = [], []
-    for path in _selection():
+    """Training and held-out files, with a tag for every character."""
+    train, held_out = read_sources()
+    return _tagged(train), _tagged(held_out)
+
+
+def read_sources(files: int = FILES) -> tuple[dict[str, str], dict[str, str]]:
+    """Training and held-out sources; a file's name alone decides on which side it is.
+
+    Files that are empty, or that this Python cannot read, are left out.
+    """
+    sides = {}, {}
+    for path in _selection(files):
         name = path.relative_to(_library()).as_posix()
-        if tagged := _read(path, name):
-            sides[_hash(name) % HELD_OUT_OF == 0].append(tagged)
+        if source := _read(path):
+            sides[_hash(name) % HELD_OUT_OF == 0][name] = source
     return sides
 
 
@@ -60,7 +69,7 @@ def _hash(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
-def _selection() -> list[Path]:
+def _selection(files: int) -> list[Path]:
     """The same files on every machine with this Python: the first by hash of name."""
     library = _library()
     paths = {
@@ -72,17 +81,24 @@ def _selection() -> list[Path]:
     }
     # The bare hash already decides on the side of the split.
     names = sorted(paths, key=lambda name: _hash("order of " + name))
-    return [paths[name] for name in names[:FILES]]
+    return [paths[name] for name in names[:files]]
 
 
-def _read(path: Path, name: str) -> Tagged | None:
+def _read(path: Path) -> str | None:
     try:
         with tokenize.open(path) as file:
             source = file.read()
-        labels = label_characters(source)
+        list(tokenize.generate_tokens(io.StringIO(source).readline))
     except (SyntaxError, UnicodeError, tokenize.TokenError):
         return None
-    return Tagged(name, source, character_ids(source), labels) if source else None
+    return source
+
+
+def _tagged(sources: dict[str, str]) -> list[Tagged]:
+    return [
+        Tagged(name, source, character_ids(source), label_characters(source))
+        for name, source in sources.items()
+    ]
 
 
 def character_ids(source: str) -> np.ndarray:

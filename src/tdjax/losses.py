@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from tdjax._checks import (
     describe,
@@ -24,7 +24,7 @@ REDUCTIONS = ("mean", "sum", "none")
 def linear_cross_entropy(
     params: Any,
     hidden: Float[Array | np.ndarray, "*steps features"],
-    labels: Int[Array | np.ndarray, "*steps"],
+    labels: Integer[Array | np.ndarray, "*steps"],
     *,
     mask: Bool[Array | np.ndarray, "*steps"] | None = None,
     reduction: Literal["mean", "sum", "none"] = "mean",

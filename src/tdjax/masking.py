@@ -4,13 +4,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Num
+from jaxtyping import Array, Bool, Integer, Num
 
 from tdjax._checks import describe, is_concrete, require_array
 
 
 def lengths_to_mask(
-    lengths: Int[Array | np.ndarray, " batch"], timesteps: Any
+    lengths: Integer[Array | np.ndarray, " batch"], timesteps: Any
 ) -> Bool[Array, "batch timesteps"]:
     """Marks the first `lengths[b]` of `timesteps` steps as valid.
 

@@ -15,6 +15,8 @@ SMALL = {
     "language_model": ["--steps=2", "--hidden=2", "--batch-size=2", "--characters=9"],
     "many_to_one": ["--steps", "4", "--hidden", "2", "--batch-size", "2"],
     "tagging": ["--steps", "4", "--hidden", "2", "--batch-size", "2"],
+    "hierarchical": ["--steps", "2", "--hidden", "2", "--batch-size", "2"],
+    "video": ["--steps", "2", "--hidden", "2", "--batch-size", "2"],
 }
 
 
@@ -30,6 +32,7 @@ def test_every_program_is_run_here_and_has_a_row_in_the_readme():
         assert f"`.venv/bin/python examples/{name}.py`" in row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", SMALL)
 def test_a_program_shows_a_result_beside_a_baseline_and_leaves_a_picture(
     program, tmp_path, capsys

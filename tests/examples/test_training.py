@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import _batches
@@ -177,6 +178,36 @@ def test_in_batches_every_example_is_taken_once(size):
     assert doubled.tolist() == [0, 2, 4, 6, 8]
     assert sums.tolist() == [1, 5, 9, 13, 17]
     assert {*sizes} == {size}
+
+
+def test_no_batch_of_a_run_has_more_steps_than_the_capacity():
+    settings = LineSettings(steps=7, batch_size=2, seed=3)
+    lengths = np.array([1, 10, 100, 1000, 10000])
+    totals = [
+        lengths[_batches.batch_rows(3, step, 2, 5)].sum()
+        for step in range(settings.steps)
+    ]
+    assert _batches.most_steps(lengths, settings) == max(totals)
+
+
+def test_models_side_by_side_train_as_if_alone():
+    alone = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1))
+    other = optax.adam(0.3)
+    params = {"a": {"w": jnp.ones(2)}, "b": {"w": jnp.ones(3)}}
+    gradients = {"a": {"w": jnp.full(2, 100.0)}, "b": {"w": jnp.arange(3.0)}}
+    together = _problem.each_alone({"a": alone, "b": other})
+    state = together.init(params)
+    updates = [together.update(gradients, state)[0]]
+    # Adam's first update does not depend on the norm; the next does.
+    smaller = jax.tree.map(lambda x: x / 50, gradients)
+    _, state = together.update(gradients, state)
+    updates.append(together.update(smaller, state)[0])
+    for name, optimizer in {"a": alone, "b": other}.items():
+        state = optimizer.init(params[name])
+        first, state = optimizer.update(gradients[name], state)
+        second, _ = optimizer.update(smaller[name], state)
+        for given, expected in zip(updates, (first, second)):
+            np.testing.assert_array_equal(given[name]["w"], expected["w"])
 
 
 def test_a_table_has_a_column_for_everything_that_some_method_has():
