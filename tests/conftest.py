@@ -1,6 +1,7 @@
 """What the tests share: references that know nothing of tdjax, and ways to compare."""
 
 import itertools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,10 @@ import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import settings
+
+# Tests compile much and compute little: half of the time is LLVM's, for nothing.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 
 # Each example may compile; a compilation has no deadline.
 settings.register_profile("tdjax", deadline=None, max_examples=20, derandomize=True)
