@@ -149,8 +149,8 @@ def _add_gradients(head: Head, params, sums, hidden, labels, weights):
     words, size = _words(params), head.vocab_chunk_size
     if size >= words:
         block = _block(head, params, hidden, labels, 0, words)
-        softmax, found = _softmax(head, block)
-        of_logits = _of_logits(head, block, softmax, found.normaliser, labels, words)
+        exponentials, found = _found(head, block)
+        of_logits = _of_logits(head, block, exponentials, found, labels, words)
         sums, of_hidden = _products(params, sums, hidden, *of_logits, weights, 0)
         return sums, of_hidden, _losses(head, found, words)
 
@@ -159,10 +159,8 @@ def _add_gradients(head: Head, params, sums, hidden, labels, weights):
     def of_words(carry, start, count):
         sums, of_hidden = carry
         block = _block(head, params, hidden, labels - start, start, count)
-        softmax = Softmax(jnp.exp(block.logits - found.normaliser[:, None]), None)
-        of_logits = _of_logits(
-            head, block, softmax, found.normaliser, labels - start, words
-        )
+        exponentials = jnp.exp(block.logits - found.shift[:, None])
+        of_logits = _of_logits(head, block, exponentials, found, labels - start, words)
         sums, more = _products(params, sums, hidden, *of_logits, weights, start)
         return sums, of_hidden + more
 
@@ -182,19 +180,22 @@ class Block(NamedTuple):
     picked: Any
 
 
-class Softmax(NamedTuple):
-    """`exponentials / sums`, where sums are of a row, or None if they are 1."""
-
-    exponentials: Any
-    sums: Any
-
-
 class Found(NamedTuple):
-    """Of each row: the log of the sum of exponentials, the label's logit, the sum."""
+    """Of each row: the sum of `exp(logits - shift)`, the label's logit, and their sum.
 
-    normaliser: Any
+    Not the log of the sum alone: at logits of 1e5 it has lost the digits that tell one
+    half from one third.
+    """
+
+    shift: Any
+    sums: Any
     picked: Any
     total: Any
+
+    @property
+    def normaliser(self):
+        """The log of the sum of the logits' exponentials."""
+        return jnp.log(self.sums) + self.shift
 
 
 def _block(head: Head, params: Params, hidden, labels, start, count: int) -> Block:
@@ -220,15 +221,14 @@ def _cap(head: Head, logits):
     return head.logits_soft_cap * bounded, 1 - bounded**2
 
 
-def _softmax(head: Head, block: Block) -> tuple[Softmax, Found]:
-    """Of all words at once."""
+def _found(head: Head, block: Block) -> tuple[Any, Found]:
+    """Of all words at once, with the exponentials."""
     logits = block.logits
     shift = _finite(jax.lax.stop_gradient(logits.max(-1)))
     exponentials = jnp.exp(logits - shift[:, None])
     sums = exponentials.sum(-1)
     total = _add_sum(head, jnp.zeros_like(sums), block)
-    found = Found(jnp.log(sums) + shift, block.picked, total)
-    return Softmax(exponentials, sums), found
+    return exponentials, Found(shift, sums, block.picked, total)
 
 
 def _sums(head: Head, params, hidden, labels, size: int) -> Found:
@@ -251,7 +251,7 @@ def _sums(head: Head, params, hidden, labels, size: int) -> Found:
     # A label that is no word leaves NaN.
     carry = (zeros - jnp.inf, zeros, zeros + jnp.nan, zeros)
     largest, sums, picked, total = _over_words(of_words, carry, words, size)
-    return Found(jnp.log(sums) + _finite(largest), picked, total)
+    return Found(_finite(largest), sums, picked, total)
 
 
 def _finite(largest):
@@ -276,21 +276,20 @@ def _losses(head: Head, found: Found, words: int):
     return losses + head.z_loss * found.normaliser**2 if head.z_loss else losses
 
 
-def _of_logits(head: Head, block: Block, softmax: Softmax, normaliser, labels, words):
+def _of_logits(head: Head, block: Block, of_logits, found: Found, labels, words):
     """The losses' gradients by the logits, as `(gradients, scale of each row)`.
 
     Plain cross-entropy leaves the division of the exponentials to smaller arrays.
     """
-    of_logits, sums = softmax
-    rows = 1.0 if sums is None else sums
     is_plain = not (head.label_smoothing or head.z_loss or head.logits_soft_cap)
     if is_plain and not head.is_half:
-        of_logits = _at_labels(of_logits, labels).add(-rows, **ONE_A_ROW)
-        return of_logits, 1 / rows
-    of_logits *= jnp.expand_dims((1 + 2 * head.z_loss * normaliser) / rows, 1)
+        of_logits = _at_labels(of_logits, labels).add(-found.sums, **ONE_A_ROW)
+        return of_logits, 1 / found.sums
+    share = (1 + 2 * head.z_loss * found.normaliser) / found.sums
+    of_logits *= share[:, None]
     of_logits -= head.label_smoothing / words
-    share = head.label_smoothing - 1
-    of_logits = _at_labels(of_logits, labels).add(share, **ONE_A_ROW)
+    of_label = head.label_smoothing - 1
+    of_logits = _at_labels(of_logits, labels).add(of_label, **ONE_A_ROW)
     return of_logits if block.slope is None else of_logits * block.slope, 1.0
 
 
