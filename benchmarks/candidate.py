@@ -19,7 +19,7 @@ class Program(NamedTuple):
 
     call: Callable[[], Any]
     results: Callable[[Any], list[np.ndarray]]
-    compile_seconds: float
+    compile_seconds: float | None
     temporary_bytes: int | None
 
 

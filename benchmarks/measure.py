@@ -126,6 +126,13 @@ def _repeats(call: Callable[[], Any]) -> int:
     return max(1, math.ceil(_SHORTEST / (time.perf_counter() - start)))
 
 
+def summary(times: list[float], base: float) -> dict:
+    """The median in seconds, and with its quartiles as a ratio to `base`."""
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+    ratios = {"ratio": median / base, "quartiles": [low / base, high / base]}
+    return {**ratios, "seconds": median}
+
+
 def measure(
     case: Case, of: str, candidates: Iterable[str | Candidate], effort: Effort
 ) -> list[dict]:
@@ -137,7 +144,6 @@ def measure(
     rows = []
     for name, times in seconds.items():
         program = programs[name][1]
-        low, median, high = statistics.quantiles(times, n=4, method="inclusive")
         rows.append(
             {
                 "case": case.name,
@@ -145,9 +151,7 @@ def measure(
                 "timesteps": case.timesteps,
                 "of": of,
                 "candidate": name,
-                "ratio": median / base,
-                "quartiles": [low / base, high / base],
-                "seconds": median,
+                **summary(times, base),
                 "compile_seconds": program.compile_seconds,
                 "temporary_bytes": program.temporary_bytes,
                 "deviation": deviations[name],

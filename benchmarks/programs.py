@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import Effort, deviation, take_turns
+from benchmarks.candidate import Program, to_numpy
+from benchmarks.measure import Effort, deviation, summary, take_turns
 
 Row = dict[str, Any]
 
@@ -22,7 +22,7 @@ def measure_programs(
     A program is a function for `jax.jit`, or a `Program` of another library.
     """
     made = {
-        name: program if isinstance(program, Program) else Compiled(program, args)
+        name: program if isinstance(program, Program) else compiled(program, args)
         for name, program in programs.items()
     }
     want: list[np.ndarray] = []
@@ -41,40 +41,17 @@ def measure_programs(
     seconds = take_turns({name: p.call for name, p in made.items()}, effort)
     base = statistics.median(next(iter(seconds.values())))
     for row, times in zip(rows, seconds.values()):
-        low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-        row["ratio"], row["seconds"] = median / base, median
-        row["quartiles"] = [low / base, high / base]
+        row.update(summary(times, base))
     return rows
 
 
-class Program:
-    """`call()` runs and waits; `results(out)` are arrays, in the order of JAX's."""
-
-    compile_seconds: float | None = None
-    temporary_bytes: int | None = None
-
-    def call(self) -> Any:
-        raise NotImplementedError
-
-    def results(self, out) -> list[np.ndarray]:
-        raise NotImplementedError
-
-
-class Compiled(Program):
+def compiled(fun: Callable, args: tuple) -> Program:
     """A function under `jax.jit`, compiled for its arguments."""
-
-    def __init__(self, fun: Callable, args: tuple):
-        start = time.perf_counter()
-        self._program = jax.jit(fun).lower(*args).compile()
-        self._args = args
-        self.compile_seconds = time.perf_counter() - start
-        memory = self._program.memory_analysis()
-        self.temporary_bytes = memory and int(memory.temp_size_in_bytes)
-
-    def call(self):
-        return jax.block_until_ready(self._program(*self._args))
-
-    def results(self, out) -> list[np.ndarray]:
-        return [
-            np.asarray(jnp.asarray(leaf, jnp.float32)) for leaf in jax.tree.leaves(out)
-        ]
+    start = time.perf_counter()
+    program = jax.jit(fun).lower(*args).compile()
+    seconds = time.perf_counter() - start
+    memory = program.memory_analysis()
+    used = None if memory is None else int(memory.temp_size_in_bytes)
+    call = lambda: jax.block_until_ready(program(*args))
+    results = lambda out: [to_numpy(leaf) for leaf in jax.tree.leaves(out)]
+    return Program(call, results, seconds, used)

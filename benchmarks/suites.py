@@ -11,7 +11,7 @@ import jax
 
 from benchmarks import cases, dispatch, kernels, ours, peers, ragged, vocabularies
 from benchmarks.candidate import Candidate
-from benchmarks.measure import Effort, measure, take_turns
+from benchmarks.measure import Effort, measure, summary, take_turns
 
 Row = dict[str, Any]
 BOTH = ("forward", "gradient")
@@ -113,7 +113,7 @@ def _compile_rows(case, of: str, settings: Settings) -> list[Row]:
 
 
 def _compile_seconds(case, of: str, candidates: list[Candidate]) -> dict[str, list]:
-    seconds: dict[str, list[float]] = {each.name: [] for each in candidates}
+    seconds: dict[str, list] = {each.name: [] for each in candidates}
     for attempt in range(5):
         for each in candidates:
             slow = attempt and seconds[each.name][0] > 2
@@ -195,10 +195,8 @@ def _call_rows(case: str, of: str, calls: dict, settings: Settings) -> list[Row]
     base = statistics.median(next(iter(seconds.values())))
     rows = []
     for name, times in seconds.items():
-        low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-        row = {"case": case, "of": of, "candidate": name, "seconds": median}
-        ratios = {"ratio": median / base, "quartiles": [low / base, high / base]}
-        rows.append({**row, **ratios})
+        row = {"case": case, "of": of, "candidate": name}
+        rows.append({**row, **summary(times, base)})
     return rows
 
 
