@@ -37,6 +37,15 @@ class Constant:
 
 
 @dataclasses.dataclass(frozen=True)
+class Slice:
+    """A slice that can be hashed."""
+
+    start: int | None
+    stop: int | None
+    step: int | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Structure:
     """A pytree whose leaves are slots and constants."""
 
@@ -50,6 +59,8 @@ class Structure:
     def _leaf(self, leaf, values):
         if isinstance(leaf, Slot):
             return values.get(leaf)
+        if isinstance(leaf, Slice):
+            return slice(leaf.start, leaf.stop, leaf.step)
         return jnp.asarray(leaf.value) if isinstance(leaf, Constant) else leaf
 
 

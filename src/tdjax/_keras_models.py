@@ -8,13 +8,23 @@ import jax
 import keras
 import numpy as np
 
-from tdjax._keras_graph import Constant, FlaxModel, Graph, Input, Node, Slot, Structure
+from tdjax._keras_graph import (
+    Constant,
+    FlaxModel,
+    Graph,
+    Input,
+    Node,
+    Slice,
+    Slot,
+    Structure,
+)
 from tdjax._keras_registry import (
     Variables,
     convert_layer,
     inside,
     refuse,
     register_rule,
+    takes_mask,
     where,
 )
 
@@ -54,7 +64,7 @@ def _convert_graph(functional: Any, model: Any) -> tuple[FlaxModel, Variables]:
     inputs = slots.structure(functional.input)
     places = {layer: i for i, layer in enumerate(model.layers, 1)}
     modules, variables, nodes = {}, {}, []
-    for keras_node in _in_order(functional):
+    for keras_node in calls_in_order(functional):
         layer = keras_node.operation
         if layer not in modules:
             with inside(_place(places.get(layer), model)):
@@ -75,7 +85,7 @@ def _put_below(variables: Variables, name: str, own: Variables) -> None:
             variables.setdefault(collection, {})[name] = tree
 
 
-def _in_order(functional: Any) -> Iterator[Any]:
+def calls_in_order(functional: Any) -> Iterator[Any]:
     """The calls of the model's operations, each after those it depends on."""
     for depth in sorted(functional._nodes_by_depth, reverse=True):
         for node in functional._nodes_by_depth[depth]:
@@ -110,7 +120,7 @@ def _make_node(keras_node: Any, module: Any, slots: "_Slots") -> Node:
 def _gets_mask(layer: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
     """Keras hands the mask of the input on if there is no other input."""
     given = inspect.signature(layer.call).bind(*args, **kwargs).arguments
-    return sum(map(_has_tensor, given.values())) == 1
+    return takes_mask(layer) and sum(map(_has_tensor, given.values())) == 1
 
 
 def _has_tensor(tree: Any) -> bool:
@@ -133,5 +143,7 @@ class _Slots:
     def _freeze(self, leaf: Any) -> Any:
         if isinstance(leaf, keras.KerasTensor):
             return self.of(leaf)
+        if isinstance(leaf, slice):
+            return Slice(leaf.start, leaf.stop, leaf.step)
         is_array = isinstance(leaf, np.ndarray | jax.Array) or hasattr(leaf, "numpy")
         return Constant(keras.ops.convert_to_numpy(leaf)) if is_array else leaf

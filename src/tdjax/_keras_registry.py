@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -30,8 +31,8 @@ def register_rule(layer_class: type) -> Callable[[AnyRule], AnyRule]:
     themselves, so that `from_flax` can write into them; a weight keeps its layout.
 
     The module is called with the layer's inputs, several as Keras gives them. If its
-    `__call__` takes `mask` or `train`, it gets them: the mask of its input (or None),
-    and whether it trains. A method `compute_mask(inputs, mask)` gives the mask of its
+    `__call__` takes `train`, it is told whether it trains; if it and the layer's `call`
+    both take `mask`, it gets the mask of its input, or None. A method `compute_mask(inputs, mask)` gives the mask of its
     output; without one the mask passes on if the Keras layer has `supports_masking`.
 
     A rule also holds for subclasses, but not for one that overrides `call` or
@@ -112,6 +113,13 @@ def where(layer: Any) -> str:
 def refuse(layer: Any, reason: str) -> ValueError:
     """The error for a layer that is known, but not with these settings."""
     return ValueError(f"Layer {where(layer)}: {reason}")
+
+
+def takes_mask(layer: Any) -> bool:
+    """Whether the mask of its input changes what a layer computes."""
+    # These two read it off their inputs, without an argument for it.
+    reads = isinstance(layer, keras.layers.Maximum | keras.layers.Minimum)
+    return reads or "mask" in inspect.signature(layer.call).parameters
 
 
 def convert_layer(layer: Any) -> tuple[nn.Module, Variables]:
