@@ -111,7 +111,7 @@ class TimeDistributed(nn.Module):
                 "tdjax.time_distributed for a function."
             )
         make_lowering(self)
-        self._check_carry()
+        _check_carry(self)
         # Linen would give `layer` a scope of its own below this one, with other names
         # and other initial values. Hide it until there is a scope to share; a module
         # with a name is not adopted.
@@ -134,20 +134,6 @@ class TimeDistributed(nn.Module):
         over_time = lift(lift_over_time, call_layer, self, mask, kwargs)
         return over_time(self.layer, *args)
 
-    def _check_carry(self):
-        if self.variable_carry is False:
-            return
-        for name, needed in (
-            ("method", "vmap"),
-            ("axis_name", None),
-            ("capacity", None),
-        ):
-            if getattr(self, name) != needed:
-                raise ValueError(
-                    f"variable_carry={self.variable_carry!r} takes state from step to "
-                    f"step, so it needs {name}={needed!r}, got {getattr(self, name)!r}."
-                )
-
     def _init_layer(self, *args, **kwargs):
         """One plain call makes the variables as they are without a wrapper."""
         call = call_layer
@@ -156,6 +142,18 @@ class TimeDistributed(nn.Module):
             lift = nn.transforms.lift_transform
             call = lift(lift_one_step, call_layer, self.axis_name)
         call(self.layer, *args, **kwargs)
+
+
+def _check_carry(options: TimeDistributed) -> None:
+    carry = options.variable_carry
+    if carry is False:
+        return
+    for name, needed in {"method": "vmap", "axis_name": None, "capacity": None}.items():
+        if (given := getattr(options, name)) != needed:
+            raise ValueError(
+                f"variable_carry={carry!r} takes state from step to step, so it needs "
+                f"{name}={needed!r}, got {given!r}."
+            )
 
 
 class _SequenceDense(nn.Module):
