@@ -88,6 +88,11 @@ def find_rule(layer_class: type) -> Rule | None:
     return None
 
 
+def known_classes() -> tuple[type, ...]:
+    """The classes for which a rule is registered."""
+    return tuple(_RULES)
+
+
 def _means_the_same(layer_class: type, base: type) -> bool:
     return all(
         getattr(layer_class, name, None) is getattr(base, name, None)
