@@ -1,5 +1,6 @@
 """What the tests share: references that know nothing of tdjax, and ways to compare."""
 
+import importlib.util
 import itertools
 import os
 
@@ -13,6 +14,11 @@ from hypothesis import settings
 # Tests compile much and compute little: half of the time is LLVM's, for nothing.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
+
+# Keras, an extra, computes with JAX if it is there.
+os.environ.setdefault("KERAS_BACKEND", "jax")
+if importlib.util.find_spec("keras") is None:
+    collect_ignore = ["parity"]
 
 # Each example may compile; a compilation has no deadline.
 settings.register_profile("tdjax", deadline=None, max_examples=20, derandomize=True)

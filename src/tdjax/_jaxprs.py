@@ -8,11 +8,24 @@ def evaluate(jaxpr, consts, args, run_equation: Callable) -> list[Any]:
     """Runs `jaxpr`, each equation by `run_equation(eqn, args) -> results`."""
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
-    read = lambda v: v.val if hasattr(v, "val") else env[v]
-    for eqn in jaxpr.eqns:
-        outs = run_equation(eqn, [read(v) for v in eqn.invars])
+    evaluate_equations(jaxpr.eqns, env, run_equation)
+    return read(env, jaxpr.outvars)
+
+
+def evaluate_equations(eqns, env: dict, run_equation: Callable | None = None) -> None:
+    """Runs equations in their order, on the values of `env`, and adds the results."""
+    for eqn in eqns:
+        outs = (run_equation or bind)(eqn, read(env, eqn.invars))
         env.update(zip(eqn.outvars, outs, strict=True))
-    return [read(v) for v in jaxpr.outvars]
+
+
+def read(env: dict, atoms) -> list[Any]:
+    """The values of variables and literals."""
+    return [atom.val if is_literal(atom) else env[atom] for atom in atoms]
+
+
+def is_literal(atom) -> bool:
+    return hasattr(atom, "val")
 
 
 def bind(eqn, args) -> list[Any]:

@@ -33,6 +33,9 @@ class AllSteps:
     def run(self, call, out_axes, lowering: Lowering):
         return distribute(call, self.inputs, out_axes, lowering)
 
+    def hide(self, results, out_axes):
+        return results
+
     def hide_sown(self, sown):
         return sown
 
@@ -72,7 +75,10 @@ class MaskedSteps:
         return _stand_in(found[self._times()], jnp.any(self.mask))
 
     def run(self, call, out_axes, lowering: Lowering):
-        results = distribute(call, self.inputs, out_axes, lowering)
+        return self.hide(distribute(call, self.inputs, out_axes, lowering), out_axes)
+
+    def hide(self, results, out_axes):
+        """Zeros at masked steps, in results that have a time axis of their own."""
         return _map_timed(self._hide, results, out_axes)
 
     def _hide(self, y, axis: int):
@@ -97,10 +103,9 @@ class PackedSteps:
         flat = jnp.ravel(mask)
         self.size = flat.shape[0]
         found = jnp.nonzero(flat, size=capacity, fill_value=self.size)[0]
-        self.used = found < self.size
+        self.used = self.weights = found < self.size
         # Beyond the end and each its own: unused rows read zeros and write nothing.
         self.rows = jnp.where(self.used, found, self.size + jnp.arange(capacity))
-        self.weights = self.used
         self.inputs = _replace(inputs, self._pack)
 
     def _pack(self, x, axis: Axis):
@@ -176,7 +181,7 @@ def select_steps(inputs: Inputs, mask, lowering: Lowering):
             )
         return AllSteps(inputs)
     _check_mask(mask, inputs)
-    if isinstance(mask, np.ndarray) or is_concrete(mask):
+    if is_concrete(mask):
         mask = np.asarray(mask)
     if capacity is None:
         return MaskedSteps(inputs, mask)

@@ -13,6 +13,7 @@ from tdjax._axes import (
     flatten_inputs,
     time_size,
 )
+from tdjax._carried_state import distribute_carried
 from tdjax._checks import describe
 from tdjax._lowering import Lowering
 from tdjax._masked_steps import PackedSteps, select_steps
@@ -20,9 +21,18 @@ from tdjax.masking import masked_mean
 
 
 def distribute_stateful(
-    step, before, keys, args, mask, in_axes, out_axes, lowering, share_rng
+    step,
+    before,
+    keys,
+    args,
+    mask,
+    in_axes,
+    out_axes,
+    lowering,
+    share_rng,
+    is_carried=lambda path: False,
 ):
-    """Runs `step(keys, *args) -> (y, state)` over all steps.
+    """Runs `step(before, keys, *args) -> (y, state)` over all steps.
 
     Returns `(y, state)`, where the state is that after all steps: what was in
     `before` keeps its shape, floats (running statistics) moved by the mean over steps,
@@ -30,6 +40,8 @@ def distribute_stateful(
     is stacked, time first. What no step wrote to is the very object of `before`, of
     which no copies are made. Each step gets keys of its own, unless `share_rng`. Steps
     without a valid example move no running statistics.
+
+    State of which `is_carried(path)` goes from step to step instead.
     """
     if share_rng and jax.tree.leaves(keys):
         _check_share_rng(lowering)
@@ -38,16 +50,27 @@ def distribute_stateful(
         keys = _split_keys(keys, time_size(steps.inputs))
     steps.inputs = _with_keys(steps.inputs, keys, None if share_rng else PER_STEP)
 
-    def call(mapped):
+    leaves = jax.tree_util.tree_leaves_with_path(before)
+    carried = {
+        jax.tree_util.keystr(path): leaf for path, leaf in leaves if is_carried(path)
+    }
+
+    def call(carried, mapped):
         step_keys, step_args = steps.inputs.rebuild(mapped)
-        y, state = step(step_keys, *step_args)
-        return y, *_split_state(before, state)
+        start = _replace(before, carried)
+        y, state = step(start, step_keys, *step_args)
+        found = _by_path(state)
+        after = {path: found.get(path, leaf) for path, leaf in carried.items()}
+        kept, new = _split_state(start, _replace(state, carried))
+        return (y, kept, new), after
 
     axes = (out_axes, PER_STEP, PER_STEP_OR_BATCH)
-    y, kept, new = steps.run(call, axes, lowering)
+    results = distribute_carried(call, carried, steps, axes, lowering)
+    (y, kept, new), carried = results
     if isinstance(steps, PackedSteps):
         _refuse_statistics(kept, lowering.capacity)
     new = jax.tree.map(steps.hide_sown, new)
+    before = _replace(before, carried)
     return y, _join_state(before, _after_steps(before, kept, steps.weights), new)
 
 
@@ -103,6 +126,13 @@ def _with_keys(inputs: Inputs, keys, axis) -> Inputs:
 def _by_path(tree) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def _replace(tree, leaves: dict[str, Any]):
+    """`tree`, with other leaves at some paths."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaves.get(jax.tree_util.keystr(path), leaf), tree
+    )
 
 
 def _split_state(before, state) -> tuple[Any, Any]:

@@ -1,23 +1,20 @@
 """Flax Linen modules: any layer over time, and the Dense family."""
 
-import dataclasses
 import functools
 import os
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import DenyList, FrozenDict, Scope, lift
 from flax.errors import CallCompactUnboundModuleError
 from flax.linen.dtypes import promote_dtype
-from flax.linen.module import _caches
 
 from tdjax._candidates import OPTIONS
 from tdjax._checks import describe, require_array
-from tdjax._state import distribute_stateful, first_steps, make_lowering
+from tdjax._linen_scopes import adopt, call_layer, lift_one_step, lift_over_time, thaw
+from tdjax._state import first_steps, make_lowering
 from tdjax.dense import (
     Initializer,
     default_bias_init,
@@ -48,6 +45,10 @@ class TimeDistributed(nn.Module):
       statistics over batch and time together; with `chunk_size`, over batch and the
       chunk's steps. Integer state is the last step's. What `layer` sows is stacked,
       time first.
+    * **Carried state**: each step starts with what the step before has written to the
+      collections of `variable_carry`: `"batch_stats"` for running statistics that move
+      step after step, as in Keras. Only what depends on them runs in a loop. It needs
+      `method="vmap"`.
     * **Masks**: the call takes `mask`, bool, `(batch, time)`: zeros at masked steps and
       no gradient, as in `tdjax.time_distributed`. Steps that no example has don't move
       running statistics. A layer that mixes the examples of a batch, as `BatchNorm` in
@@ -72,6 +73,7 @@ class TimeDistributed(nn.Module):
       spmd_axis_name: the mesh axis over which time is sharded.
       share_rng: whether all steps draw the same noise.
       capacity: compute the valid steps only, at most so many.
+      variable_carry: the collections that go from step to step, as in `nn.scan`.
 
     Raises:
       TypeError: if `layer` is not a Linen module.
@@ -99,6 +101,7 @@ class TimeDistributed(nn.Module):
     spmd_axis_name: Any = None
     share_rng: bool = False
     capacity: int | None = None
+    variable_carry: Any = False
 
     def __post_init__(self):
         layer = self.layer
@@ -108,13 +111,14 @@ class TimeDistributed(nn.Module):
                 "tdjax.time_distributed for a function."
             )
         make_lowering(self)
+        _check_carry(self)
         # Linen would give `layer` a scope of its own below this one, with other names
         # and other initial values. Hide it until there is a scope to share; a module
         # with a name is not adopted.
         object.__setattr__(self, "layer", None)
         super().__post_init__()
         if self.scope is not None and layer.scope is None:
-            layer = _adopt(layer, self.scope)
+            layer = adopt(layer, self.scope)
         object.__setattr__(self, "layer", layer)
 
     def __call__(self, *args, mask=None, **kwargs):
@@ -125,94 +129,31 @@ class TimeDistributed(nn.Module):
         if self.scope is None:
             raise CallCompactUnboundModuleError()
         if self.is_initializing():
-            self._init_layer(*first_steps(args, _thaw(self.in_axes)), **kwargs)
-        over_time = nn.transforms.lift_transform(_lift, _call, self, mask, kwargs)
+            self._init_layer(*first_steps(args, thaw(self.in_axes)), **kwargs)
+        lift = nn.transforms.lift_transform
+        over_time = lift(lift_over_time, call_layer, self, mask, kwargs)
         return over_time(self.layer, *args)
 
     def _init_layer(self, *args, **kwargs):
         """One plain call makes the variables as they are without a wrapper."""
-        call = _call
+        call = call_layer
         if self.axis_name is not None:
             # The layer may need the name: give it a time axis of one step.
-            call = nn.transforms.lift_transform(_lift_one_step, _call, self.axis_name)
+            lift = nn.transforms.lift_transform
+            call = lift(lift_one_step, call_layer, self.axis_name)
         call(self.layer, *args, **kwargs)
 
 
-def _adopt(layer: nn.Module, scope: Scope) -> nn.Module:
-    """Binds `layer` to the scope of its wrapper; once only, if modules share it."""
-    if layer.parent is None:
-        # Flax keeps here its clones of modules that were made outside.
-        clones = _caches.setdefault(scope.root, weakref.WeakValueDictionary())
-        outside = layer._id
-        if outside in clones:
-            return clones[outside]
-        clones[outside] = layer = layer.clone(name=None)
-    object.__setattr__(layer, "parent", scope)
-    object.__setattr__(layer, "name", scope.name or "layer")
-    layer.__post_init__()
-    return layer
-
-
-def _lift(call, options: TimeDistributed, mask, kwargs):
-    """A function of scopes and one step, lifted as Flax lifts: to all steps."""
-    initializing = options.is_initializing()
-    axes = _thaw(options.in_axes), _thaw(options.out_axes)
-    lowering = make_lowering(options)
-    if initializing and mask is None:
-        lowering = dataclasses.replace(lowering, capacity=None)
-    how = lowering, options.share_rng
-    # Initialisation leaves the state as the one plain call left it, but layers may
-    # want to write to all of it.
-    written = True if initializing else DenyList(("params",))
-
-    def lifted(scopes, *args):
-        counters = [dict(scope.rng_counters) for scope in jax.tree.leaves(scopes)]
-
-        def over_time(scope_fn, repack, variables, rngs, args):
-            def step(rngs, *args):
-                scope = scope_fn(variables, rngs)
-                # Every block draws as the first: the counters start where they were.
-                for inner, counter in zip(jax.tree.leaves(scope), counters):
-                    inner.rng_counters.update(counter)
-                return call(scope, *args, **kwargs), repack(scope)
-
-            y, after = distribute_stateful(
-                step, variables, rngs, args, mask, *axes, *how
+def _check_carry(options: TimeDistributed) -> None:
+    carry = options.variable_carry
+    if carry is False:
+        return
+    for name, needed in {"method": "vmap", "axis_name": None, "capacity": None}.items():
+        if (given := getattr(options, name)) != needed:
+            raise ValueError(
+                f"variable_carry={carry!r} takes state from step to step, so it needs "
+                f"{name}={needed!r}, got {given!r}."
             )
-            return y, () if initializing else after
-
-        return lift.pack(over_time, (True,), (written,), (True,))(scopes, args)
-
-    return lifted
-
-
-def _lift_one_step(call, axis_name):
-    """A function of scopes, lifted to one step of an axis with that name."""
-
-    def over_one_step(scope_fn, repack, variables, rngs, args, kwargs):
-        def step():
-            scope = scope_fn(variables, rngs)
-            call(scope, *args, **kwargs)
-            return repack(scope)
-
-        stacked = jax.vmap(step, axis_size=1, axis_name=axis_name)()
-        return (), jax.tree.map(lambda value: value[0], stacked)
-
-    packed = lift.pack(over_one_step, (True,), (True,), (True,))
-    return lambda scopes, *args, **kwargs: packed(scopes, args, kwargs)
-
-
-def _call(layer, *args, **kwargs):
-    return layer(*args, **kwargs)
-
-
-def _thaw(axes: Any) -> Any:
-    """Linen freezes the dicts of its attributes; a prefix must have the user's own."""
-    if isinstance(axes, dict | FrozenDict):
-        return {key: _thaw(value) for key, value in axes.items()}
-    if type(axes) in (tuple, list):
-        return type(axes)(map(_thaw, axes))
-    return axes
 
 
 class _SequenceDense(nn.Module):
@@ -388,7 +329,7 @@ def autotune(
         return lambda variables, *args: apply(variables, *args)
 
     settings = Settings(argnums, budget, memory_limit, tolerance, candidates, cache)
-    args, timesteps = prepare_inputs(args, _thaw(over_time.in_axes))
+    args, timesteps = prepare_inputs(args, thaw(over_time.in_axes))
     make = lambda options: over_time.clone(**options)
     own = {name: getattr(over_time, name) for name in OPTIONS}
     return tune(run, make, (variables, *args), timesteps, settings, own)

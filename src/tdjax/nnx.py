@@ -119,11 +119,10 @@ class TimeDistributed(nnx.Module):
             self.layer, nnx.RngKey, nnx.Param, ...
         )
 
-        # Rebuilt from leaves, the variables belong to the trace that writes to them.
-        leaves, treedef = jax.tree.flatten((params, state))
-
-        def step(keys, *args):
-            layer = nnx.merge(graphdef, keys, *jax.tree.unflatten(treedef, leaves))
+        def step(state, keys, *args):
+            # Rebuilt, the variables belong to the trace that writes to them.
+            parts = jax.tree.map(lambda leaf: leaf, (params, state))
+            layer = nnx.merge(graphdef, keys, *parts)
             attributes = _static_attributes(layer)
             y = layer(*args, **kwargs)
             _refuse_new_attributes(attributes, _static_attributes(layer))

@@ -1,0 +1,108 @@
+"""How a Linen module shares the scope of its wrapper, and is lifted over time."""
+
+import dataclasses
+import weakref
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax.core import DenyList, FrozenDict, Scope, lift
+from flax.core.scope import in_filter
+from flax.linen import module as flax_module
+
+from tdjax._state import distribute_stateful, make_lowering
+
+
+def adopt(layer: nn.Module, scope: Scope) -> nn.Module:
+    """Binds `layer` to the scope of its wrapper; once only, if modules share it."""
+    if layer.parent is None:
+        clones, outside = _clones(scope.root), layer._id
+        if outside in clones:
+            return clones[outside]
+        clones[outside] = layer = layer.clone(name=None)
+    object.__setattr__(layer, "parent", scope)
+    object.__setattr__(layer, "name", scope.name or "layer")
+    layer.__post_init__()
+    return layer
+
+
+def _clones(root: Scope):
+    """Where Flax keeps its clones of modules that were made outside."""
+    if hasattr(flax_module, "_caches"):
+        return flax_module._caches.setdefault(root, weakref.WeakValueDictionary())
+    # Flax 0.12.12 has moved them.
+    if not hasattr(root, "_submodule_adoption_cache"):
+        root._submodule_adoption_cache = weakref.WeakValueDictionary()  # pyright: ignore
+    return root._submodule_adoption_cache  # pyright: ignore
+
+
+def lift_over_time(call, options, mask, kwargs):
+    """A function of scopes and one step, lifted as Flax lifts: to all steps."""
+    initializing = options.is_initializing()
+    axes = thaw(options.in_axes), thaw(options.out_axes)
+    lowering = make_lowering(options)
+    if initializing and mask is None:
+        lowering = dataclasses.replace(lowering, capacity=None)
+    how = lowering, options.share_rng, _is_in(options.variable_carry)
+    # Initialisation leaves the state as the one plain call left it, but layers may
+    # want to write to all of it.
+    written = True if initializing else DenyList(("params",))
+
+    def lifted(scopes, *args):
+        counters = [dict(scope.rng_counters) for scope in jax.tree.leaves(scopes)]
+
+        def over_time(scope_fn, repack, variables, rngs, args):
+            def step(variables, rngs, *args):
+                scope = scope_fn(variables, rngs)
+                # Every block draws as the first: the counters start where they were.
+                for inner, counter in zip(jax.tree.leaves(scope), counters):
+                    inner.rng_counters.update(counter)
+                return call(scope, *args, **kwargs), repack(scope)
+
+            y, after = distribute_stateful(
+                step, variables, rngs, args, mask, *axes, *how
+            )
+            return y, () if initializing else after
+
+        return lift.pack(over_time, (True,), (written,), (True,))(scopes, args)
+
+    return lifted
+
+
+def _is_in(collections):
+    """Whether a variable, by its path, is in one of some collections."""
+
+    def is_in(path) -> bool:
+        keys = (k.key for k in path if isinstance(k, jax.tree_util.DictKey))
+        return in_filter(collections, next(keys))
+
+    return is_in
+
+
+def lift_one_step(call, axis_name):
+    """A function of scopes, lifted to one step of an axis with that name."""
+
+    def over_one_step(scope_fn, repack, variables, rngs, args, kwargs):
+        def step():
+            scope = scope_fn(variables, rngs)
+            call(scope, *args, **kwargs)
+            return repack(scope)
+
+        stacked = jax.vmap(step, axis_size=1, axis_name=axis_name)()
+        return (), jax.tree.map(lambda value: value[0], stacked)
+
+    packed = lift.pack(over_one_step, (True,), (True,), (True,))
+    return lambda scopes, *args, **kwargs: packed(scopes, args, kwargs)
+
+
+def call_layer(layer, *args, **kwargs):
+    return layer(*args, **kwargs)
+
+
+def thaw(axes: Any) -> Any:
+    """Linen freezes the dicts of its attributes; a prefix must have the user's own."""
+    if isinstance(axes, dict | FrozenDict):
+        return {key: thaw(value) for key, value in axes.items()}
+    if type(axes) in (tuple, list):
+        return type(axes)(map(thaw, axes))
+    return axes
