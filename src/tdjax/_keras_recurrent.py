@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
-from jax.nn.initializers import glorot_uniform, orthogonal, zeros
 
 from tdjax._checks import describe, require_array
 from tdjax._keras_activations import Activation
+from tdjax._keras_initializers import glorot_uniform, orthogonal
 
 LAYOUT = "(batch, time, features)"
 TANH, SIGMOID = Activation("tanh"), Activation("sigmoid")
@@ -134,13 +134,20 @@ class Recurrent(nn.Module):
     def bias_shape(self) -> tuple[int, ...]:
         return (self.gates * self.units,)
 
+    @nn.nowrap
+    def bias_init(self, key, shape, dtype):
+        return jnp.zeros(shape, dtype)
+
     def _make_params(self, features):
         columns = self.gates * self.units
-        param = lambda name, init, shape: self.param(name, init, shape, self.param_dtype)
-        kernel = param("kernel", glorot_uniform(), (features, columns))
-        recurrent = param("recurrent_kernel", orthogonal(), (self.units, columns))
-        bias = param("bias", zeros, self.bias_shape()) if self.use_bias else None
-        return kernel, recurrent, bias
+        param = lambda name, init, shape: self.param(
+            name, init, shape, self.param_dtype
+        )
+        kernel = param("kernel", glorot_uniform, (features, columns))
+        recurrent = param("recurrent_kernel", orthogonal, (self.units, columns))
+        if not self.use_bias:
+            return kernel, recurrent, None
+        return kernel, recurrent, param("bias", self.bias_init, self.bias_shape())
 
     def _initial_states(self, given, sequences):
         shape = (sequences.shape[0], self.units)
@@ -248,6 +255,11 @@ class LSTM(Recurrent):
     state_count: ClassVar[int] = 2
 
     @nn.nowrap
+    def bias_init(self, key, shape, dtype):
+        """Ones for the forget gate, as Keras' `unit_forget_bias`."""
+        return jnp.zeros(shape, dtype).at[self.units : 2 * self.units].set(1)
+
+    @nn.nowrap
     def cell(self, states, x, kernel, bias, noise):
         h, c = states
         gates = jnp.split(x + multiply(h, kernel, noise), 4, axis=-1)
@@ -282,7 +294,9 @@ class GRU(Recurrent):
     @nn.nowrap
     def cell(self, states, x, kernel, bias, noise):
         [h] = states
-        gates = self._gates_reset_after if self.reset_after else self._gates_reset_before
+        gates = (
+            self._gates_reset_after if self.reset_after else self._gates_reset_before
+        )
         update, candidate = gates(h, x, kernel, bias, noise)
         return [update * h + (1 - update) * self.activation(candidate)]
 
