@@ -48,9 +48,8 @@ def _keeps_mask(layer: Any, inputs: Any = None) -> bool:
 def _graph_keeps_mask(functional: Any) -> bool:
     masked = set(map(id, functional.inputs))
     for call in calls_in_order(functional):
-        layer, args = call.operation, call.args
-        has_mask = any(id(x) in masked for x in jax.tree.leaves(args[:1]))
-        if has_mask and isinstance(layer, keras.layers.Layer):
-            if _keeps_mask(layer, args[0]):
-                masked.update(map(id, call.outputs))
+        is_layer = isinstance(call.operation, keras.layers.Layer)
+        has_mask = any(id(x) in masked for x in jax.tree.leaves(call.args[:1]))
+        if is_layer and has_mask and _keeps_mask(call.operation, call.args[0]):
+            masked.update(map(id, call.outputs))
     return any(id(x) in masked for x in functional.outputs)
