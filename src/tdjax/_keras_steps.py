@@ -154,15 +154,15 @@ class _Step:
     def require_no_losses(self, losses) -> None:
         if losses:
             raise ValueError(
-                f"method='fold' calls layer {self.layer.name!r} once for all steps, and "
-                "the losses that it adds would be other ones. Use method='vmap'."
+                f"method='fold' calls layer {self.layer.name!r} once for all steps, "
+                "and the losses that it adds would be other ones. Use method='vmap'."
             )
 
     def require_no_writes(self, changed, chunk) -> None:
         if changed:
             paths = [self.variables[i].path for i in changed]
             raise ValueError(
-                f"method='fold' with chunk_size={chunk} needs a layer that writes to no "
-                f"variable, got one that writes to {paths}. Use method='vmap', or "
+                f"method='fold' with chunk_size={chunk} needs a layer that writes to "
+                f"no variable, got one that writes to {paths}. Use method='vmap', or "
                 "chunk_size=None."
             )

@@ -94,7 +94,7 @@ class TimeDistributed(keras.layers.TimeDistributed):
         """Builds the wrapped layer for one step."""
         keras.layers.Wrapper.build(self, _without_time(input_shape))
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape) -> Any:
         """The shapes that the wrapped layer gives for one step, with time."""
         as_tensor = lambda shape: keras.KerasTensor(shape, dtype=self.compute_dtype)
         inputs = keras.tree.map_shape_structure(as_tensor, input_shape)
@@ -115,9 +115,9 @@ class TimeDistributed(keras.layers.TimeDistributed):
 
         return keras.tree.map_structure(over_time, specs)
 
-    def compute_mask(self, inputs, mask=None):
+    def compute_mask(self, inputs, previous_mask=None):
         """The mask, without the axes that the output has no place for."""
-        masks = [each for each in keras.tree.flatten(mask) if each is not None]
+        masks = [each for each in keras.tree.flatten(previous_mask) if each is not None]
         if not masks or len(masks[0].shape) <= 2:
             return masks[0] if masks else None
         mask, output = masks[0], keras.tree.flatten(self.compute_output_spec(inputs))[0]
