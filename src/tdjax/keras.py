@@ -4,7 +4,7 @@ It needs Keras with the JAX backend: `pip install "tdjax[keras]"`, and
 `KERAS_BACKEND=jax` in the environment before Keras is imported.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, no_type_check
 
 import keras
 from keras import ops
@@ -64,6 +64,8 @@ class TimeDistributed(keras.layers.TimeDistributed):
       (2, 50, 5)
     """
 
+    # Keras looks at the parameters of `__init__`; run-time type checks wrap it.
+    @no_type_check
     def __init__(
         self,
         layer: keras.Layer,
