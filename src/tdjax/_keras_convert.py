@@ -165,7 +165,7 @@ def _require_layer(model: Any) -> Any:
 
 
 def _value(variable: Any) -> jax.Array:
-    return jnp.asarray(keras.ops.convert_to_numpy(variable))
+    return jnp.asarray(keras.ops.convert_to_numpy(variable.value))
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

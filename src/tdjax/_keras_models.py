@@ -25,7 +25,6 @@ from tdjax._keras_registry import (
     refuse,
     register_rule,
     takes_mask,
-    where,
 )
 
 
@@ -43,15 +42,6 @@ def convert_sequential(model: keras.Sequential) -> tuple[FlaxModel, Variables]:
 @register_rule(Functional)
 def convert_functional(model: Any) -> tuple[FlaxModel, Variables]:
     return _convert_graph(model, model)
-
-
-@register_rule(keras.Model)
-def refuse_subclassed(model: keras.Model):
-    raise TypeError(
-        f"Model {where(model)} is a subclass of keras.Model with a `call` of its own, "
-        "which cannot be read as a graph. Sequential and Functional models are "
-        "converted; supply a rule for this class with tdjax.keras.register_rule."
-    )
 
 
 def _convert_graph(functional: Any, model: Any) -> tuple[FlaxModel, Variables]:

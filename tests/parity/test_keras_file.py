@@ -4,7 +4,6 @@ import json
 import pathlib
 import zipfile
 
-import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
@@ -34,16 +33,10 @@ def test_a_file_gives_the_same_module_as_the_model(tmp_path):
     path = tmp_path / "model.keras"
     model.save(path)
     module, variables = to_flax(model)
-    x = [normal(1, 2, 4, 3), np.array([[1, 2, 0, 0], [3, 1, 2, 4]], np.int32)]
-    want = module.apply(variables, x)
-    np.testing.assert_allclose(want, model(x), 1e-5, 1e-6)
     for given in (path, str(path)):
         loaded, values = to_flax(given)
+        assert loaded == module
         assert_trees_equal(values, variables)
-        assert jnp.array_equal(loaded.apply(values, x), want)
-        assert [node.name for node in loaded.graph.nodes] == [
-            node.name for node in module.graph.nodes
-        ]
 
 
 def config_of(model, tmp_path) -> tuple[pathlib.Path, dict]:

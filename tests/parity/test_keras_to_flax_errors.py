@@ -79,7 +79,8 @@ class Scale(k.Layer):
         return inputs * self.factor * valid * (2 if training else 1)
 
     def compute_mask(self, inputs, previous_mask):
-        return None if previous_mask is None else previous_mask[:, ::-1]
+        inverted = keras.ops.logical_not
+        return None if previous_mask is None else inverted(previous_mask)
 
 
 class FlaxScale(nn.Module):
@@ -90,7 +91,7 @@ class FlaxScale(nn.Module):
         return inputs * factor * valid * (2 if train else 1)
 
     def compute_mask(self, inputs, mask):
-        return None if mask is None else mask[:, ::-1]
+        return None if mask is None else ~mask
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -101,7 +102,7 @@ def test_a_rule_of_ones_own(train):
 
     ids = np.array([[1, 2, 0], [3, 0, 0]], np.int32)
     embedding = k.Embedding(4, 3, mask_zero=True)
-    wrapped = k.TimeDistributed(sequential(Scale(), shape=(3,)))
+    wrapped = k.TimeDistributed(sequential(Scale(), shape=(2,)))
     layers = embedding, Scale(), k.GRU(2, return_sequences=True), wrapped
     assert_parity(sequential(*layers, shape=(3,), dtype="int32"), ids, train=train)
 
@@ -161,6 +162,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Layer InputLayer does not have a `quantize`")
 @pytest.mark.parametrize("reason", REFUSED)
 def test_settings_without_a_counterpart_are_refused(reason):
     with raises(ValueError, "'odd' .*, layer 1 of ", reason.strip()):
@@ -194,7 +196,7 @@ def test_an_optional_input_is_refused():
 def test_a_weight_at_two_places_is_refused():
     dense, inputs = k.Dense(3, name="dense"), keras.Input((4, 3))
     inner = sequential(dense, shape=(4, 3))
-    with raises(ValueError, "dense/kernel", "two places", "kernel"):
+    with raises(ValueError, "dense/bias", "two places", "bias"):
         to_flax(keras.Model(inputs, k.Add()([inner(inputs), dense(inputs)])))
 
 
@@ -231,7 +233,7 @@ def test_an_input_may_lack_a_last_axis_of_one():
 def test_variables_that_do_not_fit_change_nothing():
     model = sequential(k.Dense(2, name="head"), shape=(3,))
     _, variables = to_flax(model)
-    before = [np.asarray(weight) for weight in model.weights]
+    before = [np.asarray(weight.value) for weight in model.weights]
     ones = jax.tree.map(jnp.ones_like, variables["params"]["head"])
     wrong = {
         r"lacks \['params'\]\['head'\]\['bias'\]": {"head": {"kernel": ones["kernel"]}},
@@ -247,7 +249,7 @@ def test_variables_that_do_not_fit_change_nothing():
         with raises(ValueError, message):
             from_flax({"params": params}, model)
     for weight, value in zip(model.weights, before):
-        assert np.array_equal(weight, value)
+        assert np.array_equal(weight.value, value)
 
 
 def test_what_keras_adds_to_the_loss_is_told():
