@@ -6,6 +6,7 @@ import jax
 import keras
 
 from tdjax._keras_graph import parameters
+from tdjax._keras_independent import equal_method
 from tdjax._keras_models import Functional, calls_in_order
 from tdjax._keras_registry import convert_layer, inside, register_rule, takes_mask
 from tdjax._keras_rules import Converted
@@ -20,8 +21,12 @@ def convert_time_distributed(layer: keras.layers.TimeDistributed) -> Converted:
     with inside(f"inside '{layer.name}'"):
         inner, variables = convert_layer(layer.layer)
     options = {name: getattr(layer, name) for name in OPTIONS if hasattr(layer, name)}
+    if options.get("method") is None:
+        options["method"] = equal_method(
+            layer.layer, share_rng=options.get("share_rng", False)
+        )
     # Keras' loop over steps starts each with the statistics that the last one left.
-    has_steps = options.get("method", "vmap") == "vmap"
+    has_steps = options["method"] == "vmap"
     module = TimeDistributed(
         inner,
         hands_mask=takes_mask(layer.layer) and "mask" in parameters(type(inner)),
