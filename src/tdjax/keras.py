@@ -10,7 +10,13 @@ import keras
 from keras import ops
 
 from tdjax._checks import describe
+from tdjax._keras_convert import from_flax as from_flax
+from tdjax._keras_convert import to_flax as to_flax
+from tdjax._keras_convert import trainable_params as trainable_params
+from tdjax._keras_registry import convert_layer as convert_layer
+from tdjax._keras_registry import register_rule as register_rule
 from tdjax._keras_steps import distribute_layer
+from tdjax._keras_time_rules import convert_time_distributed
 from tdjax._lowering import Lowering
 from tdjax._state import check_share_rng
 
@@ -139,6 +145,8 @@ class TimeDistributed(keras.layers.TimeDistributed):
             self.add_loss(loss)
         return y
 
+
+register_rule(TimeDistributed)(convert_time_distributed)
 
 _OPTIONS = ("method", "chunk_size", "unroll", "remat", "share_rng")
 
