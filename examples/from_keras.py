@@ -48,7 +48,8 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 try:
     import keras
 except ImportError as error:
-    sys.exit(f'error: this program needs Keras: pip install "tdjax[keras]" ({error})')
+    needed = 'pip install "tdjax[keras]", and KERAS_BACKEND=jax if it is set'
+    sys.exit(f"error: this program needs Keras on JAX: {needed} ({error})")
 
 import tdjax.keras
 from _batches import fingerprint, in_batches, take
