@@ -135,9 +135,9 @@ def trainable_params(model: Any) -> Any:
 
     Example:
       >>> import jax, keras, optax, tdjax.keras
-      >>> layers = [keras.layers.Dense(2, name="base"), keras.layers.Dense(1, name="top")]
-      >>> model = keras.Sequential([keras.Input((3,)), *layers])
-      >>> model.layers[0].trainable = False
+      >>> base = keras.layers.Dense(2, name="base", trainable=False)
+      >>> top = keras.layers.Dense(1, name="top")
+      >>> model = keras.Sequential([keras.Input((3,)), base, top])
       >>> trains = tdjax.keras.trainable_params(model)
       >>> trains
       {'base': {'bias': False, 'kernel': False}, 'top': {'bias': True, 'kernel': True}}

@@ -54,7 +54,9 @@ class Structure:
 
     def fill(self, values: dict[Slot, Any]) -> Any:
         """The pytree with the slots' values."""
-        return self.treedef.unflatten([self._leaf(leaf, values) for leaf in self.leaves])
+        return self.treedef.unflatten(
+            [self._leaf(leaf, values) for leaf in self.leaves]
+        )
 
     def _leaf(self, leaf, values):
         if isinstance(leaf, Slot):
@@ -182,7 +184,11 @@ def _match(graph: Graph, inputs) -> list:
     nested = jax.tree.structure([0] * len(names))
     lists = {treedef, nested, jax.tree.structure((0,) * len(names))}
     is_list = treedef in lists and not isinstance(inputs, dict)
-    if given == treedef or len(leaves) == 1 == len(names) or (is_list and given in lists):
+    if (
+        given == treedef
+        or len(leaves) == 1 == len(names)
+        or (is_list and given in lists)
+    ):
         return leaves
     raise ValueError(
         f"The model takes {treedef.unflatten(names)!r}, got {describe(inputs)}."

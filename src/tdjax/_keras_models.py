@@ -87,7 +87,9 @@ def _put_below(variables: Variables, name: str, own: Variables) -> None:
 def calls_in_order(functional: Any) -> list[Call]:
     """The calls of the model's operations, each after those it depends on."""
     by_depth = functional._nodes_by_depth
-    nodes = [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth]]
+    nodes = [
+        node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth]
+    ]
     return [read_call(node) for node in nodes if not node.is_input]
 
 

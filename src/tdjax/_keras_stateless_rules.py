@@ -154,9 +154,9 @@ def convert_concatenate(layer: layers.Concatenate) -> Converted:
 
 
 @register_rule(layers.Dot)
-def convert_dot(layer: layers.Dot) -> Converted:
-    axes = (layer.axes,) * 2 if isinstance(layer.axes, int) else tuple(layer.axes)
-    return merging.Dot(axes, layer.normalize), {}
+def convert_dot(layer: Any) -> Converted:
+    one, other = (layer.axes,) * 2 if isinstance(layer.axes, int) else layer.axes
+    return merging.Dot((one, other), layer.normalize), {}
 
 
 def _register_family(rule: Callable, module_class: type, *names: str) -> None:

@@ -20,6 +20,8 @@ def convert_time_distributed(layer: keras.layers.TimeDistributed) -> Converted:
     with inside(f"inside '{layer.name}'"):
         inner, variables = convert_layer(layer.layer)
     options = {name: getattr(layer, name) for name in OPTIONS if hasattr(layer, name)}
+    if options:
+        options["method"] = layer.lowering().method
     # Keras' loop over steps starts each with the statistics that the last one left.
     has_steps = options.get("method", "vmap") == "vmap"
     module = TimeDistributed(
@@ -48,9 +50,8 @@ def _keeps_mask(layer: Any, inputs: Any = None) -> bool:
 def _graph_keeps_mask(functional: Any) -> bool:
     masked = set(map(id, functional.inputs))
     for call in calls_in_order(functional):
-        layer, args = call.operation, call.args
-        has_mask = any(id(x) in masked for x in jax.tree.leaves(args[:1]))
-        if has_mask and isinstance(layer, keras.layers.Layer):
-            if _keeps_mask(layer, args[0]):
-                masked.update(map(id, call.outputs))
+        is_layer = isinstance(call.operation, keras.layers.Layer)
+        has_mask = any(id(x) in masked for x in jax.tree.leaves(call.args[:1]))
+        if is_layer and has_mask and _keeps_mask(call.operation, call.args[0]):
+            masked.update(map(id, call.outputs))
     return any(id(x) in masked for x in functional.outputs)

@@ -4,7 +4,7 @@ It needs Keras with the JAX backend: `pip install "tdjax[keras]"`, and
 `KERAS_BACKEND=jax` in the environment before Keras is imported.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, no_type_check
 
 import keras
 from keras import ops
@@ -13,6 +13,7 @@ from tdjax._checks import describe
 from tdjax._keras_convert import from_flax as from_flax
 from tdjax._keras_convert import to_flax as to_flax
 from tdjax._keras_convert import trainable_params as trainable_params
+from tdjax._keras_independent import treats_examples_alone
 from tdjax._keras_registry import convert_layer as convert_layer
 from tdjax._keras_registry import register_rule as register_rule
 from tdjax._keras_steps import distribute_layer
@@ -48,7 +49,9 @@ class TimeDistributed(keras.layers.TimeDistributed):
 
     Args:
       layer: the `keras.Layer` to apply to every step.
-      method: `"vmap"` or `"fold"`, as in `tdjax.time_distributed`.
+      method: `"vmap"` or `"fold"`, as in `tdjax.time_distributed`. None is `"fold"`,
+        the faster one, if `layer` is made of Keras' own layers that treat examples
+        alone and draw no noise, so that the two are equal; else `"vmap"`.
       chunk_size: steps per block, or None for all in one.
       unroll: how the loop over blocks is compiled, if there is more than one.
       remat: recompute activations in the backward pass.
@@ -67,11 +70,13 @@ class TimeDistributed(keras.layers.TimeDistributed):
       (2, 50, 5)
     """
 
+    # Keras looks at the parameters of `__init__`; run-time type checks wrap it.
+    @no_type_check
     def __init__(
         self,
         layer: keras.Layer,
         *,
-        method: Literal["vmap", "fold"] = "vmap",
+        method: Literal["vmap", "fold"] | None = None,
         chunk_size: int | None = None,
         unroll: int | bool = 1,
         remat: bool = False,
@@ -85,11 +90,17 @@ class TimeDistributed(keras.layers.TimeDistributed):
     def _set_options(self, method, chunk_size, unroll, remat, share_rng):
         self.method, self.chunk_size, self.unroll = method, chunk_size, unroll
         self.remat, self.share_rng = remat, share_rng
+        lowering = self.lowering()
         if share_rng:
-            check_share_rng(self._lowering())
+            check_share_rng(lowering)
 
-    def _lowering(self) -> Lowering:
-        return Lowering(self.method, self.chunk_size, self.unroll, self.remat)
+    def lowering(self) -> Lowering:
+        """How the steps are lowered, with the method that None stands for."""
+        method = self.method
+        if method is None:
+            alone = not self.share_rng and treats_examples_alone(self.layer)
+            method = "fold" if alone else "vmap"
+        return Lowering(method, self.chunk_size, self.unroll, self.remat)
 
     def get_config(self):
         """The configuration of Keras' layer, and the options of this one."""
@@ -139,7 +150,7 @@ class TimeDistributed(keras.layers.TimeDistributed):
         """`(batch, time, ...)`, or a nest of such tensors; the same out."""
         mask = _check_mask(mask, inputs)
         y, losses = distribute_layer(
-            self.layer, inputs, mask, training, self._lowering(), self.share_rng
+            self.layer, inputs, mask, training, self.lowering(), self.share_rng
         )
         for loss in losses:
             self.add_loss(loss)
@@ -198,7 +209,7 @@ def _check_mask(mask, inputs):
 def replace_time_distributed(
     model: keras.Model,
     *,
-    method: Literal["vmap", "fold"] = "vmap",
+    method: Literal["vmap", "fold"] | None = None,
     chunk_size: int | None = None,
     unroll: int | bool = 1,
     remat: bool = False,
