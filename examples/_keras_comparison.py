@@ -47,8 +47,8 @@ def compare(
     }
     measured = {}
     for name, candidate in candidates.items():
-        with console.status(f"compiling and timing: {name}"):
-            measured[name] = _measure(candidate, examples, batch_size)
+        console.print(f"compiling and timing {name}", highlight=False)
+        measured[name] = _measure(candidate, examples, batch_size)
     reference, *_ = measured.values()
     return {name: _row(one, reference) for name, one in measured.items()}
 
@@ -129,8 +129,8 @@ def _timed(fun: Callable[[], Any]) -> tuple[Any, float]:
 def _row(one: dict[str, Any], reference: dict[str, Any]) -> dict[str, str]:
     deviation = lambda name: f"{_deviation(one[name], reference[name]):.1g}"
     return {
-        "first predict": f"{one['prediction']:.1f} s",
-        "first step": f"{one['first step']:.1f} s",
+        "1st predict": f"{one['prediction']:.1f} s",
+        "1st step": f"{one['first step']:.1f} s",
         "step": f"{1000 * one['step']:.0f} ms",
         "deviation": deviation("results"),
         "after a step": deviation("results after"),
