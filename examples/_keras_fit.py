@@ -64,7 +64,7 @@ class FitRun:
 
     @property
     def step(self) -> int:
-        return int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
+        return int(self.model.optimizer.iterations.value)
 
     def save(self) -> None:
         """Replaces the files by whole new ones, whenever the run is killed."""
