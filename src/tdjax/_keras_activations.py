@@ -1,0 +1,153 @@
+"""Keras' activation functions in JAX, with Keras' defaults and argument names.
+
+Nothing here imports Keras: converted modules hold these functions.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from tdjax._checks import describe
+
+
+def linear(x):
+    return x
+
+
+def relu(x, negative_slope=0.0, max_value=None, threshold=0.0):
+    """Zero (or a slope) up to `threshold`, then `x` itself, at most `max_value`."""
+    above = jnp.where(x > threshold, x, 0) if threshold else jax.nn.relu(x)
+    if max_value is not None:
+        above = jnp.clip(above, 0, max_value)
+    if not negative_slope:
+        return above
+    return above - negative_slope * jax.nn.relu(threshold - x)
+
+
+def leaky_relu(x, negative_slope=0.2):
+    return jax.nn.leaky_relu(x, negative_slope)
+
+
+def gelu(x, approximate=False):
+    return jax.nn.gelu(x, approximate)
+
+
+def squareplus(x, b=4):
+    return jax.nn.squareplus(x, b)
+
+
+def mish(x):
+    return x * jnp.tanh(jax.nn.softplus(x))
+
+
+def tanh_shrink(x):
+    return x - jnp.tanh(x)
+
+
+def soft_shrink(x, threshold=0.5):
+    below = jnp.where(x < -threshold, x + threshold, 0)
+    return jnp.where(x > threshold, x - threshold, below)
+
+
+def hard_shrink(x, threshold=0.5):
+    return jnp.where(jnp.abs(x) > threshold, x, 0)
+
+
+def threshold(x, threshold, default_value):
+    return jnp.where(x > threshold, x, default_value)
+
+
+# Without sparsemax: that of Keras (3.15) has outputs which don't sum to one.
+FUNCTIONS = {
+    "celu": jax.nn.celu,
+    "elu": jax.nn.elu,
+    "exponential": jnp.exp,
+    "gelu": gelu,
+    "glu": jax.nn.glu,
+    "hard_shrink": hard_shrink,
+    "hard_sigmoid": jax.nn.hard_sigmoid,
+    "hard_silu": jax.nn.hard_silu,
+    "hard_tanh": jax.nn.hard_tanh,
+    "leaky_relu": leaky_relu,
+    "linear": linear,
+    "log_sigmoid": jax.nn.log_sigmoid,
+    "log_softmax": jax.nn.log_softmax,
+    "mish": mish,
+    "relu": relu,
+    "relu6": jax.nn.relu6,
+    "selu": jax.nn.selu,
+    "sigmoid": jax.nn.sigmoid,
+    "silu": jax.nn.silu,
+    "soft_shrink": soft_shrink,
+    "softmax": jax.nn.softmax,
+    "softplus": jax.nn.softplus,
+    "softsign": jax.nn.soft_sign,
+    "sparse_plus": jax.nn.sparse_plus,
+    "sparse_sigmoid": jax.nn.sparse_sigmoid,
+    "squareplus": squareplus,
+    "tanh": jnp.tanh,
+    "tanh_shrink": tanh_shrink,
+    "threshold": threshold,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """A function of the table by its name: those of `jax.nn` can't all be pickled."""
+
+    name: str
+
+    def __call__(self, x, *args, **kwargs):
+        return FUNCTIONS[self.name](x, *args, **kwargs)
+
+
+# Where `keras.ops` differs in a name or a default.
+OPERATIONS = {
+    "exp": Activation("exponential"),
+    "gelu": functools.partial(Activation("gelu"), approximate=True),
+}
+
+
+def activation(function: Callable | None, where: str) -> Callable:
+    """The JAX function for an activation that a Keras layer holds.
+
+    Args:
+      function: one of `keras.activations` or `keras.ops`, `functools.partial` of one,
+        a callable of the user's own, which is used as it is, or None for none.
+      where: the layer, as errors should name it.
+
+    Returns:
+      A function of one array.
+
+    Raises:
+      TypeError: if it is a Keras layer.
+      ValueError: if it is a function of Keras without a counterpart here.
+    """
+    if function is None:
+        return Activation("linear")
+    if isinstance(function, functools.partial):
+        inner = activation(function.func, where)
+        return functools.partial(inner, *function.args, **function.keywords)
+    if any(base.__module__.startswith("keras.") for base in type(function).__mro__):
+        raise TypeError(
+            f"{where}: an activation must be a function, got the Keras layer "
+            f"{describe(function)}. Put it after this layer as a layer of its own."
+        )
+    return _by_name(function, where)
+
+
+def _by_name(function: Callable, where: str) -> Callable:
+    home, name = (getattr(function, key, "") for key in ("__module__", "__name__"))
+    if not (home or "").startswith("keras."):
+        return function
+    if ".ops." in home and name in OPERATIONS:
+        return OPERATIONS[name]
+    if name not in FUNCTIONS:
+        raise ValueError(
+            f"{where}: no JAX function is known for the activation {home}.{name}. Wrap "
+            "it in a function of your own, which is then used as it is."
+        )
+    return Activation(name)

@@ -1,0 +1,232 @@
+"""A model as a graph of Flax modules. Nothing here knows Keras."""
+
+import dataclasses
+import functools
+import inspect
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tdjax._checks import describe
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """A tensor of the graph, by its number."""
+
+    number: int
+
+
+class Constant:
+    """An array among the arguments of a node; compares by its values."""
+
+    def __init__(self, value):
+        self.value = np.asarray(value)
+
+    def _key(self):
+        return self.value.dtype.name, self.value.shape, self.value.tobytes()
+
+    def __eq__(self, other):
+        return isinstance(other, Constant) and self._key() == other._key()
+
+    def __hash__(self):
+        return hash(self._key())
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """A slice that can be hashed."""
+
+    start: int | None
+    stop: int | None
+    step: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """A pytree whose leaves are slots and constants."""
+
+    treedef: Any
+    leaves: tuple
+
+    def fill(self, values: dict[Slot, Any]) -> Any:
+        """The pytree with the slots' values."""
+        return self.treedef.unflatten([self._leaf(leaf, values) for leaf in self.leaves])
+
+    def _leaf(self, leaf, values):
+        if isinstance(leaf, Slot):
+            return values.get(leaf)
+        if isinstance(leaf, Slice):
+            return slice(leaf.start, leaf.stop, leaf.step)
+        return jnp.asarray(leaf.value) if isinstance(leaf, Constant) else leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """An input of the model: what is given is cast to its dtype."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str
+
+    def convert(self, x: Any) -> jax.Array:
+        """As an array of the dtype and rank; a last axis of size 1 comes or goes."""
+        x = jnp.asarray(x, self.dtype)
+        if x.ndim == len(self.shape) + 1 and x.shape[-1] == 1:
+            x = x[..., 0]
+        elif x.ndim == len(self.shape) - 1 and self.shape[-1] == 1:
+            x = x[..., None]
+        sizes = zip(x.shape, self.shape)
+        if x.ndim != len(self.shape) or any(b not in (a, None) for a, b in sizes):
+            raise ValueError(
+                f"Input '{self.name}' must have shape {self.shape}, got {describe(x)}."
+            )
+        return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """One call of a module.
+
+    Attributes:
+      name: the module's name; nodes of the same name share its variables.
+      module: an unbound module.
+      arguments: its positional and keyword arguments.
+      outputs: where its results go.
+      takes_mask: whether it is given the mask of its input.
+      keeps_mask: whether its output has a mask.
+      dtype: what floating inputs are cast to, or None to leave them.
+    """
+
+    name: str
+    module: nn.Module
+    arguments: Structure
+    outputs: tuple[Slot, ...]
+    takes_mask: bool = False
+    keeps_mask: bool = False
+    dtype: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """Nodes in an order in which they can be computed."""
+
+    inputs: Structure
+    outputs: Structure
+    specs: tuple[Input, ...]
+    nodes: tuple[Node, ...]
+
+
+class FlaxModel(nn.Module):
+    """A Keras model as a Flax Linen module; `to_flax` makes it.
+
+    Every Keras layer is a submodule of the layer's name. Call it as the Keras model:
+    on an array, a list or a dict, as the model has its inputs.
+
+    Attributes:
+      graph: the calls of its layers.
+
+    Raises:
+      ValueError: if the inputs don't have the structure or shapes of the model's.
+
+    Example:
+      >>> import jax.numpy as jnp, keras, tdjax.keras
+      >>> layers = [keras.Input((3,)), keras.layers.Dense(2, name="head")]
+      >>> module, variables = tdjax.keras.to_flax(keras.Sequential(layers))
+      >>> module.apply(variables, jnp.ones((4, 3))).shape
+      (4, 2)
+    """
+
+    graph: Graph
+
+    @nn.compact
+    def __call__(self, inputs, mask=None, train: bool = False, return_mask=False):
+        """Runs the layers.
+
+        Args:
+          inputs: as the Keras model takes them.
+          mask: the mask of the inputs, in the same structure, or None.
+          train: whether layers train: dropout, batch statistics. It counts for every
+            layer, also for one that was called with a `training` of its own.
+          return_mask: whether to return `(outputs, masks)` instead of the outputs.
+        """
+        graph, bound = self.graph, {}
+        values, masks = _enter(graph, inputs, mask)
+        for node in graph.nodes:
+            if node.name not in bound:
+                bound[node.name] = node.module.clone(parent=self, name=node.name)
+            outputs, mask = _call(node, bound[node.name], values, masks, train)
+            values.update(zip(node.outputs, jax.tree.leaves(outputs)))
+            masks.update(zip(node.outputs, _leaves_or_none(mask)))
+        outputs = graph.outputs.fill(values)
+        return (outputs, graph.outputs.fill(masks)) if return_mask else outputs
+
+
+def _enter(graph: Graph, inputs, mask) -> tuple[dict, dict]:
+    leaves = _match(graph, inputs)
+    values = [spec.convert(x) for spec, x in zip(graph.specs, leaves)]
+    slots = graph.inputs.leaves
+    return dict(zip(slots, values)), dict(zip(slots, _leaves_or_none(mask)))
+
+
+def _match(graph: Graph, inputs) -> list:
+    """The inputs in the order of the graph's, also if named where it has a list."""
+    names = [spec.name for spec in graph.specs]
+    treedef = graph.inputs.treedef
+    if isinstance(inputs, dict) and set(names) <= set(inputs):
+        return [inputs[name] for name in names]
+    leaves, given = jax.tree.flatten(inputs)
+    nested = jax.tree.structure([0] * len(names))
+    lists = {treedef, nested, jax.tree.structure((0,) * len(names))}
+    is_list = treedef in lists and not isinstance(inputs, dict)
+    if given == treedef or len(leaves) == 1 == len(names) or (is_list and given in lists):
+        return leaves
+    raise ValueError(
+        f"The model takes {treedef.unflatten(names)!r}, got {describe(inputs)}."
+    )
+
+
+def _leaves_or_none(tree) -> list:
+    return jax.tree.leaves(tree, is_leaf=lambda x: x is None)
+
+
+def _call(node: Node, module, values, masks, train) -> tuple[Any, Any]:
+    """The outputs of a node and their masks."""
+    args, kwargs = _cast(node.arguments.fill(values), node.dtype)
+    arg_masks = _mask_of_first(node, masks)
+    accepted = parameters(type(module))
+    if node.takes_mask and "mask" in accepted and kwargs.get("mask") is None:
+        kwargs["mask"] = arg_masks
+    if kwargs.get("mask") is not None:
+        arg_masks = kwargs["mask"]
+    if "train" in accepted:
+        kwargs["train"] = train
+    if "return_mask" in accepted:
+        return module(*args, **kwargs, return_mask=True)
+    outputs = module(*args, **kwargs)
+    if not node.keeps_mask:
+        return outputs, None
+    if hasattr(module, "compute_mask"):
+        return outputs, module.compute_mask(args[0], arg_masks)
+    return outputs, arg_masks
+
+
+def _mask_of_first(node: Node, masks):
+    args, _ = node.arguments.fill(masks)
+    return args[0] if args else None
+
+
+def _cast(tree, dtype):
+    if dtype is None:
+        return tree
+    is_float = lambda x: jnp.issubdtype(getattr(x, "dtype", jnp.int32), jnp.floating)
+    return jax.tree.map(lambda x: x.astype(dtype) if is_float(x) else x, tree)
+
+
+@functools.cache
+def parameters(module_class: type) -> tuple[str, ...]:
+    """The names of what a module's `__call__` takes."""
+    return tuple(inspect.signature(module_class.__call__).parameters)[1:]

@@ -1,0 +1,197 @@
+"""Which rule turns which Keras layer into a Flax module, and where a layer stands."""
+
+import contextlib
+import contextvars
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import keras
+
+from tdjax._checks import describe
+
+Variables = dict[str, Any]
+Rule = Callable[[Any], tuple[nn.Module, Variables]]
+AnyRule = TypeVar("AnyRule", bound=Rule)
+
+_RULES: dict[type, Rule] = {}
+_PLACE: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar(
+    "place", default=()
+)
+# A subclass that overrides one of these does something else than its parent.
+_MEANING = ("__call__", "call", "compute_mask")
+
+
+def register_rule(layer_class: type) -> Callable[[AnyRule], AnyRule]:
+    """Makes the decorated function the rule by which `to_flax` converts a layer.
+
+    A rule takes the Keras layer and returns an unbound Flax Linen module and its
+    variables, a tree like Flax's own whose leaves are the layer's Keras variables
+    themselves, so that `from_flax` can write into them; a weight keeps its layout.
+
+    The module is called with the layer's inputs, several as Keras gives them. If its
+    `__call__` takes `train`, it is told whether it trains; if it and the layer's `call`
+    both take `mask`, it gets the mask of its input, or None. A method `compute_mask(inputs, mask)` gives the mask of its
+    output; without one the mask passes on if the Keras layer has `supports_masking`.
+
+    A rule also holds for subclasses, but not for one that overrides `call` or
+    `compute_mask`: that needs a rule of its own. The last rule for a class counts.
+
+    Args:
+      layer_class: a subclass of `keras.layers.Layer` (or of `keras.Operation`).
+
+    Returns:
+      A decorator that returns the rule as it is.
+
+    Raises:
+      TypeError: if `layer_class` is not such a class.
+
+    Example:
+      >>> import flax.linen as nn, jax.numpy as jnp, keras, tdjax.keras
+      >>> class Scale(keras.layers.Layer):
+      ...     def build(self, input_shape):
+      ...         self.factor = self.add_weight(shape=(), initializer="ones")
+      ...
+      ...     def call(self, inputs):
+      ...         return inputs * self.factor
+      >>> class FlaxScale(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, inputs):
+      ...         return inputs * self.param("factor", nn.initializers.ones, ())
+      >>> @tdjax.keras.register_rule(Scale)
+      ... def convert_scale(layer):
+      ...     return FlaxScale(), {"params": {"factor": layer.factor}}
+      >>> model = keras.Sequential([keras.Input((3,)), Scale(name="scale")])
+      >>> module, variables = tdjax.keras.to_flax(model)
+      >>> module.apply(variables, jnp.ones((1, 3)))
+      Array([[1., 1., 1.]], dtype=float32)
+    """
+    if not (isinstance(layer_class, type) and issubclass(layer_class, keras.Operation)):
+        raise TypeError(
+            "register_rule takes a subclass of keras.layers.Layer, got "
+            f"{layer_class!r}. Use it as @register_rule(MyLayer)."
+        )
+
+    def register(rule):
+        _RULES[layer_class] = rule
+        return rule
+
+    return register
+
+
+def find_rule(layer_class: type) -> Rule | None:
+    """The rule of the nearest class whose `call` and `compute_mask` these are."""
+    for base in layer_class.__mro__:
+        if base in _RULES:
+            return _RULES[base] if _means_the_same(layer_class, base) else None
+    return None
+
+
+def known_classes() -> tuple[type, ...]:
+    """The classes for which a rule is registered."""
+    return tuple(_RULES)
+
+
+def _means_the_same(layer_class: type, base: type) -> bool:
+    return all(
+        getattr(layer_class, name, None) is getattr(base, name, None)
+        for name in _MEANING
+    )
+
+
+@contextlib.contextmanager
+def inside(place: str) -> Iterator[None]:
+    """What is converted in this context stands at `place`, as errors will say."""
+    token = _PLACE.set((place, *_PLACE.get()))
+    try:
+        yield
+    finally:
+        _PLACE.reset(token)
+
+
+def where(layer: Any) -> str:
+    """A layer's name, class and place in the model, as errors name it."""
+    return ", ".join((f"'{layer.name}' ({type(layer).__name__})", *_PLACE.get()))
+
+
+def refuse(layer: Any, reason: str) -> ValueError:
+    """The error for a layer that is known, but not with these settings."""
+    return ValueError(f"Layer {where(layer)}: {reason}")
+
+
+def takes_mask(layer: Any) -> bool:
+    """Whether the mask of its input changes what a layer computes."""
+    # These two read it off their inputs, without an argument for it.
+    reads = isinstance(layer, keras.layers.Maximum | keras.layers.Minimum)
+    return reads or "mask" in inspect.signature(layer.call).parameters
+
+
+def convert_layer(layer: Any) -> tuple[nn.Module, Variables]:
+    """A Keras layer as a Flax module and the tree of its Keras variables.
+
+    For rules of wrappers, which convert what they wrap.
+
+    Args:
+      layer: a Keras layer that has its weights.
+
+    Returns:
+      The module, and its variables: a tree with the layer's Keras variables as leaves.
+
+    Raises:
+      TypeError: if no rule is known for the layer, or a rule returns something else.
+      ValueError: if the layer has no weights yet or settings without a counterpart.
+
+    Example:
+      >>> import keras, tdjax.keras
+      >>> layer = keras.layers.Dense(2)
+      >>> layer.build((None, 3))
+      >>> module, variables = tdjax.keras.convert_layer(layer)
+      >>> sorted(variables["params"])
+      ['bias', 'kernel']
+    """
+    rule = find_rule(type(layer))
+    if rule is None:
+        raise TypeError(_unknown(layer))
+    _check_convertible(layer)
+    converted = rule(layer)
+    _check_result(layer, converted)
+    return converted
+
+
+def _check_convertible(layer: Any) -> None:
+    if not getattr(layer, "built", True):
+        raise refuse(
+            layer,
+            "it has no weights yet. Give the model an Input, or call it once on data, "
+            "before it is converted.",
+        )
+    if getattr(layer, "quantization_mode", None) is not None:
+        raise refuse(layer, "quantized layers are not converted.")
+    if getattr(layer, "lora_enabled", False):
+        raise refuse(
+            layer,
+            "a layer with LoRA is not converted. Merge the two factors into its "
+            "weights first: save the model, which merges them, and load it again.",
+        )
+
+
+def _check_result(layer: Any, converted: Any) -> None:
+    pair = converted if isinstance(converted, tuple) and len(converted) == 2 else ()
+    if not pair or not isinstance(pair[0], nn.Module) or not isinstance(pair[1], dict):
+        raise TypeError(
+            f"The rule for layer {where(layer)} must return (flax.linen.Module, dict "
+            f"of variables), got {describe(converted)}."
+        )
+
+
+def _unknown(layer: Any) -> str:
+    name = type(layer).__name__
+    return (
+        f"No rule is known for layer {where(layer)}. Supply one:\n\n"
+        f"    @tdjax.keras.register_rule({name})\n"
+        "    def convert(layer):\n"
+        "        module = ...  # a flax.linen.Module that does what the layer does\n"
+        "        return module, {'params': {'kernel': layer.kernel}}\n\n"
+        "See the docstring of tdjax.keras.register_rule."
+    )
