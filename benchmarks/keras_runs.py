@@ -1,0 +1,185 @@
+"""`predict` and `fit` of Keras models: Keras' own layer, the drop-in, the Flax module."""
+
+import functools
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.keras_models import RATE, Reported
+from benchmarks.measure import Effort, deviation, summary, take_turns
+from benchmarks.programs import Row
+
+KERAS, DROP_IN, FLAX = "Keras", "drop-in", "Flax conversion"
+OF = ("predict", "fit")
+# It unrolls: the gradient of 1024 steps takes minutes, and 4096 steps an hour or more.
+_MOST_STEPS = {"predict": 1024, "fit": 512}
+_ATTEMPTS, _SLOW = 5, 2.0
+# Float32, sums in another order, and the autoencoder's three steps of training.
+_TOLERANCE = 1e-4
+
+
+def rows(case: Reported, of: str, effort: Effort) -> list[Row]:
+    """A row for each candidate; all agree with the first, ratios are to the first."""
+    about = {"case": case.name, "of": of, "model": case.title}
+    about["timesteps"] = min(case.lengths)
+    try:
+        candidates = _candidates(case)
+    except ImportError as error:
+        reason = f"{type(error).__name__}: {error}"
+        return [{**about, "candidate": KERAS, "missing": reason}]
+    missing = []
+    if max(case.lengths) > _MOST_STEPS[of]:
+        del candidates[KERAS]
+        reason = f"not measured: too long to compile, it unrolls {max(case.lengths)} steps"
+        missing = [{**about, "candidate": KERAS, "missing": reason}]
+    return _measure(about, case, of, candidates, effort) + missing
+
+
+def _candidates(case: Reported) -> dict[str, Callable[[], "Run"]]:
+    """How each is made, from a model that is new."""
+    os.environ["KERAS_BACKEND"] = "jax"
+    import keras
+    import optax  # noqa: F401
+
+    from tdjax.keras import TimeDistributed
+
+    fold = functools.partial(TimeDistributed, method="fold")
+    by_keras = lambda wrap: lambda: KerasRun(case.model(wrap))
+    return {
+        KERAS: by_keras(keras.layers.TimeDistributed),
+        DROP_IN: by_keras(TimeDistributed),
+        f'{DROP_IN}, "fold"': by_keras(fold),
+        FLAX: lambda: FlaxRun(case.model(keras.layers.TimeDistributed)),
+    }
+
+
+def _measure(about: Row, case, of: str, candidates, effort: Effort) -> list[Row]:
+    batches = case.batches(next(iter(candidates.values()))().model)
+    attempts = _ATTEMPTS if effort.rounds > 2 else 1
+    # The first one's program is worth keeping, and each start clears the others'.
+    started = {
+        name: _start(candidates[name], of, batches, attempts)
+        for name in reversed(candidates)
+    }
+    results = {name: started[name][2] for name in candidates}
+    differs = {name: _deviation(name, results) for name in candidates}
+    many = batches * (case.passes if of == "fit" else 1)
+    calls = {
+        name: functools.partial(getattr(started[name][0], of), many)
+        for name in candidates
+    }
+    seconds = take_turns(calls, effort)
+    per_step = {n: [t / len(many) for t in times] for n, times in seconds.items()}
+    base = statistics.median(next(iter(per_step.values())))
+    return [
+        {
+            **about,
+            "candidate": name,
+            **summary(times, base),
+            **_build(started[name][1], statistics.median(times) * len(batches)),
+            "deviation": differs[name],
+        }
+        for name, times in per_step.items()
+    ]
+
+
+def _start(make, of: str, batches: list, attempts: int) -> tuple[Any, float, list]:
+    """`(run, seconds, results)` of the first call of a new model, with nothing cached.
+
+    The first pass through all lengths; the median of several, if they are fast.
+    """
+    seconds: list[float] = []
+    while len(seconds) < attempts and not (seconds and seconds[0] > _SLOW):
+        run = make()
+        jax.clear_caches()
+        start = time.perf_counter()
+        run.convert()
+        out = getattr(run, of)(batches)
+        seconds.append(time.perf_counter() - start)
+        results = out if of == "predict" else [np.asarray(out), *run.weights()]
+    return run, statistics.median(seconds), results
+
+
+def _build(first: float, again: float) -> Row:
+    return {"first_seconds": first, "compile_seconds": max(first - again, 0.0)}
+
+
+def _deviation(name: str, results: dict[str, list]) -> float:
+    differs = deviation(name, results[name], next(iter(results.values())))
+    if not differs <= _TOLERANCE:
+        raise AssertionError(f"{name} differs by {differs:.1e}.")
+    return differs
+
+
+class KerasRun:
+    """A Keras model, as its users run it."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def convert(self) -> None:
+        """It is what it is."""
+
+    def predict(self, batches: list) -> list[np.ndarray]:
+        return [self.model.predict_on_batch(x) for x, _ in batches]
+
+    def fit(self, batches: list) -> float:
+        """The mean loss of one epoch."""
+        steps = len(batches)
+        done = self.model.fit(iter(batches), steps_per_epoch=steps, verbose=0)
+        return done.history["loss"][0]
+
+    def weights(self) -> list[np.ndarray]:
+        return self.model.get_weights()
+
+
+class FlaxRun:
+    """The Flax module of a Keras model, as Flax users run one."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def convert(self) -> None:
+        import optax
+
+        from tdjax.keras import to_flax
+
+        module, variables = to_flax(self.model)
+        optimizer = optax.sgd(RATE)
+        self._state = variables, optimizer.init(variables)
+        self._apply = jax.jit(module.apply)
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def step(state, x, y):
+            variables, memory = state
+            loss = lambda v: ((module.apply(v, x, train=True) - y) ** 2).mean()
+            value, gradient = jax.value_and_grad(loss)(variables)
+            updates, memory = optimizer.update(gradient, memory)
+            return (optax.apply_updates(variables, updates), memory), value
+
+        self._step = step
+
+    def predict(self, batches: list) -> list[np.ndarray]:
+        return [np.array(self._apply(self._state[0], x)) for x, _ in batches]
+
+    def fit(self, batches: list) -> float:
+        losses = []
+        for x, y in batches:
+            self._state, loss = self._step(self._state, x, y)
+            losses.append(loss)
+        return float(np.mean(jax.device_get(losses)))
+
+    def weights(self) -> list[np.ndarray]:
+        """In Keras' order."""
+        from tdjax.keras import from_flax
+
+        from_flax(self._state[0], self.model)
+        return self.model.get_weights()
+
+
+Run = KerasRun | FlaxRun
