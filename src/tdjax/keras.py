@@ -10,6 +10,7 @@ import keras
 from keras import ops
 
 from tdjax._checks import describe
+from tdjax._keras_independent import treats_examples_alone
 from tdjax._keras_steps import distribute_layer
 from tdjax._lowering import Lowering
 from tdjax._state import check_share_rng
@@ -42,7 +43,9 @@ class TimeDistributed(keras.layers.TimeDistributed):
 
     Args:
       layer: the `keras.Layer` to apply to every step.
-      method: `"vmap"` or `"fold"`, as in `tdjax.time_distributed`.
+      method: `"vmap"` or `"fold"`, as in `tdjax.time_distributed`. None is `"fold"`,
+        the faster one, if `layer` is made of Keras' own layers that treat examples
+        alone and draw no noise, so that the two are equal; else `"vmap"`.
       chunk_size: steps per block, or None for all in one.
       unroll: how the loop over blocks is compiled, if there is more than one.
       remat: recompute activations in the backward pass.
@@ -65,7 +68,7 @@ class TimeDistributed(keras.layers.TimeDistributed):
         self,
         layer: keras.Layer,
         *,
-        method: Literal["vmap", "fold"] = "vmap",
+        method: Literal["vmap", "fold"] | None = None,
         chunk_size: int | None = None,
         unroll: int | bool = 1,
         remat: bool = False,
@@ -79,11 +82,17 @@ class TimeDistributed(keras.layers.TimeDistributed):
     def _set_options(self, method, chunk_size, unroll, remat, share_rng):
         self.method, self.chunk_size, self.unroll = method, chunk_size, unroll
         self.remat, self.share_rng = remat, share_rng
+        lowering = self.lowering()
         if share_rng:
-            check_share_rng(self._lowering())
+            check_share_rng(lowering)
 
-    def _lowering(self) -> Lowering:
-        return Lowering(self.method, self.chunk_size, self.unroll, self.remat)
+    def lowering(self) -> Lowering:
+        """How the steps are lowered, with the method that None stands for."""
+        method = self.method
+        if method is None:
+            alone = not self.share_rng and treats_examples_alone(self.layer)
+            method = "fold" if alone else "vmap"
+        return Lowering(method, self.chunk_size, self.unroll, self.remat)
 
     def get_config(self):
         """The configuration of Keras' layer, and the options of this one."""
@@ -133,7 +142,7 @@ class TimeDistributed(keras.layers.TimeDistributed):
         """`(batch, time, ...)`, or a nest of such tensors; the same out."""
         mask = _check_mask(mask, inputs)
         y, losses = distribute_layer(
-            self.layer, inputs, mask, training, self._lowering(), self.share_rng
+            self.layer, inputs, mask, training, self.lowering(), self.share_rng
         )
         for loss in losses:
             self.add_loss(loss)
@@ -190,7 +199,7 @@ def _check_mask(mask, inputs):
 def replace_time_distributed(
     model: keras.Model,
     *,
-    method: Literal["vmap", "fold"] = "vmap",
+    method: Literal["vmap", "fold"] | None = None,
     chunk_size: int | None = None,
     unroll: int | bool = 1,
     remat: bool = False,
