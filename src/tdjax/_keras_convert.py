@@ -16,6 +16,7 @@ import numpy as np
 from tdjax import (
     _keras_models,  # noqa: F401
     _keras_operation_rules,  # noqa: F401
+    _keras_recurrent_rules,  # noqa: F401
     _keras_rules,  # noqa: F401
     _keras_stateless_rules,  # noqa: F401
     _keras_time_rules,  # noqa: F401

@@ -30,6 +30,14 @@ def _same_rank(inputs):
     return [jnp.expand_dims(x, tuple(range(1, 1 + rank - x.ndim))) for x in inputs]
 
 
+def _with_masks(inputs, mask):
+    """The inputs and masks that broadcast to them; a new axis ends the mask, as in Keras."""
+    same = _same_rank(inputs)
+    pairs = zip(inputs, same, mask or [None] * len(inputs))
+    keeps = lambda x, y, m: None if m is None or x.ndim < y.ndim else m[..., None]
+    return same, [keeps(*pair) for pair in pairs]
+
+
 class Add(_Merge):
     """The sum of the inputs."""
 
@@ -45,10 +53,15 @@ class Subtract(_Merge):
 
 
 class Multiply(_Merge):
-    """The product of the inputs."""
+    """The product of the inputs' unmasked values; zero where all are masked."""
 
-    def combine(self, x, y):
-        return x * y
+    def __call__(self, inputs, mask=None):
+        inputs, masks = _with_masks(inputs, mask)
+        kept = [x if m is None else jnp.where(m, x, 1) for x, m in zip(inputs, masks)]
+        outputs = functools.reduce(operator.mul, kept)
+        if any(m is None for m in masks):
+            return outputs
+        return jnp.where(functools.reduce(operator.or_, masks), outputs, 0)
 
 
 class Average(_Merge):
@@ -65,21 +78,14 @@ class _Extremum(_Merge):
     """A masked value gives way to the other input's."""
 
     def __call__(self, inputs, mask=None):
-        inputs, outputs = _same_rank(inputs), None
-        for x, valid in zip(inputs, self._broadcast(inputs, mask)):
-            if outputs is None:
-                outputs, known = x, valid
-                continue
+        (outputs, *rest), (known, *masks) = _with_masks(inputs, mask)
+        for x, valid in zip(rest, masks):
             x = x if valid is None else jnp.where(valid, x, outputs)
             outputs = outputs if known is None else jnp.where(known, outputs, x)
             both = valid is not None and known is not None
             known = known | valid if both else None
             outputs = self.combine(outputs, x)
         return outputs
-
-    def _broadcast(self, inputs, mask):
-        masks = mask or [None] * len(inputs)
-        return [None if m is None else m[..., None] for m in masks]
 
 
 class Maximum(_Extremum):

@@ -32,7 +32,7 @@ _OPTIONS = {
     "Repeat": {"repeats": "repeats", "axis": "axis"},
     "Tile": {"repeats": "reps"},
     "Clip": {"x_min": "min", "x_max": "max"},
-    "Cast": {"dtype": "dtype"},
+    **dict.fromkeys(("Cast", "ZerosLike", "OnesLike"), {"dtype": "dtype"}),
     "LeakyRelu": {"negative_slope": "negative_slope"},
     "Elu": {"alpha": "alpha"},
     "Gelu": {"approximate": "approximate"},

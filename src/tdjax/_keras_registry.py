@@ -122,9 +122,9 @@ def refuse(layer: Any, reason: str) -> ValueError:
 
 def takes_mask(layer: Any) -> bool:
     """Whether the mask of its input changes what a layer computes."""
-    # These two read it off their inputs, without an argument for it.
-    reads = isinstance(layer, keras.layers.Maximum | keras.layers.Minimum)
-    return reads or "mask" in inspect.signature(layer.call).parameters
+    # These read it off their inputs, without an argument for it.
+    merging = keras.layers.Maximum, keras.layers.Minimum, keras.layers.Multiply
+    return isinstance(layer, merging) or "mask" in inspect.signature(layer.call).parameters
 
 
 def convert_layer(layer: Any) -> tuple[nn.Module, Variables]:

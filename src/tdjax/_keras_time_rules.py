@@ -19,12 +19,15 @@ OPTIONS = ("method", "chunk_size", "unroll", "remat", "share_rng")
 def convert_time_distributed(layer: keras.layers.TimeDistributed) -> Converted:
     with inside(f"inside '{layer.name}'"):
         inner, variables = convert_layer(layer.layer)
-    hands_mask = takes_mask(layer.layer) and "mask" in parameters(type(inner))
+    options = {name: getattr(layer, name) for name in OPTIONS if hasattr(layer, name)}
+    # Keras' loop over steps starts each with the statistics that the last one left.
+    has_steps = options.get("method", "vmap") == "vmap"
     module = TimeDistributed(
         inner,
-        hands_mask=hands_mask,
+        hands_mask=takes_mask(layer.layer) and "mask" in parameters(type(inner)),
         ends_mask=not _keeps_mask(layer.layer),
-        **{name: getattr(layer, name) for name in OPTIONS if hasattr(layer, name)},
+        variable_carry="batch_stats" if has_steps else False,
+        **options,
     )
     return module, variables
 
@@ -45,7 +48,7 @@ def _keeps_mask(layer: Any, inputs: Any = None) -> bool:
 def _graph_keeps_mask(functional: Any) -> bool:
     masked = set(map(id, functional.inputs))
     for call in calls_in_order(functional):
-        layer, args = call.operation, call.arguments.args
+        layer, args = call.operation, call.args
         has_mask = any(id(x) in masked for x in jax.tree.leaves(args[:1]))
         if has_mask and isinstance(layer, keras.layers.Layer):
             if _keeps_mask(layer, args[0]):
