@@ -1,11 +1,11 @@
-"""`predict` and `fit` of Keras models: Keras' own layer, the drop-in, the Flax module."""
+"""`predict` and `fit` of Keras models, with Keras' layer, ours, and as Flax modules."""
 
 import functools
 import os
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -35,7 +35,9 @@ def rows(case: Reported, of: str, effort: Effort) -> list[Row]:
     missing = []
     if max(case.lengths) > _MOST_STEPS[of]:
         del candidates[KERAS]
-        reason = f"not measured: too long to compile, it unrolls {max(case.lengths)} steps"
+        reason = (
+            f"not measured: too long to compile, it unrolls {max(case.lengths)} steps"
+        )
         missing = [{**about, "candidate": KERAS, "missing": reason}]
     return _measure(about, case, of, candidates, effort) + missing
 
@@ -61,53 +63,68 @@ def _candidates(case: Reported) -> dict[str, Callable[[], "Run"]]:
 def _measure(about: Row, case, of: str, candidates, effort: Effort) -> list[Row]:
     batches = case.batches(next(iter(candidates.values()))().model)
     attempts = _ATTEMPTS if effort.rounds > 2 else 1
-    # The first one's program is worth keeping, and each start clears the others'.
+    # The program of the first is worth keeping, and the others' start clears what is.
     started = {
         name: _start(candidates[name], of, batches, attempts)
         for name in reversed(candidates)
     }
-    results = {name: started[name][2] for name in candidates}
+    results = {name: started[name].results for name in candidates}
     differs = {name: _deviation(name, results) for name in candidates}
     many = batches * (case.passes if of == "fit" else 1)
-    calls = {
-        name: functools.partial(getattr(started[name][0], of), many)
-        for name in candidates
-    }
-    seconds = take_turns(calls, effort)
-    per_step = {n: [t / len(many) for t in times] for n, times in seconds.items()}
+    call = lambda run: functools.partial(getattr(run, of), many)
+    seconds = take_turns({n: call(started[n].run) for n in candidates}, effort)
+    per_step = {n: [each / len(many) for each in s] for n, s in seconds.items()}
     base = statistics.median(next(iter(per_step.values())))
     return [
         {
             **about,
             "candidate": name,
             **summary(times, base),
-            **_build(started[name][1], statistics.median(times) * len(batches)),
+            "first_seconds": started[name].first_seconds,
+            "compile_seconds": started[name].compile_seconds,
             "deviation": differs[name],
         }
         for name, times in per_step.items()
     ]
 
 
-def _start(make, of: str, batches: list, attempts: int) -> tuple[Any, float, list]:
-    """`(run, seconds, results)` of the first call of a new model, with nothing cached.
+class Start(NamedTuple):
+    """The first call of a new model: through all lengths once, with nothing cached."""
 
-    The first pass through all lengths; the median of several, if they are fast.
-    """
-    seconds: list[float] = []
-    while len(seconds) < attempts and not (seconds and seconds[0] > _SLOW):
-        run = make()
+    run: Any
+    results: list[np.ndarray]
+    first_seconds: float
+    compile_seconds: float
+
+
+def _start(make, of: str, batches: list, attempts: int) -> Start:
+    """The median of several first calls, if they are fast."""
+    runs = [make() for _ in range(attempts)]
+    compilations, times = _compilations(), []
+    for run in runs:
         if attempts > 1:
             jax.clear_caches()
-        start = time.perf_counter()
+        known, start = len(compilations), time.perf_counter()
         run.convert()
         out = getattr(run, of)(batches)
-        seconds.append(time.perf_counter() - start)
-        results = out if of == "predict" else [np.asarray(out), *run.weights()]
-    return run, statistics.median(seconds), results
+        times.append((time.perf_counter() - start, sum(compilations[known:])))
+        if times[0][0] > _SLOW:
+            break
+    results = out if of == "predict" else [np.asarray(out), *run.weights()]
+    return Start(run, results, *map(statistics.median, zip(*times)))
 
 
-def _build(first: float, again: float) -> Row:
-    return {"first_seconds": first, "compile_seconds": max(first - again, 0.0)}
+@functools.cache
+def _compilations() -> list[float]:
+    """Seconds of whatever JAX has traced, lowered and compiled, as it tells itself."""
+    seconds: list[float] = []
+
+    def record(event: str, duration: float, **_):
+        if event.startswith("/jax/core/compile/"):
+            seconds.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(record)
+    return seconds
 
 
 def _deviation(name: str, results: dict[str, list]) -> float:
