@@ -14,7 +14,12 @@ def draw_all(out: Path, results: dict[str, Any]) -> None:
 
     matplotlib.use("Agg")
     rows = [row for row in results["rows"] if "missing" not in row]
-    draw = {"compile": _compile, "memory": _memory, "packing": _packing}
+    draw = {
+        "compile": _compile,
+        "memory": _memory,
+        "packing": _packing,
+        "keras": _keras,
+    }
     for suite in dict.fromkeys(row["suite"] for row in rows):
         chosen = [row for row in rows if row["suite"] == suite]
         figure = draw.get(suite, _ratios)(chosen, suite, results["about"])
@@ -106,4 +111,29 @@ def _packing(rows: list[Row], suite: str, about: dict[str, Any]):
     axes.set_xlabel("share of valid steps")
     axes.set_ylabel("time, relative to all steps padded")
     axes.legend(fontsize=7)
+    return figure
+
+
+def _keras(rows: list[Row], suite: str, about: dict[str, Any]):
+    """The first call and a later step, a line for each model and what it does."""
+    from matplotlib.figure import Figure
+
+    places = list(dict.fromkeys((row["case"], row["of"]) for row in rows))[::-1]
+    figure = Figure(figsize=(12, 1.5 + 0.3 * len(places)))
+    titles = {"first_seconds": "first call", "seconds": "a step after that"}
+    for axes, (what, title) in zip(figure.subplots(1, 2, sharey=True), titles.items()):
+        for name, mark in zip(dict.fromkeys(row["candidate"] for row in rows), "sod^"):
+            points = [
+                (row[what], places.index((row["case"], row["of"])))
+                for row in rows
+                if row["candidate"] == name
+            ]
+            axes.plot(*zip(*points), mark, label=name, alpha=0.7)
+        axes.set_xscale("log")
+        axes.set_xlabel(f"{title}, seconds")
+        axes.set_yticks(range(len(places)), [", ".join(place) for place in places])
+        axes.grid(axis="y", alpha=0.3)
+    figure.axes[0].legend(fontsize=7)
+    device, version = about["device"], about["versions"]["keras"]
+    figure.suptitle(f"Keras models ({device}, Keras {version})", y=0.95)
     return figure

@@ -116,6 +116,8 @@ def _rows(rows: list[Row], ceilings: dict[str, float]) -> list[str]:
         "quartiles": lambda row: " to ".join(
             f"{q:.2f}" for q in row.get("quartiles", [])
         ),
+        "first call": lambda row: _number(row.get("first_seconds"), "{:.2f} s"),
+        "step": lambda row: _number(_step(row), "{:.2f} ms", 1e-3),
         "compile": lambda row: _number(row.get("compile_seconds"), "{:.2f} s"),
         "temporary": lambda row: _number(row.get("temporary_bytes"), "{:.1f} MB", 1e6),
         "of roofline": lambda row: _number(roofline(row, ceilings), "{:.2f}"),
@@ -141,6 +143,10 @@ def _name(row: Row) -> str:
     if name.endswith("tuned") and "options" in row:
         return f"{name}: {', '.join(f'{k}={v!r}' for k, v in row['options'].items())}"
     return name
+
+
+def _step(row: Row) -> float | None:
+    return row["seconds"] if "first_seconds" in row else None
 
 
 def _number(value: float | None, form: str, unit: float = 1.0) -> str:

@@ -9,7 +9,17 @@ from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks import cases, dispatch, kernels, ours, peers, ragged, vocabularies
+from benchmarks import (
+    cases,
+    dispatch,
+    keras_models,
+    keras_runs,
+    kernels,
+    ours,
+    peers,
+    ragged,
+    vocabularies,
+)
 from benchmarks.candidate import Candidate
 from benchmarks.measure import Effort, measure, summary, take_turns
 
@@ -41,10 +51,12 @@ class Settings(NamedTuple):
         return {"Dense": 4.0, "conv net": 60.0}.get(layer, 12.0)
 
 
-def _tasks(listing: list, run: Callable, settings: Settings) -> Iterator[Task]:
-    """`run(case, of, settings)` for every case, forward and gradient."""
+def _tasks(
+    listing: list, run: Callable, settings: Settings, what: tuple[str, ...] = BOTH
+) -> Iterator[Task]:
+    """`run(case, of, settings)` for every case, and each of `what`."""
     for case in listing:
-        for of in BOTH:
+        for of in what:
             yield Task(case.name, of, functools.partial(run, case, of, settings))
 
 
@@ -176,6 +188,12 @@ def loss(settings: Settings) -> Iterator[Task]:
     return _tasks(vocabularies.cases(settings.quick), run, settings)
 
 
+def keras(settings: Settings) -> Iterator[Task]:
+    """Whole Keras models, with Keras' layer, the drop-in, and as Flax modules."""
+    run = lambda case, of, settings: keras_runs.rows(case, of, settings.effort)
+    return _tasks(keras_models.cases(settings.quick), run, settings, keras_runs.OF)
+
+
 def operations(settings: Settings) -> Iterator[Task]:
     """Single products and convolutions, by XLA and by PyTorch: beyond any lowering."""
     for name, calls in kernels.calls(settings.quick).items():
@@ -214,6 +232,7 @@ SUITES: dict[str, Callable[[Settings], Iterator[Task]]] = {
     "tuner": tuner,
     "packing": packing,
     "loss": loss,
+    "keras": keras,
     "operations": operations,
     "overhead": overhead,
 }

@@ -157,6 +157,56 @@ def _picks(rows: list[Row]) -> str:
     return _spread(ratios, 1.1) if ratios else ""
 
 
+def _first_predict(rows: list[Row]) -> str:
+    for case in _cases(rows, ("keras",)):
+        row = case["drop-in"]
+        if _is_dense(row, 1024) and row["of"] == "predict" and "Keras" in case:
+            slow, fast = case["Keras"]["first_seconds"], row["first_seconds"]
+            return f"{slow / fast:.0f} times: {slow:.1f} s and {fast:.2f} s"
+    return ""
+
+
+def _is_dense(row: Row, timesteps: int) -> bool:
+    return row["model"] == "Dense(64)" and row["timesteps"] == timesteps
+
+
+def _keras_growth(rows: list[Row]) -> str:
+    figures = []
+    for of in ("predict", "fit"):
+        ours = [
+            case["drop-in"]
+            for case in _cases(rows, ("keras",))
+            if case["drop-in"]["of"] == of
+        ]
+        short = [row["compile_seconds"] for row in ours if _is_dense(row, 16)]
+        long = [row["compile_seconds"] for row in ours if _is_dense(row, 4096)]
+        figures += [f"{of}: {b / a:.2f} times" for a, b in zip(short, long)]
+    return "; ".join(figures)
+
+
+def _keras_fit(rows: list[Row]) -> str:
+    times = {
+        row["case"]: case["Keras"]["seconds"] / row["seconds"]
+        for case in _cases(rows, ("keras",))
+        for row in [case["drop-in"]]
+        if "Keras" in case and row["of"] == "fit" and row["timesteps"] >= 128
+    }
+    if not times:
+        return ""
+    each = "; ".join(f"{name}: {ratio:.2f}" for name, ratio in times.items())
+    return f"geometric mean {geometric_mean(times.values()):.2f}; {each}"
+
+
+def _keras_deviation(rows: list[Row]) -> str:
+    found = [
+        row["deviation"]
+        for case in _cases(rows, ("keras",))
+        for row in case.values()
+        if "Keras" in case
+    ]
+    return f"at most {max(found):.1e}" if found else ""
+
+
 def _spread(ratios: list[float], target: float) -> str:
     if not ratios:
         return ""
@@ -227,4 +277,24 @@ PROMISES: list[tuple[str, str, Callable[[list[Row]], str]]] = [
         _loss("gradient", "temporary_bytes"),
     ),
     ("the same, against PyTorch", "at most 1 times", _loss_and_torch),
+    (
+        "Keras drop-in, first `predict` of Dense(64) over 1024 steps, against Keras",
+        "at least 20 times sooner",
+        _first_predict,
+    ),
+    (
+        "Keras drop-in, compile time at 4096 steps against 16 steps",
+        "at most 1.2 times",
+        _keras_growth,
+    ),
+    (
+        "Keras drop-in, a step of `fit` against Keras, at least 128 steps",
+        "at least 1.7 times faster",
+        _keras_fit,
+    ),
+    (
+        "drop-in and Flax conversion against Keras, outputs and trained weights",
+        "at most 1e-5 apart, relative",
+        _keras_deviation,
+    ),
 ]

@@ -10,8 +10,15 @@ import keras
 from keras import ops
 
 from tdjax._checks import describe
-from tdjax._keras_independent import treats_examples_alone
+from tdjax._keras_convert import from_flax as from_flax
+from tdjax._keras_convert import to_flax as to_flax
+from tdjax._keras_convert import trainable_params as trainable_params
+from tdjax._keras_graph import FlaxModel as FlaxModel
+from tdjax._keras_independent import equal_method
+from tdjax._keras_registry import convert_layer as convert_layer
+from tdjax._keras_registry import register_rule as register_rule
 from tdjax._keras_steps import distribute_layer
+from tdjax._keras_time_rules import convert_time_distributed
 from tdjax._lowering import Lowering
 from tdjax._state import check_share_rng
 
@@ -92,8 +99,7 @@ class TimeDistributed(keras.layers.TimeDistributed):
         """How the steps are lowered, with the method that None stands for."""
         method = self.method
         if method is None:
-            alone = not self.share_rng and treats_examples_alone(self.layer)
-            method = "fold" if alone else "vmap"
+            method = equal_method(self.layer, share_rng=self.share_rng)
         return Lowering(method, self.chunk_size, self.unroll, self.remat)
 
     def get_config(self):
@@ -151,6 +157,7 @@ class TimeDistributed(keras.layers.TimeDistributed):
         return y
 
 
+register_rule(TimeDistributed)(convert_time_distributed)
 _OPTIONS = ("method", "chunk_size", "unroll", "remat", "share_rng")
 
 

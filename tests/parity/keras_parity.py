@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import keras
 
 from conftest import assert_trees_close, normal
-from tdjax._keras_convert import to_flax
-from tdjax._keras_registry import convert_layer
+from tdjax.keras import convert_layer, to_flax
 
 NOISE = jax.random.key(3)
 

@@ -12,7 +12,7 @@ from keras import ops
 
 from conftest import assert_trees_equal, normal
 from parity.keras_parity import sequential, vary
-from tdjax._keras_convert import to_flax
+from tdjax.keras import to_flax
 
 pytestmark = pytest.mark.usefixtures("user_errors")
 

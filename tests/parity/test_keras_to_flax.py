@@ -15,10 +15,12 @@ from keras import ops
 
 from conftest import assert_trees_close, assert_trees_equal, normal
 from parity.keras_parity import assert_parity, score, sequential, vary
-from tdjax._keras_convert import from_flax, to_flax, trainable_params
-from tdjax._keras_registry import register_rule
-from tdjax._keras_time_rules import convert_time_distributed
-from tdjax.keras import TimeDistributed
+from tdjax.keras import (
+    TimeDistributed,
+    from_flax,
+    to_flax,
+    trainable_params,
+)
 
 X, Y = normal(1, 2, 4, 3), normal(2, 2, 4, 3)
 
@@ -168,7 +170,6 @@ def test_half_precision_policy():
 
 
 def test_the_drop_in_converts_with_its_options():
-    register_rule(TimeDistributed)(convert_time_distributed)
     layer = TimeDistributed(k.Dense(2), method="vmap", chunk_size=2, remat=True)
     model = sequential(layer, shape=(4, 3))
     module, _ = assert_parity(model, X)

@@ -10,8 +10,13 @@ from keras import layers as k
 
 from conftest import normal
 from parity.keras_parity import assert_parity, sequential
-from tdjax._keras_convert import from_flax, to_flax, trainable_params
-from tdjax._keras_registry import convert_layer, register_rule
+from tdjax.keras import (
+    convert_layer,
+    from_flax,
+    register_rule,
+    to_flax,
+    trainable_params,
+)
 
 pytestmark = pytest.mark.usefixtures("user_errors")
 

@@ -11,7 +11,7 @@ from keras import layers as k
 
 from conftest import normal
 from parity.keras_parity import assert_parity, sequential
-from tdjax._keras_convert import to_flax
+from tdjax.keras import to_flax
 
 SIZES = (7, 6, 5)
 # Ragged, without a valid step, full.
