@@ -11,6 +11,7 @@ import pytest
 
 import tdjax._keras_recurrent_rules  # noqa: F401
 from conftest import assert_trees_close, normal, x64
+from tdjax import _keras_recurrent
 from tdjax._keras_recurrent import GRU, LSTM, SimpleRNN
 from tdjax._keras_registry import convert_layer
 
@@ -94,6 +95,25 @@ def assert_parity(layer, x=X, **kwargs):
 def test_layer_is_that_of_keras(kind, options, masked):
     layer = build(LAYERS[kind](UNITS, **options))
     assert_parity(layer, mask=MASK if masked else None)
+
+
+@each_layer
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.4, "recurrent_dropout": 0.3}])
+def test_product_before_the_loop_is_the_one_in_it(kind, options, key, monkeypatch):
+    layer = build(LAYERS[kind](UNITS, return_sequences=True, **options))
+    module, _, variables = convert(layer)
+
+    def run(variables, x):
+        rngs = {"dropout": key}
+        return score(module.apply(variables, x, mask=MASK, train=True, rngs=rngs))
+
+    results = []
+    for before in (False, True):
+        monkeypatch.setattr(
+            _keras_recurrent, "is_faster_before_the_loop", lambda before=before: before
+        )
+        results.append(jax.value_and_grad(run, (0, 1))(variables, X))
+    assert_trees_close(*results, 1e-5, 1e-5)
 
 
 @each_layer
