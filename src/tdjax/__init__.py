@@ -1,7 +1,8 @@
 """Apply any JAX function or Flax layer to every step of a sequence.
 
 The pure functions live here and need only JAX. The Flax layers are in
-`tdjax.linen` and `tdjax.nnx`, which are loaded when they are first asked for.
+`tdjax.linen` and `tdjax.nnx`, and what is for Keras 3 in `tdjax.keras`; they are loaded
+when they are first asked for.
 """
 
 import importlib
@@ -24,12 +25,13 @@ from tdjax.tuning import Tuning as Tuning
 from tdjax.tuning import autotune as autotune
 
 if TYPE_CHECKING:
+    from tdjax import keras as keras
     from tdjax import linen as linen
     from tdjax import nnx as nnx
 
 __version__ = "0.1.0"
 
-_ADAPTERS = ("linen", "nnx")
+_ADAPTERS = ("keras", "linen", "nnx")
 __all__ = [
     "Tuning",
     "as_flatten",

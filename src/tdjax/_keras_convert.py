@@ -1,6 +1,9 @@
 """Keras models as Flax modules with their variables, and the way back."""
 
+import os
+import pathlib
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -9,16 +12,205 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from tdjax import _keras_models, _keras_rules  # noqa: F401
+# Each registers its rules.
+from tdjax import (
+    _keras_models,  # noqa: F401
+    _keras_operation_rules,  # noqa: F401
+    _keras_recurrent_rules,  # noqa: F401
+    _keras_rules,  # noqa: F401
+    _keras_stateless_rules,  # noqa: F401
+    _keras_time_rules,  # noqa: F401
+)
 from tdjax._checks import describe
+from tdjax._keras_file import load
 from tdjax._keras_registry import Variables, convert_layer
 
 
 def to_flax(model: Any) -> tuple[nn.Module, Variables]:
-    """Turns a Keras model into a Flax Linen module and its variables."""
+    """Turns a Keras model into a Flax Linen module and its variables.
+
+    The module gives the outputs of the model:
+
+    * at inference, `module.apply(variables, x)`, as `model(x)`;
+    * in training, `module.apply(variables, x, train=True, mutable=["batch_stats"],
+      rngs={"dropout": key})`, as `model(x, training=True)`.
+
+    `x` is an array, a list or a dict, as the model takes its inputs; `mask=` is its
+    mask. The submodules and the variables bear the names of the Keras layers:
+    `variables["params"]["head"]["kernel"]`. The module knows nothing of Keras, and can
+    be pickled, compiled, differentiated and served without it.
+
+    Masks go from layer to layer as in Keras. `module.init` makes variables of the same
+    tree, with new values that don't follow the layers' initializers. Regularizers and
+    constraints are no part of the module: a warning names where there are any. What
+    `trainable=False` means for a weight is up to the optimizer, see `trainable_params`;
+    a frozen `BatchNormalization` runs as at inference, as in Keras.
+
+    Args:
+      model: a Sequential or Functional Keras model, a single layer that has its
+        weights, or the path of a `.keras` file. Nothing that a file brings along is
+        executed: one with a Lambda layer, or with anything that is neither Keras' own
+        nor registered in this process, is refused before it is loaded.
+
+    Returns:
+      The module, and its variables as JAX arrays.
+
+    Raises:
+      TypeError: if a layer has no rule (see `register_rule`), or `model` is neither a
+        model nor a path.
+      ValueError: if the model has no weights yet, a layer has settings without a
+        counterpart, or the file is not a `.keras` file that is safe to load.
+      FileNotFoundError: if there is no such file.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, keras, tdjax.keras
+      >>> head = keras.layers.TimeDistributed(keras.layers.Dense(2), name="head")
+      >>> model = keras.Sequential([keras.Input((5, 3)), head])
+      >>> module, variables = tdjax.keras.to_flax(model)
+      >>> jax.tree.map(jnp.shape, variables)
+      {'params': {'head': {'bias': (2,), 'kernel': (3, 2)}}}
+      >>> x = jnp.ones((4, 5, 3))
+      >>> bool(jnp.allclose(module.apply(variables, x), model(x)))
+      True
+    """
+    model = _as_layer(model)
     module, tree = convert_layer(model)
+    _refuse_shared(tree)
+    _warn_of_penalties(model, tree)
     return module, jax.tree.map(_value, tree)
+
+
+def from_flax(variables: Mapping[str, Any], model: Any) -> None:
+    """Writes variables of the module that `to_flax` made back into the Keras model.
+
+    Weights only, with the statistics of batch normalisation. Nothing is written unless
+    everything fits.
+
+    Args:
+      variables: a tree like that of `to_flax(model)`, after training, say.
+      model: the Keras model, or another of the same layers, names and shapes.
+
+    Raises:
+      TypeError: if `model` is not a Keras model, or as `to_flax`.
+      ValueError: if a variable is missing, there is one too many, or a shape differs;
+        the message has its path.
+
+    Example:
+      >>> import jax, keras, numpy as np, tdjax.keras
+      >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+      >>> module, variables = tdjax.keras.to_flax(model)
+      >>> doubled = jax.tree.map(lambda value: 2 * value, variables)
+      >>> tdjax.keras.from_flax(doubled, model)
+      >>> before = variables["params"]["dense"]["kernel"]
+      >>> np.array_equal(model.layers[0].kernel, 2 * before)
+      True
+    """
+    _, tree = convert_layer(_require_layer(model))
+    targets, values = _by_path(tree), _by_path(nn.meta.unbox(dict(variables)))
+    _check_paths(targets, values)
+    for path, target in targets.items():
+        if tuple(target.shape) != np.shape(values[path]):
+            raise ValueError(
+                f"variables{path} must have shape {tuple(target.shape)}, got "
+                f"{describe(values[path])}."
+            )
+    for path, target in targets.items():
+        target.assign(values[path])
+
+
+def trainable_params(model: Any) -> Any:
+    """Which parameters of the converted model train: a tree of bools like `params`.
+
+    For an optimizer that leaves the others as they are, as the Keras model would.
+
+    Args:
+      model: what was given to `to_flax`; not a path.
+
+    Returns:
+      A tree with the structure of `to_flax(model)[1]["params"]`.
+
+    Raises:
+      TypeError: if `model` is not a Keras model, or as `to_flax`.
+      ValueError: as `to_flax`.
+
+    Example:
+      >>> import jax, keras, optax, tdjax.keras
+      >>> base = keras.layers.Dense(2, name="base", trainable=False)
+      >>> top = keras.layers.Dense(1, name="top")
+      >>> model = keras.Sequential([keras.Input((3,)), base, top])
+      >>> trains = tdjax.keras.trainable_params(model)
+      >>> trains
+      {'base': {'bias': False, 'kernel': False}, 'top': {'bias': True, 'kernel': True}}
+      >>> labels = jax.tree.map(lambda one: "train" if one else "keep", trains)
+      >>> parts = {"train": optax.sgd(0.1), "keep": optax.set_to_zero()}
+      >>> optimizer = optax.multi_transform(parts, labels)
+    """
+    _, tree = convert_layer(_require_layer(model))
+    return jax.tree.map(lambda variable: variable.trainable, tree.get("params", {}))
+
+
+def _as_layer(model: Any) -> Any:
+    if isinstance(model, str | os.PathLike):
+        return load(pathlib.Path(model))
+    return _require_layer(model)
+
+
+def _require_layer(model: Any) -> Any:
+    if not isinstance(model, keras.layers.Layer):
+        raise TypeError(
+            f"model must be a Keras model or a path of a .keras file, got "
+            f"{describe(model)}."
+        )
+    return model
 
 
 def _value(variable: Any) -> jax.Array:
     return jnp.asarray(keras.ops.convert_to_numpy(variable))
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def _check_paths(targets: dict[str, Any], values: dict[str, Any]) -> None:
+    missing = [path for path in targets if path not in values]
+    extra = [path for path in values if path not in targets]
+    if missing or extra:
+        found = {"lacks": missing, "has no place in the model for": extra}
+        parts = [f"{what} {', '.join(paths)}" for what, paths in found.items() if paths]
+        raise ValueError(f"variables {'; '.join(parts)}.")
+
+
+def _refuse_shared(tree: Variables) -> None:
+    """A weight in two places of the tree would go its own way in each."""
+    places: dict[int, str] = {}
+    for path, variable in _by_path(tree).items():
+        other = places.setdefault(id(variable), path)
+        if other != path:
+            raise ValueError(
+                f"The weight {variable.path!r} is used at two places of the model, "
+                f"{other} and {path}, which Flax would train as two. Call the same "
+                "layer or model twice instead, in one model."
+            )
+
+
+def _warn_of_penalties(model: Any, tree: Variables) -> None:
+    found = [
+        f"{kind} of {path}"
+        for path, variable in _by_path(tree).items()
+        for kind in ("regularizer", "constraint")
+        if getattr(variable, kind, None) is not None
+    ]
+    layers = [model, *model._flatten_layers(include_self=False)]
+    found += [
+        f"activity regularizer of '{layer.name}'"
+        for layer in layers
+        if getattr(layer, "activity_regularizer", None) is not None
+    ]
+    if found:
+        warnings.warn(
+            "The Flax module leaves out what Keras adds to the loss or does to weights "
+            f"in training: {', '.join(found)}.",
+            stacklevel=3,
+        )

@@ -37,6 +37,15 @@ class Constant:
 
 
 @dataclasses.dataclass(frozen=True)
+class Slice:
+    """A slice that can be hashed."""
+
+    start: int | None
+    stop: int | None
+    step: int | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Structure:
     """A pytree whose leaves are slots and constants."""
 
@@ -45,11 +54,15 @@ class Structure:
 
     def fill(self, values: dict[Slot, Any]) -> Any:
         """The pytree with the slots' values."""
-        return self.treedef.unflatten([self._leaf(leaf, values) for leaf in self.leaves])
+        return self.treedef.unflatten(
+            [self._leaf(leaf, values) for leaf in self.leaves]
+        )
 
     def _leaf(self, leaf, values):
         if isinstance(leaf, Slot):
             return values.get(leaf)
+        if isinstance(leaf, Slice):
+            return slice(leaf.start, leaf.stop, leaf.step)
         return jnp.asarray(leaf.value) if isinstance(leaf, Constant) else leaf
 
 
@@ -171,7 +184,11 @@ def _match(graph: Graph, inputs) -> list:
     nested = jax.tree.structure([0] * len(names))
     lists = {treedef, nested, jax.tree.structure((0,) * len(names))}
     is_list = treedef in lists and not isinstance(inputs, dict)
-    if given == treedef or len(leaves) == 1 == len(names) or (is_list and given in lists):
+    if (
+        given == treedef
+        or len(leaves) == 1 == len(names)
+        or (is_list and given in lists)
+    ):
         return leaves
     raise ValueError(
         f"The model takes {treedef.unflatten(names)!r}, got {describe(inputs)}."

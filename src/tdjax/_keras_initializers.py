@@ -1,4 +1,4 @@
-"""Initial values by name: Flax's own initializers are closures, which can't be pickled."""
+"""Initial values by name: Flax's own initializers can't be pickled."""
 
 import dataclasses
 from typing import Any
@@ -24,7 +24,8 @@ class Initializer:
         return make(**dict(self.options))(key, shape, dtype)
 
 
-# What a Keras layer has unless told otherwise.
+# What Keras' layers start from unless told otherwise.
 glorot_uniform = Initializer("glorot_uniform")
 orthogonal = Initializer("orthogonal")
-uniform = Initializer("uniform", (("scale", 0.05),))
+# Flax's for embeddings; JAX has none that is uniform around zero.
+embedding = Initializer("normal", (("stddev", 0.05),))

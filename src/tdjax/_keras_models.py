@@ -1,20 +1,29 @@
 """Rules for Keras models: Sequential and Functional become a `FlaxModel`."""
 
-import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import keras
 import numpy as np
 
-from tdjax._keras_graph import Constant, FlaxModel, Graph, Input, Node, Slot, Structure
+from tdjax._keras_calls import Call, has_one_input, read_call
+from tdjax._keras_graph import (
+    Constant,
+    FlaxModel,
+    Graph,
+    Input,
+    Node,
+    Slice,
+    Slot,
+    Structure,
+)
 from tdjax._keras_registry import (
     Variables,
     convert_layer,
     inside,
     refuse,
     register_rule,
+    takes_mask,
     where,
 )
 
@@ -54,13 +63,13 @@ def _convert_graph(functional: Any, model: Any) -> tuple[FlaxModel, Variables]:
     inputs = slots.structure(functional.input)
     places = {layer: i for i, layer in enumerate(model.layers, 1)}
     modules, variables, nodes = {}, {}, []
-    for keras_node in _in_order(functional):
-        layer = keras_node.operation
+    for call in _needed(functional):
+        layer = call.operation
         if layer not in modules:
             with inside(_place(places.get(layer), model)):
                 modules[layer], own = convert_layer(layer)
             _put_below(variables, layer.name, own)
-        nodes.append(_make_node(keras_node, modules[layer], slots))
+        nodes.append(_make_node(call, modules[layer], slots))
     outputs = slots.structure(functional.output)
     return FlaxModel(Graph(inputs, outputs, specs, tuple(nodes))), variables
 
@@ -75,46 +84,50 @@ def _put_below(variables: Variables, name: str, own: Variables) -> None:
             variables.setdefault(collection, {})[name] = tree
 
 
-def _in_order(functional: Any) -> Iterator[Any]:
+def calls_in_order(functional: Any) -> list[Call]:
     """The calls of the model's operations, each after those it depends on."""
-    for depth in sorted(functional._nodes_by_depth, reverse=True):
-        for node in functional._nodes_by_depth[depth]:
-            if not node.is_input:
-                yield node
+    by_depth = functional._nodes_by_depth
+    nodes = [
+        node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth]
+    ]
+    return [read_call(node) for node in nodes if not node.is_input]
+
+
+def _needed(functional: Any) -> list[Call]:
+    """The calls without those that only compute what Keras hands on as a mask."""
+    used, needed = set(map(id, functional.outputs)), []
+    for call in reversed(calls_in_order(functional)):
+        if used.intersection(map(id, call.outputs)):
+            used.update(map(id, jax.tree.leaves((call.args, call.kwargs))))
+            needed.append(call)
+    return needed[::-1]
 
 
 def _input_spec(tensor: Any, model: Any) -> Input:
     layer = tensor._keras_history.operation
     if tensor.sparse or getattr(layer, "optional", False):
         kind = "sparse" if tensor.sparse else "optional"
-        raise refuse(model, f"its input '{tensor.name}' is {kind}, which has no "
-                     "counterpart in Flax.")
+        raise refuse(
+            model, f"its input '{tensor.name}' is {kind}; there is none such in Flax."
+        )
     return Input(layer.name, tuple(tensor.shape), tensor.dtype)
 
 
-def _make_node(keras_node: Any, module: Any, slots: "_Slots") -> Node:
-    layer, arguments = keras_node.operation, keras_node.arguments
-    kwargs = {k: v for k, v in arguments.kwargs.items() if k != "training"}
-    is_layer = isinstance(layer, keras.layers.Layer)
+def _make_node(call: Call, module: Any, slots: "_Slots") -> Node:
+    layer = call.operation
+    arguments = slots.structure((call.args, call.kwargs))
+    outputs = tuple(map(slots.of, call.outputs))
+    if not isinstance(layer, keras.layers.Layer):
+        return Node(layer.name, module, arguments, outputs)
     return Node(
         layer.name,
         module,
-        slots.structure((arguments.args, kwargs)),
-        tuple(map(slots.of, keras_node.outputs)),
-        takes_mask=is_layer and _gets_mask(layer, arguments.args, kwargs),
-        keeps_mask=is_layer and layer.supports_masking,
-        dtype=layer.compute_dtype if is_layer and layer.autocast else None,
+        arguments,
+        outputs,
+        takes_mask=takes_mask(layer) and has_one_input(call),
+        keeps_mask=layer.supports_masking,
+        dtype=layer.compute_dtype if layer.autocast else None,
     )
-
-
-def _gets_mask(layer: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Keras hands the mask of the input on if there is no other input."""
-    given = inspect.signature(layer.call).bind(*args, **kwargs).arguments
-    return sum(map(_has_tensor, given.values())) == 1
-
-
-def _has_tensor(tree: Any) -> bool:
-    return any(isinstance(x, keras.KerasTensor) for x in jax.tree.leaves(tree))
 
 
 class _Slots:
@@ -133,5 +146,7 @@ class _Slots:
     def _freeze(self, leaf: Any) -> Any:
         if isinstance(leaf, keras.KerasTensor):
             return self.of(leaf)
+        if isinstance(leaf, slice):
+            return Slice(leaf.start, leaf.stop, leaf.step)
         is_array = isinstance(leaf, np.ndarray | jax.Array) or hasattr(leaf, "numpy")
         return Constant(keras.ops.convert_to_numpy(leaf)) if is_array else leaf

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -30,9 +31,10 @@ def register_rule(layer_class: type) -> Callable[[AnyRule], AnyRule]:
     themselves, so that `from_flax` can write into them; a weight keeps its layout.
 
     The module is called with the layer's inputs, several as Keras gives them. If its
-    `__call__` takes `mask` or `train`, it gets them: the mask of its input (or None),
-    and whether it trains. A method `compute_mask(inputs, mask)` gives the mask of its
-    output; without one the mask passes on if the Keras layer has `supports_masking`.
+    `__call__` takes `train`, it is told whether it trains; if it and the layer's `call`
+    both take `mask`, it gets the mask of its input, or None. A method
+    `compute_mask(inputs, mask)` gives the mask of its output; without one the mask
+    passes on if the Keras layer has `supports_masking`.
 
     A rule also holds for subclasses, but not for one that overrides `call` or
     `compute_mask`: that needs a rule of its own. The last rule for a class counts.
@@ -87,6 +89,11 @@ def find_rule(layer_class: type) -> Rule | None:
     return None
 
 
+def known_classes() -> tuple[type, ...]:
+    """The classes for which a rule is registered."""
+    return tuple(_RULES)
+
+
 def _means_the_same(layer_class: type, base: type) -> bool:
     return all(
         getattr(layer_class, name, None) is getattr(base, name, None)
@@ -112,6 +119,15 @@ def where(layer: Any) -> str:
 def refuse(layer: Any, reason: str) -> ValueError:
     """The error for a layer that is known, but not with these settings."""
     return ValueError(f"Layer {where(layer)}: {reason}")
+
+
+def takes_mask(layer: Any) -> bool:
+    """Whether the mask of its input changes what a layer computes."""
+    # These read it off their inputs, without an argument for it.
+    merging = keras.layers.Maximum, keras.layers.Minimum, keras.layers.Multiply
+    return (
+        isinstance(layer, merging) or "mask" in inspect.signature(layer.call).parameters
+    )
 
 
 def convert_layer(layer: Any) -> tuple[nn.Module, Variables]:

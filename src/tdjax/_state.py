@@ -44,7 +44,7 @@ def distribute_stateful(
     State of which `is_carried(path)` goes from step to step instead.
     """
     if share_rng and jax.tree.leaves(keys):
-        _check_share_rng(lowering)
+        check_share_rng(lowering)
     steps = select_steps(flatten_inputs(args, in_axes), mask, lowering)
     if not share_rng:
         keys = _split_keys(keys, time_size(steps.inputs))
@@ -74,7 +74,7 @@ def distribute_stateful(
     return y, _join_state(before, _after_steps(before, kept, steps.weights), new)
 
 
-def _check_share_rng(lowering: Lowering) -> None:
+def check_share_rng(lowering: Lowering) -> None:
     if lowering.method == "fold":
         raise ValueError(
             "share_rng=True needs method='vmap': with method='fold' the layer draws "

@@ -1,0 +1,149 @@
+"""Keras models from files: what a file would make is looked at before it is made."""
+
+import json
+import pathlib
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+from tdjax._keras_registry import find_rule, known_classes
+
+# Arrays, slices and the like, which Keras reads as values.
+VALUES = ("keras_tensor", "tensor", "numpy", "bytes", "ellipsis", "slice")
+# What a layer's settings may be made of.
+PARTS = (
+    keras.Initializer,
+    keras.Regularizer,
+    keras.constraints.Constraint,
+    keras.DTypePolicy,
+    keras.layers.InputLayer,
+    keras.layers.SimpleRNNCell,
+    keras.layers.LSTMCell,
+    keras.layers.GRUCell,
+    keras.layers.StackedRNNCells,
+)
+MODULES = (
+    "layers",
+    "models",
+    "initializers",
+    "regularizers",
+    "constraints",
+    "dtype_policies",
+)
+FUNCTIONS = {
+    "builtins": "activations",
+    "keras.activations": "activations",
+    "keras.ops": "ops",
+}
+LARGEST_CONFIG = 2**26
+
+
+def load(path: pathlib.Path) -> Any:
+    """The Keras model of a `.keras` file, if all that it would make is known."""
+    config = _read_config(path)
+    config.pop("compile_config", None)
+    for place, part in _objects(config, "the model"):
+        _check(path, place, part)
+    try:
+        return keras.saving.load_model(path, compile=False, safe_mode=True)
+    except (KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        cause = str(error).rpartition("Exception encountered: ")[2]
+        raise ValueError(f"{path} could not be loaded by Keras: {cause}") from error
+
+
+def _read_config(path: pathlib.Path) -> dict[str, Any]:
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file {path}.")
+    if path.is_dir() or not zipfile.is_zipfile(path):
+        kind = "a directory" if path.is_dir() else "something else"
+        raise ValueError(
+            f"{path} is not a .keras file, but {kind}. Load other formats with Keras, "
+            "and pass the model."
+        )
+    with zipfile.ZipFile(path) as archive:
+        try:
+            with archive.open("config.json") as file:
+                config = json.loads(file.read(LARGEST_CONFIG))
+        except (KeyError, RecursionError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} has no readable config.json: {error}") from error
+    if not isinstance(config, dict) or "class_name" not in config:
+        raise ValueError(f"{path} has a config.json that describes no model.")
+    return config
+
+
+def _objects(config: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Everything in a config that Keras would make an object of."""
+    if isinstance(config, list):
+        for item in config:
+            yield from _objects(item, place)
+    if not isinstance(config, dict):
+        return
+    if set(config) == {"value"} and isinstance(config["value"], list):
+        # How Keras writes a lambda that is an activation.
+        config = {"class_name": "__lambda__"}
+    if "class_name" in config:
+        inner = config.get("config")
+        name = inner.get("name") if isinstance(inner, dict) else None
+        place = f"'{name}'" if isinstance(name, str) else place
+        yield place, config
+    for value in config.values():
+        yield from _objects(value, place)
+
+
+def _check(path: pathlib.Path, place: str, part: dict[str, Any]) -> None:
+    name = part["class_name"]
+    if name in ("Lambda", "__lambda__"):
+        raise ValueError(
+            f"{path}: {place} holds Python code (a Lambda layer or a lambda), which is "
+            "never executed from a file. If you trust it, load the file with Keras, "
+            "put a layer class with a rule in its place and pass the model."
+        )
+    if not _is_known(part):
+        raise ValueError(
+            f"{path}: {place} needs {part.get('module')}.{_name(part)}. Taken from "
+            "a file are only Keras' own layers that have a rule, their settings, and what is "
+            "registered in this process with keras.saving.register_keras_serializable. "
+            "Import what registers it first; a layer also needs a rule, see "
+            "tdjax.keras.register_rule."
+        )
+
+
+def _name(part: dict[str, Any]) -> Any:
+    is_function = part["class_name"] == "function"
+    return part.get("config") if is_function else part["class_name"]
+
+
+def _is_known(part: dict[str, Any]) -> bool:
+    name, module = _name(part), part.get("module")
+    if not isinstance(name, str):
+        return False
+    if name.startswith("__"):
+        return name.strip("_") in VALUES
+    if part["class_name"] == "function":
+        home = getattr(keras, FUNCTIONS.get(str(module), ""), None)
+        return _is_registered(name) or (home is not None and hasattr(home, name))
+    return _is_registered(part.get("registered_name")) or _is_of_keras(module, name)
+
+
+def _is_registered(name: Any) -> bool:
+    return (
+        isinstance(name, str) and keras.saving.get_registered_object(name) is not None
+    )
+
+
+def _is_of_keras(module: Any, name: str) -> bool:
+    """Whether this is a class of Keras with a rule, or one that its rule reads."""
+    if any(
+        (kind.__module__, kind.__name__) == (module, name) for kind in known_classes()
+    ):
+        return True
+    homes = {
+        "keras": keras,
+        **{f"keras.{home}": getattr(keras, home) for home in MODULES},
+    }
+    kind = getattr(homes.get(module), name, None)
+    if not isinstance(kind, type):
+        return False
+    return issubclass(kind, PARTS) or find_rule(kind) is not None

@@ -1,0 +1,68 @@
+"""Which Keras layers treat every example on its own, so that steps can be examples."""
+
+import keras
+from keras import layers
+from keras.src.models.functional import Functional
+
+_PLAIN = ("InputLayer", "Identity", "Dense", "Embedding", "Masking")
+_ACTIVATIONS = ("Activation", "ReLU", "LeakyReLU", "ELU", "PReLU", "Softmax")
+_NORMS = ("LayerNormalization", "GroupNormalization", "RMSNormalization")
+_SHAPES = ("Flatten", "Reshape", "Permute", "RepeatVector", "Concatenate")
+_SUMS = ("Add", "Subtract", "Multiply", "Average", "Maximum", "Minimum")
+_RECURRENT = ("SimpleRNN", "LSTM", "GRU", "SimpleRNNCell", "LSTMCell", "GRUCell")
+_CONVS = ("Conv{}D", "Conv{}DTranspose", "DepthwiseConv{}D", "SeparableConv{}D")
+_POOLS = ("MaxPooling{}D", "AveragePooling{}D")
+_GLOBAL_POOLS = ("GlobalMaxPooling{}D", "GlobalAveragePooling{}D")
+_SPATIAL = ("UpSampling{}D", "ZeroPadding{}D", "Cropping{}D")
+_OF_ANY_RANK = _CONVS + _POOLS + _GLOBAL_POOLS + _SPATIAL
+_NAMES = _PLAIN + _ACTIVATIONS + _NORMS + _SHAPES + _SUMS + _RECURRENT
+_ALONE = frozenset(
+    getattr(layers, name)
+    for name in (
+        *_NAMES,
+        "Bidirectional",
+        *(name.format(rank) for name in _OF_ANY_RANK for rank in (1, 2, 3)),
+    )
+    # Some are younger than the oldest Keras that will do, or not for every rank.
+    if hasattr(layers, name)
+)
+_KERAS = layers.TimeDistributed.__module__
+
+
+def treats_examples_alone(layer: keras.Layer) -> bool:
+    """Whether it is certain that an example's result is that of the example alone.
+
+    So no other example, no noise and nothing that a call has written is in it, and the
+    call adds no loss. It is certain of Keras' own layers only.
+    """
+    return all(map(_is_alone, layer._flatten_layers()))
+
+
+def _is_alone(layer) -> bool:
+    if type(layer) is Functional:
+        return all(isinstance(each, keras.Layer) for each in layer.operations)
+    if isinstance(layer, layers.TimeDistributed):
+        return type(layer).__module__ in (_KERAS, "tdjax.keras")
+    known = type(layer) is keras.Sequential or type(layer) in _ALONE
+    return known and _is_plain(layer) and _keeps_the_batch(layer)
+
+
+def _is_plain(layer) -> bool:
+    options = ("dropout", "recurrent_dropout", "stateful")
+    return (
+        not any(getattr(layer, name, None) for name in options)
+        and layer.activity_regularizer is None
+        and layer.quantization_mode is None
+    )
+
+
+def _keeps_the_batch(layer) -> bool:
+    axes = getattr(layer, "axis", -1)
+    axes = axes if isinstance(axes, list | tuple) else [axes]
+    # Other negative axes may be the batch, by the input's rank.
+    if not all(axis == -1 or axis > 0 for axis in axes):
+        return False
+    names = ("activation", "recurrent_activation")
+    functions = [getattr(layer, name, None) for name in names]
+    known = keras.activations.linear.__module__
+    return all(f is None or getattr(f, "__module__", "") == known for f in functions)

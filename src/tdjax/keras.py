@@ -1,0 +1,253 @@
+"""Keras 3: a drop-in `TimeDistributed` that compiles in constant time.
+
+It needs Keras with the JAX backend: `pip install "tdjax[keras]"`, and
+`KERAS_BACKEND=jax` in the environment before Keras is imported.
+"""
+
+from typing import Any, Literal, no_type_check
+
+import keras
+from keras import ops
+
+from tdjax._checks import describe
+from tdjax._keras_independent import treats_examples_alone
+from tdjax._keras_steps import distribute_layer
+from tdjax._lowering import Lowering
+from tdjax._state import check_share_rng
+
+
+@keras.saving.register_keras_serializable(package="tdjax")
+class TimeDistributed(keras.layers.TimeDistributed):
+    """`keras.layers.TimeDistributed`, as one program for all steps.
+
+    Keras calls the wrapped layer step after step, so a program for 1024 steps is 1024
+    times as long. This layer has the same arguments, weights, configuration and
+    results, and compiles as fast for 4096 steps as for 16.
+
+    * **State**: each step starts with what the step before has written, as in Keras:
+      the moving statistics of `BatchNormalization` move once for each step. With
+      `method="fold"` the wrapped layer is called once for all steps, so they are
+      statistics of batch and time together, and move once.
+    * **Randomness**: each step draws its own noise, from the seeds that Keras' loop
+      would use; with `share_rng=True` all steps draw the same.
+    * **Losses and metrics**: weight regularisers count once. What the wrapped layer
+      adds in a call (`add_loss`, activity regularisers) is the sum over steps, and
+      metrics see every step. Keras itself passes over the activity regulariser of
+      the wrapped layer.
+    * **Masks**: `(batch, time)` or longer; the wrapped layer gets the part for its
+      step, if it takes one. Masked steps are computed, and the mask goes on. If the
+      output has no place for the axes behind `(batch, time)`, it is True where any
+      part of the step was.
+    * **Several inputs and outputs**: any nest of tensors, each with time on axis 1,
+      which Keras' own layer does not take.
+
+    Args:
+      layer: the `keras.Layer` to apply to every step.
+      method: `"vmap"` or `"fold"`, as in `tdjax.time_distributed`. None is `"fold"`,
+        the faster one, if `layer` is made of Keras' own layers that treat examples
+        alone and draw no noise, so that the two are equal; else `"vmap"`.
+      chunk_size: steps per block, or None for all in one.
+      unroll: how the loop over blocks is compiled, if there is more than one.
+      remat: recompute activations in the backward pass.
+      share_rng: whether all steps draw the same noise.
+      **kwargs: those of every Keras layer: `name`, `dtype`, `trainable`.
+
+    Raises:
+      RuntimeError: if Keras has another backend than JAX.
+      ValueError: if `layer` is not a Keras layer, an input has fewer than 3 axes, a
+        mask does not fit, or an option is refused by `tdjax.time_distributed`.
+
+    Example:
+      >>> import keras, numpy as np, tdjax.keras
+      >>> x = np.ones((2, 50, 10), "float32")
+      >>> tdjax.keras.TimeDistributed(keras.layers.Dense(5))(x).shape
+      (2, 50, 5)
+    """
+
+    # Keras looks at the parameters of `__init__`; run-time type checks wrap it.
+    @no_type_check
+    def __init__(
+        self,
+        layer: keras.Layer,
+        *,
+        method: Literal["vmap", "fold"] | None = None,
+        chunk_size: int | None = None,
+        unroll: int | bool = 1,
+        remat: bool = False,
+        share_rng: bool = False,
+        **kwargs: Any,
+    ):
+        _require_jax()
+        super().__init__(layer, **kwargs)
+        self._set_options(method, chunk_size, unroll, remat, share_rng)
+
+    def _set_options(self, method, chunk_size, unroll, remat, share_rng):
+        self.method, self.chunk_size, self.unroll = method, chunk_size, unroll
+        self.remat, self.share_rng = remat, share_rng
+        lowering = self.lowering()
+        if share_rng:
+            check_share_rng(lowering)
+
+    def lowering(self) -> Lowering:
+        """How the steps are lowered, with the method that None stands for."""
+        method = self.method
+        if method is None:
+            alone = not self.share_rng and treats_examples_alone(self.layer)
+            method = "fold" if alone else "vmap"
+        return Lowering(method, self.chunk_size, self.unroll, self.remat)
+
+    def get_config(self):
+        """The configuration of Keras' layer, and the options of this one."""
+        options = {name: getattr(self, name) for name in _OPTIONS}
+        return super().get_config() | options
+
+    def build(self, input_shape):
+        """Builds the wrapped layer for one step."""
+        keras.layers.Wrapper.build(self, _without_time(input_shape))
+
+    def compute_output_shape(self, input_shape) -> Any:
+        """The shapes that the wrapped layer gives for one step, with time."""
+        as_tensor = lambda shape: keras.KerasTensor(shape, dtype=self.compute_dtype)
+        inputs = keras.tree.map_shape_structure(as_tensor, input_shape)
+        specs = self.compute_output_spec(inputs)
+        return keras.tree.map_structure(lambda spec: spec.shape, specs)
+
+    def compute_output_spec(self, inputs, training=None, mask=None):
+        """The same, with dtypes."""
+        step = lambda x: keras.KerasTensor(_step_shape(x.shape), dtype=x.dtype)
+        specs = self.layer.compute_output_spec(keras.tree.map_structure(step, inputs))
+        timesteps = keras.tree.flatten(inputs)[0].shape[1]
+
+        def over_time(y):
+            # Floats are cast by this layer's policy, and not by the wrapped layer's.
+            is_float = keras.backend.is_float_dtype(y.dtype)
+            dtype = self.compute_dtype if is_float else y.dtype
+            return keras.KerasTensor((y.shape[0], timesteps, *y.shape[1:]), dtype)
+
+        return keras.tree.map_structure(over_time, specs)
+
+    def compute_mask(self, inputs, previous_mask=None):
+        """The mask, without the axes that the output has no place for."""
+        masks = [each for each in keras.tree.flatten(previous_mask) if each is not None]
+        if not masks or len(masks[0].shape) <= 2:
+            return masks[0] if masks else None
+        mask, output = masks[0], keras.tree.flatten(self.compute_output_spec(inputs))[0]
+        kept = 2
+        while kept < min(len(mask.shape), len(output.shape) - 1):
+            if mask.shape[kept] != output.shape[kept]:
+                break
+            kept += 1
+        rest = tuple(range(kept, len(mask.shape)))
+        return ops.any(mask, axis=rest) if rest else mask
+
+    def call(self, inputs, training=None, mask=None):
+        """`(batch, time, ...)`, or a nest of such tensors; the same out."""
+        mask = _check_mask(mask, inputs)
+        y, losses = distribute_layer(
+            self.layer, inputs, mask, training, self.lowering(), self.share_rng
+        )
+        for loss in losses:
+            self.add_loss(loss)
+        return y
+
+
+_OPTIONS = ("method", "chunk_size", "unroll", "remat", "share_rng")
+
+
+def _require_jax() -> None:
+    if keras.config.backend() != "jax":
+        raise RuntimeError(
+            "tdjax.keras.TimeDistributed needs the JAX backend of Keras, got "
+            f"{keras.config.backend()!r}. Set KERAS_BACKEND=jax in the environment "
+            "before Keras is imported."
+        )
+
+
+def _step_shape(shape) -> tuple:
+    if len(shape) < 3:
+        raise ValueError(
+            "The input of `TimeDistributed` must have at least 3 dimensions, (batch, "
+            f"time, ...), got the shape {tuple(shape)}."
+        )
+    return (shape[0], *shape[2:])
+
+
+def _without_time(input_shape):
+    return keras.tree.map_shape_structure(_step_shape, input_shape)
+
+
+def _check_mask(mask, inputs):
+    """The mask, or None for one without an array in it."""
+    if all(each is None for each in keras.tree.flatten(mask)):
+        return None
+    shapes = [x.shape for x in keras.tree.flatten(inputs)]
+    for each in keras.tree.flatten(mask):
+        if each is None:
+            continue
+        if len(each.shape) < 2:
+            raise ValueError(
+                "The `mask` passed to the `TimeDistributed` layer must be at least 2D, "
+                f"(batch, time), got {describe(each)}."
+            )
+        if any(each.shape[:2] != shape[:2] for shape in shapes):
+            raise ValueError(
+                "The `mask` passed to the `TimeDistributed` layer has a shape "
+                f"{each.shape} that does not start with the (batch, time) of the "
+                f"input, of shape {shapes[0] if len(shapes) == 1 else shapes}."
+            )
+    return mask
+
+
+def replace_time_distributed(
+    model: keras.Model,
+    *,
+    method: Literal["vmap", "fold"] | None = None,
+    chunk_size: int | None = None,
+    unroll: int | bool = 1,
+    remat: bool = False,
+    share_rng: bool = False,
+) -> keras.Model:
+    """Makes every `keras.layers.TimeDistributed` of a model the drop-in.
+
+    The model is changed and returned: its layers, weights, optimizer and what it was
+    compiled with stay the objects they are. Layers at any depth are found; those of
+    subclasses of Keras' layer are left alone.
+
+    Args:
+      model: a Keras model, built or not, compiled or not.
+      method: as in `TimeDistributed`, for every layer that is replaced.
+      chunk_size: likewise.
+      unroll: likewise.
+      remat: likewise.
+      share_rng: likewise.
+
+    Returns:
+      `model`.
+
+    Raises:
+      RuntimeError: if Keras has another backend than JAX.
+      TypeError: if `model` is not a Keras model.
+      ValueError: if an option is refused by `tdjax.time_distributed`.
+
+    Example:
+      >>> import keras, tdjax.keras
+      >>> layer = keras.layers.TimeDistributed(keras.layers.Dense(5))
+      >>> model = keras.Sequential([keras.Input((50, 10)), layer])
+      >>> model = tdjax.keras.replace_time_distributed(model)
+      >>> isinstance(model.layers[0], tdjax.keras.TimeDistributed)
+      True
+    """
+    _require_jax()
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"model must be a keras.Model, got {describe(model)}.")
+    options = (method, chunk_size, unroll, remat, share_rng)
+    for layer in model._flatten_layers():
+        if type(layer) is keras.layers.TimeDistributed:
+            # The two differ in their methods alone; a new object would have to take
+            # the old one's place in every graph, optimizer and list of layers.
+            layer.__class__ = TimeDistributed
+            layer._set_options(*options)
+        if isinstance(layer, keras.Model):
+            # They were compiled with the layers of before.
+            layer.train_function = layer.test_function = layer.predict_function = None
+    return model
