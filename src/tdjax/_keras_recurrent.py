@@ -321,9 +321,7 @@ class GRU(Recurrent):
     @nn.nowrap
     def cell(self, states, x, recurrent):
         [h] = states
-        gates = (
-            self._gates_reset_after if self.reset_after else self._gates_reset_before
-        )
+        gates = self._reset_after if self.reset_after else self._reset_before
         update, candidate = gates(h, x, recurrent)
         return [update * h + (1 - update) * self.activation(candidate)]
 
