@@ -102,11 +102,11 @@ def _check(path: pathlib.Path, place: str, part: dict[str, Any]) -> None:
         )
     if not _is_known(part):
         raise ValueError(
-            f"{path}: {place} needs {part.get('module')}.{_name(part)}. Taken from "
-            "a file are only Keras' own layers that have a rule, their settings, and what is "
-            "registered in this process with keras.saving.register_keras_serializable. "
-            "Import what registers it first; a layer also needs a rule, see "
-            "tdjax.keras.register_rule."
+            f"{path}: {place} needs {part.get('module')}.{_name(part)}. A file may "
+            "hold Keras' own layers that have a rule, their settings, and what is "
+            "registered in this process with "
+            "keras.saving.register_keras_serializable. Import what registers it first; "
+            "a layer also needs a rule, see tdjax.keras.register_rule."
         )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import keras
 import numpy as np
+from keras.src.models.functional import Functional
 
 from tdjax._keras_calls import Call, has_one_input, read_call
 from tdjax._keras_graph import (
@@ -26,9 +27,6 @@ from tdjax._keras_registry import (
     takes_mask,
     where,
 )
-
-# What a functional model is made of; Keras gives the class no public name.
-Functional = type(keras.Model(_in := keras.Input((1,)), _in))
 
 
 @register_rule(keras.Sequential)
@@ -84,7 +82,7 @@ def _put_below(variables: Variables, name: str, own: Variables) -> None:
             variables.setdefault(collection, {})[name] = tree
 
 
-def calls_in_order(functional: Any) -> list[Call]:
+def _calls_in_order(functional: Any) -> list[Call]:
     """The calls of the model's operations, each after those it depends on."""
     by_depth = functional._nodes_by_depth
     nodes = [
@@ -96,7 +94,7 @@ def calls_in_order(functional: Any) -> list[Call]:
 def _needed(functional: Any) -> list[Call]:
     """The calls without those that only compute what Keras hands on as a mask."""
     used, needed = set(map(id, functional.outputs)), []
-    for call in reversed(calls_in_order(functional)):
+    for call in reversed(_calls_in_order(functional)):
         if used.intersection(map(id, call.outputs)):
             used.update(map(id, jax.tree.leaves((call.args, call.kwargs))))
             needed.append(call)

@@ -1,5 +1,6 @@
 """`TimeDistributed` with Keras' treatment of masks. Nothing here knows Keras."""
 
+import jax
 import jax.numpy as jnp
 
 from tdjax import linen
@@ -10,27 +11,31 @@ class TimeDistributed(linen.TimeDistributed):
     """`tdjax.linen.TimeDistributed` that treats masks as Keras does.
 
     The layer gets each step's slice of the mask, and masked steps are not zeroed. The
-    mask passes on; one over parts of steps (words in lines) becomes one over steps if
-    the layer ends it.
+    mask passes on, without the axes that the output has no place for: where lines of
+    words become vectors, a line is valid if a word is.
 
     Attributes:
       hands_mask: whether the layer gets its slice of the mask.
-      ends_mask: whether the layer's own output has no mask.
     """
 
     hands_mask: bool = False
-    ends_mask: bool = False
 
-    def __call__(self, inputs, mask=None, train: bool = False):
+    def __call__(self, inputs, mask=None, train: bool = False, return_mask=False):
         accepted = parameters(type(self.layer))
         kwargs = {"train": train} if "train" in accepted else {}
         args = [inputs]
-        if self.hands_mask and mask is not None:
+        if self.hands_mask and jax.tree.leaves(mask):
             # Only positional arguments are cut into steps.
             args += [None] * (accepted.index("mask") - 1) + [mask]
-        return super().__call__(*args, **kwargs)
+        outputs = super().__call__(*args, **kwargs)
+        return (outputs, _mask_for(outputs, mask)) if return_mask else outputs
 
-    def compute_mask(self, inputs, mask):
-        if mask is None or mask.ndim == 2 or not self.ends_mask:
-            return mask
-        return jnp.any(mask, axis=tuple(range(2, mask.ndim)))
+
+def _mask_for(outputs, mask):
+    masks, shape = jax.tree.leaves(mask), jax.tree.leaves(outputs)[0].shape
+    if not masks:
+        return None
+    kept = 2
+    while masks[0].shape[kept : kept + 1] == shape[kept:-1][:1]:
+        kept += 1
+    return jnp.any(masks[0], axis=tuple(range(kept, masks[0].ndim)))
