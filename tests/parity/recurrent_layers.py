@@ -8,7 +8,7 @@ import pytest
 
 from conftest import normal
 from parity.keras_parity import vary
-from tdjax._keras_convert import to_flax
+from tdjax._keras.convert import to_flax
 
 BATCH, TIME, FEATURES, UNITS = 4, 4, 3, 2
 X = normal(0, BATCH, TIME, FEATURES)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from conftest import normal
-from tdjax._keras_activations import FUNCTIONS, activation
+from tdjax._keras.activations import FUNCTIONS, activation
 
 X = 5 * normal(0, 5, 8)
 OPTIONS = {"threshold": {"threshold": 0.3, "default_value": -1.0}}

@@ -19,8 +19,8 @@ from parity.recurrent_layers import (
     convert,
     each_layer,
 )
-from tdjax import _keras_recurrent
-from tdjax._keras_recurrent import GRU, LSTM, SimpleRNN
+from tdjax._keras import recurrent
+from tdjax._keras.recurrent import GRU, LSTM, SimpleRNN
 
 
 @each_layer
@@ -99,7 +99,7 @@ def test_product_before_the_loop_is_the_one_in_it(kind, key, monkeypatch):
     results = []
     for before in (False, True):
         monkeypatch.setattr(
-            _keras_recurrent, "is_faster_before_the_loop", lambda before=before: before
+            recurrent, "is_faster_before_the_loop", lambda before=before: before
         )
         results.append(jax.value_and_grad(run, (0, 1))(variables, X))
     assert_trees_close(*results, 1e-5, 1e-5)

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from tdjax._checks import describe, require_array
-from tdjax._keras_activations import Activation
-from tdjax._keras_initializers import glorot_uniform, orthogonal
+from tdjax._keras.activations import Activation
+from tdjax._keras.initializers import glorot_uniform, orthogonal
 
 LAYOUT = "(batch, time, features)"
 # Inputs and mask have a time axis, which comes first; the products have none.
