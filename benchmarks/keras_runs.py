@@ -100,7 +100,8 @@ class Start(NamedTuple):
 def _start(make, of: str, batches: list, attempts: int) -> Start:
     """The median of several first calls, if they are fast."""
     runs: list[Any] = [make() for _ in range(attempts)]
-    run, out = runs[0], None
+    run: Any = runs[0]
+    out: Any = None
     compilations, times = _compilations(), []
     for run in runs:
         if attempts > 1:
