@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from tdjax._keras_registry import find_rule, known_classes
+from tdjax._keras.registry import find_rule, known_classes
 
 # Arrays, slices and the like, which Keras reads as values.
 VALUES = ("keras_tensor", "tensor", "numpy", "bytes", "ellipsis", "slice")
@@ -102,11 +102,11 @@ def _check(path: pathlib.Path, place: str, part: dict[str, Any]) -> None:
         )
     if not _is_known(part):
         raise ValueError(
-            f"{path}: {place} needs {part.get('module')}.{_name(part)}. Taken from "
-            "a file are only Keras' own layers that have a rule, their settings, and what is "
-            "registered in this process with keras.saving.register_keras_serializable. "
-            "Import what registers it first; a layer also needs a rule, see "
-            "tdjax.keras.register_rule."
+            f"{path}: {place} needs {part.get('module')}.{_name(part)}. A file may "
+            "hold Keras' own layers that have a rule, their settings, and what is "
+            "registered in this process with "
+            "keras.saving.register_keras_serializable. Import what registers it first; "
+            "a layer also needs a rule, see tdjax.keras.register_rule."
         )
 
 

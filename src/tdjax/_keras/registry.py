@@ -189,9 +189,14 @@ def _check_result(layer: Any, converted: Any) -> None:
 
 
 def _unknown(layer: Any) -> str:
-    name = type(layer).__name__
+    name, why = type(layer).__name__, ""
+    if isinstance(layer, keras.Model):
+        why = (
+            "Sequential and Functional models are converted by their graph, which a "
+            "model with a `call` of its own does not have. "
+        )
     return (
-        f"No rule is known for layer {where(layer)}. Supply one:\n\n"
+        f"No rule is known for layer {where(layer)}. {why}Supply one:\n\n"
         f"    @tdjax.keras.register_rule({name})\n"
         "    def convert(layer):\n"
         "        module = ...  # a flax.linen.Module that does what the layer does\n"
