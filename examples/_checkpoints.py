@@ -51,6 +51,13 @@ class Checkpoints:
         return self.folder / str(self.latest)
 
 
+def refuse_existing(folder: Path):
+    raise InputError(
+        f"{folder} holds a run already: go on with it with --resume, or give another "
+        "folder with --out"
+    )
+
+
 def refuse_differences(folder: Path, saved: dict[str, Any], now: dict[str, Any]):
     """Raises if a saved run and this one would not be the same run."""
     names = [name for name in {**now, **saved} if saved.get(name) != now.get(name)]

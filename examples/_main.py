@@ -4,11 +4,12 @@ import inspect
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from rich.console import Console
 
-from _checkpoints import Checkpoints, checksum, write_atomically
-from _display import save_curve
+from _checkpoints import Checkpoints, checksum, refuse_existing, write_atomically
+from _display import Point, save_curve
 from _options import (
     InputError,
     Settings,
@@ -16,7 +17,7 @@ from _options import (
     parse_settings,
     resume_command,
 )
-from _problem import Problem
+from _problem import Baselines, Problem, Quantities
 from _training import Run, train
 
 
@@ -30,15 +31,27 @@ def run_example(
     Returns:
       0; 2 if what the user gave cannot be used; 130 after Ctrl-C.
     """
-    description = (inspect.getdoc(problem) or "").split("\n")[0]
-    chosen = parse_settings(arguments, settings, description)
-    console = Console()
-    try:
+
+    def program(chosen: SettingsType, console: Console) -> None:
         run = Run(problem(chosen), chosen, open_checkpoints(chosen))
-        if chosen.resume:
-            print(f"Goes on from step {run.state.step} of {chosen.steps}.")
+        say_where(chosen, int(run.state.step))
         train(run, console)
         report(run, console)
+
+    description = (inspect.getdoc(problem) or "").split("\n")[0]
+    return run_program(program, settings, arguments, description)
+
+
+def run_program(
+    program: Callable[[SettingsType, Console], None],
+    settings: type[SettingsType],
+    arguments: list[str],
+    description: str,
+) -> int:
+    """Runs a program that goes on with `--resume`; returns as `run_example`."""
+    chosen = parse_settings(arguments, settings, description)
+    try:
+        program(chosen, Console())
     except KeyboardInterrupt:
         print("\nInterrupted. Go on with:", resume_command(sys.argv[0], arguments))
         return 130
@@ -48,25 +61,35 @@ def run_example(
     return 0
 
 
+def say_where(settings: Settings, step: int) -> None:
+    if settings.resume:
+        print(f"Goes on from step {step} of {settings.steps}.")
+
+
 def open_checkpoints(settings: Settings) -> Checkpoints:
     """The checkpoints of the run to go on with; a new run has none yet."""
     checkpoints = Checkpoints(settings.out / "checkpoints")
     if checkpoints.latest is not None and not settings.resume:
-        raise InputError(
-            f"{settings.out} holds a run already: go on with it with --resume, or "
-            "give another folder with --out"
-        )
+        refuse_existing(settings.out)
     return checkpoints
 
 
 def report(run: Run, console: Console) -> None:
     """Shows what the problem has to show, and says where everything is."""
     problem, out = run.problem, run.settings.out
-    plot, numbers = out / "learning_curve.png", out / "learning_curve.json"
-    save_curve(plot, run.curve, problem.quantities, problem.baselines)
-    content = json.dumps({"baselines": problem.baselines, "curve": run.curve}, indent=1)
-    write_atomically(numbers, lambda file: file.write(content.encode()))
+    curve = save_curves(out, run.curve, problem.quantities, problem.baselines)
     problem.report(run.state.params, console, out)
-    print(f"learning curve  {plot} ({numbers.name})")
+    print(f"learning curve  {curve}")
     print(f"checkpoint      {run.checkpoints.path()}")
     print(f"parameters      {checksum(run.state.params)}")
+
+
+def save_curves(
+    out: Path, curve: list[Point], quantities: Quantities, baselines: Baselines
+) -> str:
+    """Draws the learning curve and writes its numbers; returns where they are."""
+    plot, numbers = out / "learning_curve.png", out / "learning_curve.json"
+    save_curve(plot, curve, quantities, baselines)
+    content = json.dumps({"baselines": baselines, "curve": curve}, indent=1)
+    write_atomically(numbers, lambda file: file.write(content.encode()))
+    return f"{plot} ({numbers.name})"

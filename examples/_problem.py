@@ -12,6 +12,10 @@ from rich.console import Console
 from _batches import fingerprint
 from _options import Settings
 
+Quantities = Mapping[str, str]
+Baselines = Mapping[str, Mapping[str, float]]
+QUANTITIES: Quantities = {"loss": ".3f", "accuracy": ".1%"}
+
 
 class Problem(abc.ABC):
     """Data, a model, its loss and what to show of it.
@@ -32,8 +36,8 @@ class Problem(abc.ABC):
 
     train: Any
     held_out: Any
-    quantities: ClassVar[Mapping[str, str]] = {"loss": ".3f", "accuracy": ".1%"}
-    baselines: Mapping[str, Mapping[str, float]]
+    quantities: ClassVar[Quantities] = QUANTITIES
+    baselines: Baselines
 
     @abc.abstractmethod
     def init(self, key: jax.Array) -> Any:

@@ -1,13 +1,13 @@
 """The README's Python runs, and what it says of the project is so."""
 
 import re
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-BLOCKS = [b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "import" in b]
+from markdown_pages import ROOT, broken_links, python_blocks, run_block
+
+PAGE = ROOT / "README.md"
+README, BLOCKS = PAGE.read_text(), python_blocks(PAGE)
 
 
 def test_there_is_a_block_of_each_kind():
@@ -21,7 +21,7 @@ def test_there_is_a_block_of_each_kind():
     ids=["functional", "linen", "nnx", "masks", "loss", "autotune"],
 )
 def test_example_runs(block):
-    exec(compile(block, "README.md", "exec"), {})
+    run_block(block, PAGE)
 
 
 def test_each_command_is_one_line_with_its_own_environment():
@@ -46,5 +46,4 @@ def test_the_oldest_pair_is_that_of_the_metadata():
 
 
 def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+    assert broken_links(PAGE) == []

@@ -4,14 +4,21 @@ It needs Keras with the JAX backend: `pip install "tdjax[keras]"`, and
 `KERAS_BACKEND=jax` in the environment before Keras is imported.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, no_type_check
 
 import keras
 from keras import ops
 
 from tdjax._checks import describe
-from tdjax._keras_independent import treats_examples_alone
-from tdjax._keras_steps import distribute_layer
+from tdjax._keras.convert import from_flax as from_flax
+from tdjax._keras.convert import to_flax as to_flax
+from tdjax._keras.convert import trainable_params as trainable_params
+from tdjax._keras.graph import FlaxModel as FlaxModel
+from tdjax._keras.independent import equal_method
+from tdjax._keras.registry import convert_layer as convert_layer
+from tdjax._keras.registry import register_rule as register_rule
+from tdjax._keras.steps import distribute_layer
+from tdjax._keras.time_rules import convert_time_distributed
 from tdjax._lowering import Lowering
 from tdjax._state import check_share_rng
 
@@ -64,6 +71,8 @@ class TimeDistributed(keras.layers.TimeDistributed):
       (2, 50, 5)
     """
 
+    # Keras looks at the parameters of `__init__`; run-time type checks wrap it.
+    @no_type_check
     def __init__(
         self,
         layer: keras.Layer,
@@ -90,8 +99,7 @@ class TimeDistributed(keras.layers.TimeDistributed):
         """How the steps are lowered, with the method that None stands for."""
         method = self.method
         if method is None:
-            alone = not self.share_rng and treats_examples_alone(self.layer)
-            method = "fold" if alone else "vmap"
+            method = equal_method(self.layer, share_rng=self.share_rng)
         return Lowering(method, self.chunk_size, self.unroll, self.remat)
 
     def get_config(self):
@@ -149,6 +157,7 @@ class TimeDistributed(keras.layers.TimeDistributed):
         return y
 
 
+register_rule(TimeDistributed)(convert_time_distributed)
 _OPTIONS = ("method", "chunk_size", "unroll", "remat", "share_rng")
 
 

@@ -1,4 +1,4 @@
-"""Initial values by name: Flax's own initializers are closures, which can't be pickled."""
+"""Initial values by name: Flax's own initializers can't be pickled."""
 
 import dataclasses
 from typing import Any

@@ -5,10 +5,10 @@ from typing import Any
 import flax.linen as nn
 from keras import layers
 
-from tdjax import _keras_layers as flax_layers
-from tdjax import _keras_normalization as normalization
-from tdjax._keras_activations import activation
-from tdjax._keras_registry import Variables, refuse, register_rule, where
+from tdjax._keras import layers as flax_layers
+from tdjax._keras import normalization as normalization
+from tdjax._keras.activations import activation
+from tdjax._keras.registry import Variables, refuse, register_rule, where
 
 Converted = tuple[nn.Module, Variables]
 
@@ -145,39 +145,44 @@ def convert_batch_normalization(layer: layers.BatchNormalization) -> Converted:
         **dtypes(layer),
     )
     statistics = {"mean": layer.moving_mean, "var": layer.moving_variance}
-    return module, {**_params(scale=layer.gamma, bias=layer.beta), "batch_stats": statistics}
+    return module, {
+        **_params(scale=layer.gamma, bias=layer.beta),
+        "batch_stats": statistics,
+    }
 
 
 @register_rule(layers.LayerNormalization)
-def convert_layer_normalization(layer: layers.LayerNormalization) -> Converted:
+def convert_layer_normalization(layer: Any) -> Converted:
     axes = tuple(layer.axis)
     settings = {"epsilon": layer.epsilon, "feature_axes": axes, **dtypes(layer)}
     if layer.rms_scaling:
         return normalization.VarianceScaling(**settings), _params(scale=layer.gamma)
-    module = normalization.LayerNormalization(
+    module = nn.LayerNorm(
         use_scale=layer.scale,
         use_bias=layer.center,
         reduction_axes=axes,
+        use_fast_variance=False,
         **settings,
     )
     return module, _params(scale=layer.gamma, bias=layer.beta)
 
 
 @register_rule(layers.RMSNormalization)
-def convert_rms_normalization(layer: layers.RMSNormalization) -> Converted:
+def convert_rms_normalization(layer: Any) -> Converted:
     axes = tuple(layer.axis)
-    module = normalization.RMSNormalization(
+    module = nn.RMSNorm(
         epsilon=layer.epsilon, reduction_axes=axes, feature_axes=axes, **dtypes(layer)
     )
     return module, _params(scale=layer.scale)
 
 
 @register_rule(layers.GroupNormalization)
-def convert_group_normalization(layer: layers.GroupNormalization) -> Converted:
+def convert_group_normalization(layer: Any) -> Converted:
     if layer.axis not in (-1, layer.input_spec.ndim - 1):
         raise refuse(layer, f"axis must be the last one, got axis={layer.axis}.")
-    module = normalization.GroupNormalization(
+    module = nn.GroupNorm(
         layer.groups,
+        use_fast_variance=False,
         epsilon=layer.epsilon,
         use_scale=layer.scale,
         use_bias=layer.center,

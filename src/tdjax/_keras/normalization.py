@@ -59,7 +59,7 @@ class BatchNormalization(nn.Module):
 
 
 class _Feature:
-    """Variables with one value per feature of `x`, read so that they broadcast to it."""
+    """Variables with a value per feature of `x`, read so that they broadcast to it."""
 
     def __init__(self, module, x):
         axis = module.axis % x.ndim
@@ -89,15 +89,6 @@ def _moments(x, axes, mask):
     return mean, mean_of(jnp.square(jnp.where(where, x - mean, 0)))
 
 
-class LayerNormalization(nn.LayerNorm):
-    """`nn.LayerNorm` in which a mask changes nothing."""
-
-    use_fast_variance: bool = False
-
-    def __call__(self, inputs):
-        return super().__call__(inputs)
-
-
 class VarianceScaling(nn.Module):
     """Divides by the standard deviation, without taking the mean away."""
 
@@ -119,27 +110,17 @@ class VarianceScaling(nn.Module):
         return outputs.astype(self.dtype or inputs.dtype)
 
 
-class GroupNormalization(nn.GroupNorm):
-    """`nn.GroupNorm` in which a mask changes nothing."""
+class Dropout(nn.Module):
+    """`nn.Dropout` in training."""
 
-    use_fast_variance: bool = False
+    rate: float
+    broadcast_dims: tuple[int, ...] = ()
 
-    def __call__(self, inputs):
-        return super().__call__(inputs)
-
-
-class RMSNormalization(nn.RMSNorm):
-    """`nn.RMSNorm` in which a mask changes nothing."""
-
-    def __call__(self, inputs):
-        return super().__call__(inputs)
-
-
-class Dropout(nn.Dropout):
-    """`nn.Dropout` in training only."""
-
+    @nn.compact
     def __call__(self, inputs, train: bool = False):
-        return super().__call__(inputs, deterministic=not train)
+        return nn.Dropout(self.rate, self.broadcast_dims)(
+            inputs, deterministic=not train
+        )
 
 
 class GaussianNoise(nn.Module):

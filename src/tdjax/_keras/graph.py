@@ -54,7 +54,9 @@ class Structure:
 
     def fill(self, values: dict[Slot, Any]) -> Any:
         """The pytree with the slots' values."""
-        return self.treedef.unflatten([self._leaf(leaf, values) for leaf in self.leaves])
+        return self.treedef.unflatten(
+            [self._leaf(leaf, values) for leaf in self.leaves]
+        )
 
     def _leaf(self, leaf, values):
         if isinstance(leaf, Slot):
@@ -176,14 +178,14 @@ def _match(graph: Graph, inputs) -> list:
     """The inputs in the order of the graph's, also if named where it has a list."""
     names = [spec.name for spec in graph.specs]
     treedef = graph.inputs.treedef
+    leaves, given = jax.tree.flatten(inputs)
+    lists = [jax.tree.structure(kind([0] * len(names))) for kind in (list, tuple)]
+    if given == treedef or len(leaves) == len(names) == 1:
+        return leaves
+    if given in lists and treedef in lists:
+        return leaves
     if isinstance(inputs, dict) and set(names) <= set(inputs):
         return [inputs[name] for name in names]
-    leaves, given = jax.tree.flatten(inputs)
-    nested = jax.tree.structure([0] * len(names))
-    lists = {treedef, nested, jax.tree.structure((0,) * len(names))}
-    is_list = treedef in lists and not isinstance(inputs, dict)
-    if given == treedef or len(leaves) == 1 == len(names) or (is_list and given in lists):
-        return leaves
     raise ValueError(
         f"The model takes {treedef.unflatten(names)!r}, got {describe(inputs)}."
     )

@@ -1,7 +1,8 @@
-"""Keras' layers that merge a list of inputs, as Flax modules. Nothing here knows Keras."""
+"""Keras' layers that merge inputs, as Flax modules. Nothing here knows Keras."""
 
 import functools
 import operator
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,7 +18,7 @@ class _Merge(nn.Module):
     def combine(self, x, y):
         raise NotImplementedError
 
-    def compute_mask(self, inputs, mask):
+    def compute_mask(self, inputs, mask) -> Any:
         masks = mask or [None]
         if any(m is None for m in masks):
             return None
@@ -31,7 +32,7 @@ def _same_rank(inputs):
 
 
 def _with_masks(inputs, mask):
-    """The inputs and masks that broadcast to them; a new axis ends the mask, as in Keras."""
+    """The inputs and masks that broadcast to them; a new axis ends a mask."""
     same = _same_rank(inputs)
     pairs = zip(inputs, same, mask or [None] * len(inputs))
     keeps = lambda x, y, m: None if m is None or x.ndim < y.ndim else m[..., None]
@@ -59,9 +60,10 @@ class Multiply(_Merge):
         inputs, masks = _with_masks(inputs, mask)
         kept = [x if m is None else jnp.where(m, x, 1) for x, m in zip(inputs, masks)]
         outputs = functools.reduce(operator.mul, kept)
-        if any(m is None for m in masks):
+        valid = [m for m in masks if m is not None]
+        if len(valid) < len(masks):
             return outputs
-        return jnp.where(functools.reduce(operator.or_, masks), outputs, 0)
+        return jnp.where(functools.reduce(operator.or_, valid), outputs, 0)
 
 
 class Average(_Merge):
@@ -82,8 +84,7 @@ class _Extremum(_Merge):
         for x, valid in zip(rest, masks):
             x = x if valid is None else jnp.where(valid, x, outputs)
             outputs = outputs if known is None else jnp.where(known, outputs, x)
-            both = valid is not None and known is not None
-            known = known | valid if both else None
+            known = None if known is None or valid is None else known | valid
             outputs = self.combine(outputs, x)
         return outputs
 
@@ -133,8 +134,8 @@ class Dot(nn.Module):
         axes = [axis % x.ndim for axis, x in zip(self.axes, inputs)]
         if self.normalize:
             inputs = [_unit(x, axis) for x, axis in zip(inputs, axes)]
-        summed, batch = tuple((axis,) for axis in axes), ((0,), (0,))
-        outputs = jax.lax.dot_general(*inputs, (summed, batch))
+        (x, y), (i, j) = inputs, axes
+        outputs = jax.lax.dot_general(x, y, (((i,), (j,)), ((0,), (0,))))
         return outputs[:, None] if outputs.ndim == 1 else outputs
 
     def compute_mask(self, inputs, mask):

@@ -4,21 +4,23 @@ import functools
 import re
 from typing import Any
 
-from keras.src import activations, ops  # Keras gives their classes no public names
+from keras.src import ops  # Keras gives their classes no public names
+from keras.src.activations import activations
 
-from tdjax._keras_operations import Operation
-from tdjax._keras_registry import register_rule
-from tdjax._keras_rules import Converted
+from tdjax._keras.operations import Operation
+from tdjax._keras.registry import register_rule
+from tdjax._keras.rules import Converted
 
 _PLAIN = """
-    Add Subtract Multiply Divide TrueDivide FloorDivide Mod Power Negative Absolute Matmul
+    Add Subtract Multiply Divide TrueDivide FloorDivide Mod Power Negative Absolute
     Maximum Minimum Less LessEqual Greater GreaterEqual Equal NotEqual
-    LogicalAnd LogicalOr LogicalNot LogicalXor Where GetItem StopGradient
+    LogicalAnd LogicalOr LogicalNot LogicalXor Where GetItem Matmul StopGradient
     Square Sqrt Exp Expm1 Log Log1p Sin Cos Tanh Sign
     Relu Relu6 Sigmoid LogSigmoid HardSigmoid Silu HardSilu Softplus Softsign Selu
 """
 _REDUCTION = {"axis": "axis", "keepdims": "keepdims"}
 _AXIS = {"axis": "axis"}
+_DTYPE = {"dtype": "dtype"}
 # The attributes of the operation, and what JAX calls them.
 _OPTIONS = {
     **dict.fromkeys(("Mean", "Sum", "Prod", "Max", "Min"), _REDUCTION),
@@ -32,7 +34,7 @@ _OPTIONS = {
     "Repeat": {"repeats": "repeats", "axis": "axis"},
     "Tile": {"repeats": "reps"},
     "Clip": {"x_min": "min", "x_max": "max"},
-    **dict.fromkeys(("Cast", "ZerosLike", "OnesLike"), {"dtype": "dtype"}),
+    **dict.fromkeys(("Cast", "ZerosLike", "OnesLike"), _DTYPE),
     "LeakyRelu": {"negative_slope": "negative_slope"},
     "Elu": {"alpha": "alpha"},
     "Gelu": {"approximate": "approximate"},
@@ -59,7 +61,9 @@ for _name, _names in _OPTIONS.items():
     register_rule(getattr(ops, _name))(functools.partial(_convert, _names))
 
 
-@register_rule(activations.activations.ReLU)
+@register_rule(activations.ReLU)
 def convert_relu(operation: Any) -> Converted:
     names = ("negative_slope", "max_value", "threshold")
-    return Operation("relu", tuple((name, getattr(operation, name)) for name in names)), {}
+    return Operation(
+        "relu", tuple((name, getattr(operation, name)) for name in names)
+    ), {}

@@ -11,15 +11,18 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from tdjax import _keras_initializers as initializers
-from tdjax._keras_activations import Activation
+from tdjax._keras import initializers as initializers
+from tdjax._keras.activations import Activation
 
 LINEAR = Activation("linear")
+# Flax's type for the field `promote_dtype` is a protocol, which type checks at run time
+# can't handle; the subclasses of Flax's layers redeclare it.
 
 
 class Dense(nn.Dense):
     """`nn.Dense` with an activation."""
 
+    promote_dtype: Any = promote_dtype
     kernel_init: Any = initializers.glorot_uniform
     activation: Callable = LINEAR
 
@@ -30,6 +33,7 @@ class Dense(nn.Dense):
 class Embedding(nn.Embed):
     """`nn.Embed` that takes any numbers and may mask the zeros."""
 
+    promote_dtype: Any = promote_dtype
     embedding_init: Any = initializers.embedding
     mask_zero: bool = False
 
@@ -45,6 +49,7 @@ class Embedding(nn.Embed):
 class Conv(nn.Conv):
     """`nn.Conv` with an activation."""
 
+    promote_dtype: Any = promote_dtype
     kernel_init: Any = initializers.glorot_uniform
     activation: Callable = LINEAR
 
@@ -55,6 +60,7 @@ class Conv(nn.Conv):
 class ConvTranspose(nn.ConvTranspose):
     """`nn.ConvTranspose` with an activation."""
 
+    promote_dtype: Any = promote_dtype
     kernel_init: Any = initializers.glorot_uniform
     activation: Callable = LINEAR
 

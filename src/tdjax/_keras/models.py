@@ -5,9 +5,10 @@ from typing import Any
 import jax
 import keras
 import numpy as np
+from keras.src.models.functional import Functional
 
-from tdjax._keras_calls import Call, has_one_input, read_call
-from tdjax._keras_graph import (
+from tdjax._keras.calls import Call, has_one_input, read_call
+from tdjax._keras.graph import (
     Constant,
     FlaxModel,
     Graph,
@@ -17,18 +18,14 @@ from tdjax._keras_graph import (
     Slot,
     Structure,
 )
-from tdjax._keras_registry import (
+from tdjax._keras.registry import (
     Variables,
     convert_layer,
     inside,
     refuse,
     register_rule,
     takes_mask,
-    where,
 )
-
-# What a functional model is made of; Keras gives the class no public name.
-Functional = type(keras.Model(_in := keras.Input((1,)), _in))
 
 
 @register_rule(keras.Sequential)
@@ -45,15 +42,6 @@ def convert_sequential(model: keras.Sequential) -> tuple[FlaxModel, Variables]:
 @register_rule(Functional)
 def convert_functional(model: Any) -> tuple[FlaxModel, Variables]:
     return _convert_graph(model, model)
-
-
-@register_rule(keras.Model)
-def refuse_subclassed(model: keras.Model):
-    raise TypeError(
-        f"Model {where(model)} is a subclass of keras.Model with a `call` of its own, "
-        "which cannot be read as a graph. Sequential and Functional models are "
-        "converted; supply a rule for this class with tdjax.keras.register_rule."
-    )
 
 
 def _convert_graph(functional: Any, model: Any) -> tuple[FlaxModel, Variables]:
@@ -84,17 +72,19 @@ def _put_below(variables: Variables, name: str, own: Variables) -> None:
             variables.setdefault(collection, {})[name] = tree
 
 
-def calls_in_order(functional: Any) -> list[Call]:
+def _calls_in_order(functional: Any) -> list[Call]:
     """The calls of the model's operations, each after those it depends on."""
     by_depth = functional._nodes_by_depth
-    nodes = [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth]]
+    nodes = [
+        node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth]
+    ]
     return [read_call(node) for node in nodes if not node.is_input]
 
 
 def _needed(functional: Any) -> list[Call]:
     """The calls without those that only compute what Keras hands on as a mask."""
     used, needed = set(map(id, functional.outputs)), []
-    for call in reversed(calls_in_order(functional)):
+    for call in reversed(_calls_in_order(functional)):
         if used.intersection(map(id, call.outputs)):
             used.update(map(id, jax.tree.leaves((call.args, call.kwargs))))
             needed.append(call)

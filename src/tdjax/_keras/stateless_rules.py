@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from keras import layers
 
-from tdjax import _keras_merging as merging
-from tdjax import _keras_stateless as stateless
-from tdjax._keras_activations import Activation, activation
-from tdjax._keras_registry import refuse, register_rule, where
-from tdjax._keras_rules import Converted, require_channels_last
+from tdjax._keras import merging as merging
+from tdjax._keras import stateless as stateless
+from tdjax._keras.activations import Activation, activation
+from tdjax._keras.registry import refuse, register_rule, where
+from tdjax._keras.rules import Converted, require_channels_last
 
 
 @register_rule(layers.Activation)
@@ -154,9 +154,9 @@ def convert_concatenate(layer: layers.Concatenate) -> Converted:
 
 
 @register_rule(layers.Dot)
-def convert_dot(layer: layers.Dot) -> Converted:
-    axes = (layer.axes,) * 2 if isinstance(layer.axes, int) else tuple(layer.axes)
-    return merging.Dot(axes, layer.normalize), {}
+def convert_dot(layer: Any) -> Converted:
+    one, other = (layer.axes,) * 2 if isinstance(layer.axes, int) else layer.axes
+    return merging.Dot((one, other), layer.normalize), {}
 
 
 def _register_family(rule: Callable, module_class: type, *names: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from tdjax._keras_registry import find_rule, known_classes
+from tdjax._keras.registry import find_rule, known_classes
 
 # Arrays, slices and the like, which Keras reads as values.
 VALUES = ("keras_tensor", "tensor", "numpy", "bytes", "ellipsis", "slice")
@@ -24,8 +24,19 @@ PARTS = (
     keras.layers.GRUCell,
     keras.layers.StackedRNNCells,
 )
-MODULES = ("layers", "models", "initializers", "regularizers", "constraints", "dtype_policies")
-FUNCTIONS = {"builtins": "activations", "keras.activations": "activations", "keras.ops": "ops"}
+MODULES = (
+    "layers",
+    "models",
+    "initializers",
+    "regularizers",
+    "constraints",
+    "dtype_policies",
+)
+FUNCTIONS = {
+    "builtins": "activations",
+    "keras.activations": "activations",
+    "keras.ops": "ops",
+}
 LARGEST_CONFIG = 2**26
 
 
@@ -46,9 +57,10 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"There is no file {path}.")
     if path.is_dir() or not zipfile.is_zipfile(path):
+        kind = "a directory" if path.is_dir() else "something else"
         raise ValueError(
-            f"{path} is not a .keras file{' but a directory' if path.is_dir() else ''}. "
-            "Load other formats with Keras, and pass the model."
+            f"{path} is not a .keras file, but {kind}. Load other formats with Keras, "
+            "and pass the model."
         )
     with zipfile.ZipFile(path) as archive:
         try:
@@ -85,16 +97,16 @@ def _check(path: pathlib.Path, place: str, part: dict[str, Any]) -> None:
     if name in ("Lambda", "__lambda__"):
         raise ValueError(
             f"{path}: {place} holds Python code (a Lambda layer or a lambda), which is "
-            "never executed from a file. If you trust it, load the file with Keras, put "
-            "a layer class with a rule in its place and pass the model."
+            "never executed from a file. If you trust it, load the file with Keras, "
+            "put a layer class with a rule in its place and pass the model."
         )
     if not _is_known(part):
         raise ValueError(
-            f"{path}: {place} needs {part.get('module')}.{_name(part)}, which is not "
-            "among what is loaded: Keras' own layers that have a rule, their settings, "
-            "and what is registered in this process with "
-            "keras.saving.register_keras_serializable. Import the module that registers "
-            "it first, and supply a rule with tdjax.keras.register_rule if it is a layer."
+            f"{path}: {place} needs {part.get('module')}.{_name(part)}. A file may "
+            "hold Keras' own layers that have a rule, their settings, and what is "
+            "registered in this process with "
+            "keras.saving.register_keras_serializable. Import what registers it first; "
+            "a layer also needs a rule, see tdjax.keras.register_rule."
         )
 
 
@@ -110,20 +122,27 @@ def _is_known(part: dict[str, Any]) -> bool:
     if name.startswith("__"):
         return name.strip("_") in VALUES
     if part["class_name"] == "function":
-        home = getattr(keras, FUNCTIONS.get(module, ""), None)
+        home = getattr(keras, FUNCTIONS.get(str(module), ""), None)
         return _is_registered(name) or (home is not None and hasattr(home, name))
     return _is_registered(part.get("registered_name")) or _is_of_keras(module, name)
 
 
 def _is_registered(name: Any) -> bool:
-    return isinstance(name, str) and keras.saving.get_registered_object(name) is not None
+    return (
+        isinstance(name, str) and keras.saving.get_registered_object(name) is not None
+    )
 
 
 def _is_of_keras(module: Any, name: str) -> bool:
     """Whether this is a class of Keras with a rule, or one that its rule reads."""
-    if any((kind.__module__, kind.__name__) == (module, name) for kind in known_classes()):
+    if any(
+        (kind.__module__, kind.__name__) == (module, name) for kind in known_classes()
+    ):
         return True
-    homes = {"keras": keras, **{f"keras.{home}": getattr(keras, home) for home in MODULES}}
+    homes = {
+        "keras": keras,
+        **{f"keras.{home}": getattr(keras, home) for home in MODULES},
+    }
     kind = getattr(homes.get(module), name, None)
     if not isinstance(kind, type):
         return False

@@ -32,8 +32,9 @@ def register_rule(layer_class: type) -> Callable[[AnyRule], AnyRule]:
 
     The module is called with the layer's inputs, several as Keras gives them. If its
     `__call__` takes `train`, it is told whether it trains; if it and the layer's `call`
-    both take `mask`, it gets the mask of its input, or None. A method `compute_mask(inputs, mask)` gives the mask of its
-    output; without one the mask passes on if the Keras layer has `supports_masking`.
+    both take `mask`, it gets the mask of its input, or None. A method
+    `compute_mask(inputs, mask)` gives the mask of its output; without one the mask
+    passes on if the Keras layer has `supports_masking`.
 
     A rule also holds for subclasses, but not for one that overrides `call` or
     `compute_mask`: that needs a rule of its own. The last rule for a class counts.
@@ -124,7 +125,9 @@ def takes_mask(layer: Any) -> bool:
     """Whether the mask of its input changes what a layer computes."""
     # These read it off their inputs, without an argument for it.
     merging = keras.layers.Maximum, keras.layers.Minimum, keras.layers.Multiply
-    return isinstance(layer, merging) or "mask" in inspect.signature(layer.call).parameters
+    return (
+        isinstance(layer, merging) or "mask" in inspect.signature(layer.call).parameters
+    )
 
 
 def convert_layer(layer: Any) -> tuple[nn.Module, Variables]:
@@ -186,9 +189,14 @@ def _check_result(layer: Any, converted: Any) -> None:
 
 
 def _unknown(layer: Any) -> str:
-    name = type(layer).__name__
+    name, why = type(layer).__name__, ""
+    if isinstance(layer, keras.Model):
+        why = (
+            "Sequential and Functional models are converted by their graph, which a "
+            "model with a `call` of its own does not have. "
+        )
     return (
-        f"No rule is known for layer {where(layer)}. Supply one:\n\n"
+        f"No rule is known for layer {where(layer)}. {why}Supply one:\n\n"
         f"    @tdjax.keras.register_rule({name})\n"
         "    def convert(layer):\n"
         "        module = ...  # a flax.linen.Module that does what the layer does\n"

@@ -12,18 +12,19 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-# Each registers its rules.
-from tdjax import (
-    _keras_models,  # noqa: F401
-    _keras_operation_rules,  # noqa: F401
-    _keras_recurrent_rules,  # noqa: F401
-    _keras_rules,  # noqa: F401
-    _keras_stateless_rules,  # noqa: F401
-    _keras_time_rules,  # noqa: F401
-)
 from tdjax._checks import describe
-from tdjax._keras_file import load
-from tdjax._keras_registry import Variables, convert_layer
+
+# Each registers its rules.
+from tdjax._keras import (
+    models,  # noqa: F401
+    operation_rules,  # noqa: F401
+    recurrent_rules,  # noqa: F401
+    rules,  # noqa: F401
+    stateless_rules,  # noqa: F401
+    time_rules,  # noqa: F401
+)
+from tdjax._keras.file import load
+from tdjax._keras.registry import Variables, convert_layer
 
 
 def to_flax(model: Any) -> tuple[nn.Module, Variables]:
@@ -135,9 +136,9 @@ def trainable_params(model: Any) -> Any:
 
     Example:
       >>> import jax, keras, optax, tdjax.keras
-      >>> layers = [keras.layers.Dense(2, name="base"), keras.layers.Dense(1, name="top")]
-      >>> model = keras.Sequential([keras.Input((3,)), *layers])
-      >>> model.layers[0].trainable = False
+      >>> base = keras.layers.Dense(2, name="base", trainable=False)
+      >>> top = keras.layers.Dense(1, name="top")
+      >>> model = keras.Sequential([keras.Input((3,)), base, top])
       >>> trains = tdjax.keras.trainable_params(model)
       >>> trains
       {'base': {'bias': False, 'kernel': False}, 'top': {'bias': True, 'kernel': True}}
@@ -165,7 +166,7 @@ def _require_layer(model: Any) -> Any:
 
 
 def _value(variable: Any) -> jax.Array:
-    return jnp.asarray(keras.ops.convert_to_numpy(variable))
+    return jnp.asarray(keras.ops.convert_to_numpy(variable.value))
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
