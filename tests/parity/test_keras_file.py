@@ -4,6 +4,8 @@ import json
 import pathlib
 import zipfile
 
+import jax
+import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
