@@ -25,7 +25,7 @@ _TOLERANCE = 1e-4
 
 def rows(case: Reported, of: str, effort: Effort) -> list[Row]:
     """A row for each candidate; all agree with the first, ratios are to the first."""
-    about = {"case": case.name, "of": of, "model": case.title}
+    about: Row = {"case": case.name, "of": of, "model": case.title}
     about["timesteps"] = min(case.lengths)
     try:
         candidates = _candidates(case)
@@ -99,7 +99,9 @@ class Start(NamedTuple):
 
 def _start(make, of: str, batches: list, attempts: int) -> Start:
     """The median of several first calls, if they are fast."""
-    runs = [make() for _ in range(attempts)]
+    runs: list[Any] = [make() for _ in range(attempts)]
+    run: Any = runs[0]
+    out: Any = None
     compilations, times = _compilations(), []
     for run in runs:
         if attempts > 1:
@@ -119,9 +121,9 @@ def _compilations() -> list[float]:
     """Seconds of whatever JAX has traced, lowered and compiled, as it tells itself."""
     seconds: list[float] = []
 
-    def record(event: str, duration: float, **_):
+    def record(event: str, duration_secs: float, **kwargs):
         if event.startswith("/jax/core/compile/"):
-            seconds.append(duration)
+            seconds.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(record)
     return seconds

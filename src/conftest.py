@@ -3,4 +3,4 @@
 import importlib.util
 
 if importlib.util.find_spec("keras") is None:
-    collect_ignore_glob = ["tdjax/keras.py", "tdjax/_keras_*.py"]
+    collect_ignore_glob = ["tdjax/keras.py", "tdjax/_keras/*"]

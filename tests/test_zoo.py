@@ -16,5 +16,7 @@ def test_every_lowering_agrees_with_a_loop_over_steps(name, framework, method):
     functional = FRAMEWORKS[framework](kind)
     if name == "own layer, shared input":
         assert kind.inputs[1].ndim == 1  # no batch axis: fold can share it
-    for options, deviation in zoo.deviations(kind, functional, method).items():
+    # The lowerings are the same code under both; one of the two sees them all.
+    every = 1 if framework == "linen" else 3
+    for options, deviation in zoo.deviations(kind, functional, method, every).items():
         assert deviation < 2e-5, options

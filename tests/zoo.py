@@ -195,8 +195,10 @@ def _step(kind: Kind, t: int, inputs):
     return tuple(x if axis is None else x[:, t] for x, axis in zip(inputs, in_axes))
 
 
-def deviations(kind: Kind, functional: Functional, method: str) -> dict[str, float]:
-    """The largest deviation of every lowering, relative to the largest value.
+def deviations(
+    kind: Kind, functional: Functional, method: str, every: int = 1
+) -> dict[str, float]:
+    """The largest deviation of each `every`-th lowering, relative to the largest value.
 
     Compares outputs and gradients, of parameters and inputs, with a loop over steps.
     Values under 0.01 count as 0.01: some gradients (of an attention's key bias) are
@@ -225,6 +227,7 @@ def deviations(kind: Kind, functional: Functional, method: str) -> dict[str, flo
 
     weights = normal(9, *jax.eval_shape(loop, functional.params, *kind.inputs).shape)
     options = lowerings(T, (method,), unrolls=(1, True), whole=(None,))
+    options = options[::every]
 
     def everything(params, inputs):
         run = lambda apply: value_and_gradients(apply, params, inputs)

@@ -10,15 +10,15 @@ import keras
 from keras import ops
 
 from tdjax._checks import describe
-from tdjax._keras_convert import from_flax as from_flax
-from tdjax._keras_convert import to_flax as to_flax
-from tdjax._keras_convert import trainable_params as trainable_params
-from tdjax._keras_graph import FlaxModel as FlaxModel
-from tdjax._keras_independent import equal_method
-from tdjax._keras_registry import convert_layer as convert_layer
-from tdjax._keras_registry import register_rule as register_rule
-from tdjax._keras_steps import distribute_layer
-from tdjax._keras_time_rules import convert_time_distributed
+from tdjax._keras.convert import from_flax as from_flax
+from tdjax._keras.convert import to_flax as to_flax
+from tdjax._keras.convert import trainable_params as trainable_params
+from tdjax._keras.graph import FlaxModel as FlaxModel
+from tdjax._keras.independent import equal_method
+from tdjax._keras.registry import convert_layer as convert_layer
+from tdjax._keras.registry import register_rule as register_rule
+from tdjax._keras.steps import distribute_layer
+from tdjax._keras.time_rules import convert_time_distributed
 from tdjax._lowering import Lowering
 from tdjax._state import check_share_rng
 

@@ -1,5 +1,7 @@
 """The drop-in beside Keras' own layer: the same numbers, state, masks and files."""
 
+import inspect
+
 import jax
 import keras
 import numpy as np
@@ -56,6 +58,9 @@ OTHERS = {
         (6,),
     ),
 }
+
+if "renorm" not in inspect.signature(layers.BatchNormalization).parameters:
+    del OTHERS["batch_renorm"]
 
 
 def normal(seed, *shape):

@@ -10,6 +10,7 @@ from keras import layers as k
 
 from conftest import normal
 from parity.keras_parity import assert_parity, sequential
+from tdjax._keras import registry
 from tdjax.keras import (
     convert_layer,
     from_flax,
@@ -113,15 +114,11 @@ def test_a_rule_of_ones_own(train):
 
 
 @pytest.mark.parametrize("result", [None, FlaxScale(), (FlaxScale(), [1]), ({}, {})])
-def test_a_rule_must_return_a_module_and_variables(result):
+def test_a_rule_must_return_a_module_and_variables(result, monkeypatch):
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
     register_rule(Unknown)(lambda layer: result)
-    try:
-        with raises(TypeError, "'odd' .Unknown., layer 1", "must return"):
-            to_flax(sequential(Unknown(name="odd"), k.Dense(1), shape=(3,)))
-    finally:
-        from tdjax import _keras_registry
-
-        del _keras_registry._RULES[Unknown]
+    with raises(TypeError, "'odd' .Unknown., layer 1", "must return"):
+        to_flax(sequential(Unknown(name="odd"), k.Dense(1), shape=(3,)))
 
 
 @pytest.mark.parametrize("wrong", [3, "Dense", nn.Dense, k.Dense(3)])

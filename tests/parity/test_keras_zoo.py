@@ -27,8 +27,9 @@ def assert_close(got, wanted, tolerance=TOLERANCE):
 
 
 def build(name, wrapper):
-    # So that layers that are given no name have the same in each model.
+    # So that layers that are given no name, or no seed, have the same in each model.
     keras.utils.clear_session(free_memory=False)
+    keras.utils.set_random_seed(0)
     return ZOO[name].build(wrapper)
 
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import keras
 
-from tdjax._keras_graph import parameters
-from tdjax._keras_independent import equal_method
-from tdjax._keras_registry import convert_layer, inside, register_rule, takes_mask
-from tdjax._keras_rules import Converted
-from tdjax._keras_time import TimeDistributed
+from tdjax._keras.graph import parameters
+from tdjax._keras.independent import equal_method
+from tdjax._keras.registry import convert_layer, inside, register_rule, takes_mask
+from tdjax._keras.rules import Converted
+from tdjax._keras.time import TimeDistributed
 
 # What tdjax.keras.TimeDistributed has beyond Keras' own.
 OPTIONS = ("method", "chunk_size", "unroll", "remat", "share_rng")

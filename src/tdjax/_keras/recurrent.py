@@ -4,17 +4,20 @@ Nothing here imports Keras.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from tdjax._checks import describe, require_array
-from tdjax._keras_activations import Activation
-from tdjax._keras_initializers import glorot_uniform, orthogonal
+from tdjax._keras.activations import Activation
+from tdjax._keras.initializers import glorot_uniform, orthogonal
 
 LAYOUT = "(batch, time, features)"
+# Inputs and mask have a time axis, which comes first; the products have none.
+AXES: Any = (0, 0, nn.broadcast, nn.broadcast)
 TANH, SIGMOID = Activation("tanh"), Activation("sigmoid")
 
 
@@ -91,31 +94,35 @@ class Recurrent(nn.Module):
         )
         states = self._initial_states(initial_state, sequences)
         x, valid = self._steps_first(sequences, mask)
-        x = multiply(x, kernel, self._noise_for_inputs(x, train))
         input_bias, recurrent_bias = self.split_bias(bias)
-        if input_bias is not None:
-            x += input_bias
-        noise = self._noise_for_states(states[0], train)
+        inputs = Product(kernel, input_bias, self._input_noise(x, train))
+        noise = self._noise(self.recurrent_dropout, self.gates, states[0], train)
+        recurrent = Product(recurrent_kernel, recurrent_bias, noise)
+        if is_faster_before_the_loop():
+            x, inputs = self.split_gates(inputs(x)), None
         states, outputs = nn.scan(
             _step,
-            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=AXES,
             unroll=self.unroll or 1,
-        )(self, states, x, valid, recurrent_kernel, recurrent_bias, noise)
+        )(self, states, x, valid, inputs, recurrent)
         output = self._output(states[0], outputs, valid)
         return (output, *states) if self.return_state else output
 
     @nn.nowrap
-    def cell(self, states, x, kernel, bias, noise) -> list:
+    def cell(self, states, x, recurrent: "Product") -> list:
         """The states after a step, the one that is its output first.
 
         Args:
           states: those before it, each `(batch, units)`.
-          x: the step's input times `kernel`, with bias, `(batch, gates * units)`.
-          kernel: the recurrent kernel.
-          bias: what belongs to the recurrent product alone, or None.
-          noise: factors for the state, as `multiply` takes them.
+          x: what the step's input gives to each gate, each `(batch, units)`.
+          recurrent: the product that the state goes through.
         """
         raise NotImplementedError
+
+    @nn.nowrap
+    def split_gates(self, x) -> list:
+        """`(..., gates * units)` as one array for each gate."""
+        return jnp.split(x, self.gates, axis=-1)
 
     @nn.nowrap
     def split_bias(self, bias) -> tuple[Any, Any]:
@@ -173,12 +180,10 @@ class Recurrent(nn.Module):
         x = jnp.swapaxes(x, 0, 1)
         return x[::-1] if self.go_backwards else x
 
-    def _noise_for_inputs(self, x, train):
+    def _input_noise(self, x, train):
         per_gate = self.implementation == 1 or self.recurrent_dropout
-        return self._noise(self.dropout, self.gates if per_gate else 1, x[0], train)
-
-    def _noise_for_states(self, state, train):
-        return self._noise(self.recurrent_dropout, self.gates, state, train)
+        like = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+        return self._noise(self.dropout, self.gates if per_gate else 1, like, train)
 
     def _noise(self, rate, count, like, train):
         if not (train and rate):
@@ -200,23 +205,44 @@ class Recurrent(nn.Module):
         return valid if self.zero_output_for_mask else None
 
 
-def _step(module: Recurrent, states, x, valid, kernel, bias, noise):
-    after = module.cell(states, x, kernel, bias, noise)
-    if valid is not None:
-        after = [jnp.where(valid, new, old) for new, old in zip(after, states)]
-    return after, after[0] if module.return_sequences else None
+def is_faster_before_the_loop() -> bool:
+    """Whether inputs meet their kernel in one product for all steps.
+
+    On a CPU the results of all steps, and in the gradient their cotangents, would have
+    to go through memory, which costs more than it saves.
+    """
+    return jax.default_backend() != "cpu"
 
 
-def multiply(x, kernel, noise):
-    """`x @ kernel`, `(..., batch, size)` by `(size, columns)`.
+class Product(NamedTuple):
+    """`x @ kernel + bias`, for `x` `(..., batch, size)`.
 
     With `noise`, `(count, batch, size)`, each of so many blocks of columns sees `x`
     times a noise of its own.
     """
-    if noise is None:
-        return x @ kernel
-    blocks = jnp.split(kernel, noise.shape[0], axis=1)
-    return jnp.concatenate([(x * own) @ k for own, k in zip(noise, blocks)], axis=-1)
+
+    kernel: Any
+    bias: Any
+    noise: Any
+
+    def __call__(self, x):
+        y = self._multiply(x)
+        return y if self.bias is None else y + self.bias
+
+    def _multiply(self, x):
+        if self.noise is None:
+            return x @ self.kernel
+        blocks = jnp.split(self.kernel, self.noise.shape[0], axis=1)
+        parts = [(x * own) @ block for own, block in zip(self.noise, blocks)]
+        return jnp.concatenate(parts, axis=-1)
+
+
+def _step(module: Recurrent, states, x, valid, inputs, recurrent):
+    gates = x if inputs is None else module.split_gates(inputs(x))
+    after = module.cell(states, gates, recurrent)
+    if valid is not None:
+        after = [jnp.where(valid, new, old) for new, old in zip(after, states)]
+    return after, after[0] if module.return_sequences else None
 
 
 def _check_shapes(sequences, mask) -> None:
@@ -238,8 +264,8 @@ class SimpleRNN(Recurrent):
     gates: ClassVar[int] = 1
 
     @nn.nowrap
-    def cell(self, states, x, kernel, bias, noise):
-        return [self.activation(x + multiply(states[0], kernel, noise))]
+    def cell(self, states, x, recurrent):
+        return [self.activation(x[0] + recurrent(states[0]))]
 
 
 class LSTM(Recurrent):
@@ -260,12 +286,13 @@ class LSTM(Recurrent):
         return jnp.zeros(shape, dtype).at[self.units : 2 * self.units].set(1)
 
     @nn.nowrap
-    def cell(self, states, x, kernel, bias, noise):
+    def cell(self, states, x, recurrent):
         h, c = states
-        gates = jnp.split(x + multiply(h, kernel, noise), 4, axis=-1)
-        enter, forget, leave = (self.recurrent_activation(gates[i]) for i in (0, 1, 3))
-        c = forget * c + enter * self.activation(gates[2])
-        return [leave * self.activation(c), c]
+        gates = map(jnp.add, x, self.split_gates(recurrent(h)))
+        enter, forget, candidate, leave = gates
+        kept = self.recurrent_activation(forget) * c
+        c = kept + self.recurrent_activation(enter) * self.activation(candidate)
+        return [self.recurrent_activation(leave) * self.activation(c), c]
 
 
 class GRU(Recurrent):
@@ -292,27 +319,24 @@ class GRU(Recurrent):
         return tuple(bias) if self.reset_after and self.use_bias else (bias, None)
 
     @nn.nowrap
-    def cell(self, states, x, kernel, bias, noise):
+    def cell(self, states, x, recurrent):
         [h] = states
-        gates = (
-            self._gates_reset_after if self.reset_after else self._gates_reset_before
-        )
-        update, candidate = gates(h, x, kernel, bias, noise)
+        gates = self._reset_after if self.reset_after else self._reset_before
+        update, candidate = gates(h, x, recurrent)
         return [update * h + (1 - update) * self.activation(candidate)]
 
-    def _gates_reset_after(self, h, x, kernel, bias, noise):
-        inner = multiply(h, kernel, noise)
-        if bias is not None:
-            inner += bias
-        x_z, x_r, x_h = jnp.split(x, 3, axis=-1)
-        h_z, h_r, h_h = jnp.split(inner, 3, axis=-1)
+    def _reset_after(self, h, x, recurrent):
+        x_z, x_r, x_h = x
+        h_z, h_r, h_h = self.split_gates(recurrent(h))
         reset = self.recurrent_activation(x_r + h_r)
         return self.recurrent_activation(x_z + h_z), x_h + reset * h_h
 
-    def _gates_reset_before(self, h, x, kernel, _, noise):
-        x_zr, x_h = jnp.split(x, [2 * self.units], axis=-1)
-        kernel_zr, kernel_h = jnp.split(kernel, [2 * self.units], axis=-1)
+    def _reset_before(self, h, x, recurrent):
+        x_z, x_r, x_h = x
+        kernel, _, noise = recurrent
+        kernel_zr, kernel_h = jnp.split(kernel, [2 * self.units], axis=1)
         noise_zr, noise_h = (None, None) if noise is None else (noise[:2], noise[2:])
-        both = jnp.split(x_zr + multiply(h, kernel_zr, noise_zr), 2, axis=-1)
-        update, reset = map(self.recurrent_activation, both)
-        return update, x_h + multiply(reset * h, kernel_h, noise_h)
+        h_z, h_r = jnp.split(Product(kernel_zr, None, noise_zr)(h), 2, axis=-1)
+        reset = self.recurrent_activation(x_r + h_r)
+        h_h = Product(kernel_h, None, noise_h)(reset * h)
+        return self.recurrent_activation(x_z + h_z), x_h + h_h

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tdjax._keras_activations import FUNCTIONS, OPERATIONS
+from tdjax._keras.activations import FUNCTIONS, OPERATIONS
 
 
 def get_item(x, key):

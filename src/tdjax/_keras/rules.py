@@ -5,10 +5,10 @@ from typing import Any
 import flax.linen as nn
 from keras import layers
 
-from tdjax import _keras_layers as flax_layers
-from tdjax import _keras_normalization as normalization
-from tdjax._keras_activations import activation
-from tdjax._keras_registry import Variables, refuse, register_rule, where
+from tdjax._keras import layers as flax_layers
+from tdjax._keras import normalization as normalization
+from tdjax._keras.activations import activation
+from tdjax._keras.registry import Variables, refuse, register_rule, where
 
 Converted = tuple[nn.Module, Variables]
 

@@ -7,9 +7,9 @@ from typing import Any
 from keras.src import ops  # Keras gives their classes no public names
 from keras.src.activations import activations
 
-from tdjax._keras_operations import Operation
-from tdjax._keras_registry import register_rule
-from tdjax._keras_rules import Converted
+from tdjax._keras.operations import Operation
+from tdjax._keras.registry import register_rule
+from tdjax._keras.rules import Converted
 
 _PLAIN = """
     Add Subtract Multiply Divide TrueDivide FloorDivide Mod Power Negative Absolute

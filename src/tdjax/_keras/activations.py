@@ -131,7 +131,8 @@ def activation(function: Callable | None, where: str) -> Callable:
     if isinstance(function, functools.partial):
         inner = activation(function.func, where)
         return functools.partial(inner, *function.args, **function.keywords)
-    if any(base.__module__.startswith("keras.") for base in type(function).__mro__):
+    classes = type.mro(type(function))
+    if any(base.__module__.startswith("keras.") for base in classes):
         raise TypeError(
             f"{where}: an activation must be a function, got the Keras layer "
             f"{describe(function)}. Put it after this layer as a layer of its own."

@@ -12,18 +12,19 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-# Each registers its rules.
-from tdjax import (
-    _keras_models,  # noqa: F401
-    _keras_operation_rules,  # noqa: F401
-    _keras_recurrent_rules,  # noqa: F401
-    _keras_rules,  # noqa: F401
-    _keras_stateless_rules,  # noqa: F401
-    _keras_time_rules,  # noqa: F401
-)
 from tdjax._checks import describe
-from tdjax._keras_file import load
-from tdjax._keras_registry import Variables, convert_layer
+
+# Each registers its rules.
+from tdjax._keras import (
+    models,  # noqa: F401
+    operation_rules,  # noqa: F401
+    recurrent_rules,  # noqa: F401
+    rules,  # noqa: F401
+    stateless_rules,  # noqa: F401
+    time_rules,  # noqa: F401
+)
+from tdjax._keras.file import load
+from tdjax._keras.registry import Variables, convert_layer
 
 
 def to_flax(model: Any) -> tuple[nn.Module, Variables]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from tdjax._checks import describe
-from tdjax._keras_graph import parameters
+from tdjax._keras.graph import parameters
 
 _MERGE = {
     "concat": lambda y, back: jnp.concatenate([y, back], axis=-1),

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from tdjax import _keras_initializers as initializers
-from tdjax._keras_activations import Activation
+from tdjax._keras import initializers as initializers
+from tdjax._keras.activations import Activation
 
 LINEAR = Activation("linear")
 # Flax's type for the field `promote_dtype` is a protocol, which type checks at run time

@@ -7,8 +7,8 @@ import keras
 import numpy as np
 from keras.src.models.functional import Functional
 
-from tdjax._keras_calls import Call, has_one_input, read_call
-from tdjax._keras_graph import (
+from tdjax._keras.calls import Call, has_one_input, read_call
+from tdjax._keras.graph import (
     Constant,
     FlaxModel,
     Graph,
@@ -18,7 +18,7 @@ from tdjax._keras_graph import (
     Slot,
     Structure,
 )
-from tdjax._keras_registry import (
+from tdjax._keras.registry import (
     Variables,
     convert_layer,
     inside,

@@ -1,9 +1,12 @@
 """Which Keras layers treat every example on its own, so that steps can be examples."""
 
+from typing import Literal
+
 import keras
 from keras import layers
 from keras.src.models.functional import Functional
 
+Method = Literal["vmap", "fold"]
 _PLAIN = ("InputLayer", "Identity", "Dense", "Embedding", "Masking")
 _ACTIVATIONS = ("Activation", "ReLU", "LeakyReLU", "ELU", "PReLU", "Softmax")
 _NORMS = ("LayerNormalization", "GroupNormalization", "RMSNormalization")
@@ -38,7 +41,7 @@ def treats_examples_alone(layer: keras.Layer) -> bool:
     return all(map(_is_alone, layer._flatten_layers()))
 
 
-def equal_method(layer: keras.Layer, *, share_rng: bool = False) -> str:
+def equal_method(layer: keras.Layer, *, share_rng: bool = False) -> Method:
     """The fastest method that is sure to equal a loop over steps."""
     alone = not share_rng and treats_examples_alone(layer)
     return "fold" if alone else "vmap"

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from keras import layers
 
-from tdjax import _keras_merging as merging
-from tdjax import _keras_stateless as stateless
-from tdjax._keras_activations import Activation, activation
-from tdjax._keras_registry import refuse, register_rule, where
-from tdjax._keras_rules import Converted, require_channels_last
+from tdjax._keras import merging as merging
+from tdjax._keras import stateless as stateless
+from tdjax._keras.activations import Activation, activation
+from tdjax._keras.registry import refuse, register_rule, where
+from tdjax._keras.rules import Converted, require_channels_last
 
 
 @register_rule(layers.Activation)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from tdjax import linen
-from tdjax._keras_graph import parameters
+from tdjax._keras.graph import parameters
 
 
 class TimeDistributed(linen.TimeDistributed):

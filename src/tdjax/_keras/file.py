@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from tdjax._keras_registry import find_rule, known_classes
+from tdjax._keras.registry import find_rule, known_classes
 
 # Arrays, slices and the like, which Keras reads as values.
 VALUES = ("keras_tensor", "tensor", "numpy", "bytes", "ellipsis", "slice")

@@ -5,10 +5,10 @@ from typing import Any
 import flax.linen as nn
 import keras
 
-from tdjax._keras_activations import activation
-from tdjax._keras_recurrent import GRU, LSTM, Recurrent, SimpleRNN
-from tdjax._keras_recurrent_wrappers import Bidirectional, StackedRNN
-from tdjax._keras_registry import (
+from tdjax._keras.activations import activation
+from tdjax._keras.recurrent import GRU, LSTM, Recurrent, SimpleRNN
+from tdjax._keras.recurrent_wrappers import Bidirectional, StackedRNN
+from tdjax._keras.registry import (
     Variables,
     convert_layer,
     inside,
@@ -16,7 +16,7 @@ from tdjax._keras_registry import (
     register_rule,
     where,
 )
-from tdjax._keras_rules import dtypes
+from tdjax._keras.rules import dtypes
 
 _MODULES: dict[type, type[Recurrent]] = {
     keras.layers.SimpleRNNCell: SimpleRNN,
