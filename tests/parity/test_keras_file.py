@@ -4,6 +4,8 @@ import json
 import pathlib
 import zipfile
 
+import jax
+import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
@@ -33,10 +35,15 @@ def test_a_file_gives_the_same_module_as_the_model(tmp_path):
     path = tmp_path / "model.keras"
     model.save(path)
     module, variables = to_flax(model)
+    x = [normal(1, 2, 4, 3), jnp.array([[1, 2, 0, 0], [3, 1, 2, 4]], jnp.int32)]
     for given in (path, str(path)):
         loaded, values = to_flax(given)
-        assert loaded == module
         assert_trees_equal(values, variables)
+    both = jax.jit(lambda v, x: (loaded.apply(v, x), module.apply(v, x)))
+    assert_trees_equal(*both(variables, x))
+    assert [node.name for node in loaded.graph.nodes] == [
+        node.name for node in module.graph.nodes
+    ]
 
 
 def config_of(model, tmp_path) -> tuple[pathlib.Path, dict]:

@@ -239,7 +239,13 @@ MASKED = {
         sequential(embed(), k.Dense(2), shape=(4,), dtype="int32"),
         k.GRU(2),
     ),
-    "ended by Reshape": lambda: (embed(), k.Reshape((4, 3)), k.GRU(2)),
+    "ended by Reshape": lambda: (
+        embed(),
+        k.Reshape((6, 2)),
+        k.Reshape((4, 3)),
+        k.GRU(2),
+    ),
+    "kept where nothing changes": lambda: (embed(), k.Reshape((4, 3)), k.GRU(2)),
 }
 
 

@@ -98,12 +98,13 @@ def from_flax(variables: Mapping[str, Any], model: Any) -> None:
 
     Example:
       >>> import jax, keras, numpy as np, tdjax.keras
-      >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+      >>> head = keras.layers.Dense(2, name="head")
+      >>> model = keras.Sequential([keras.Input((3,)), head])
       >>> module, variables = tdjax.keras.to_flax(model)
       >>> doubled = jax.tree.map(lambda value: 2 * value, variables)
       >>> tdjax.keras.from_flax(doubled, model)
-      >>> before = variables["params"]["dense"]["kernel"]
-      >>> np.array_equal(model.layers[0].kernel, 2 * before)
+      >>> before = variables["params"]["head"]["kernel"]
+      >>> np.array_equal(head.kernel.value, 2 * before)
       True
     """
     _, tree = convert_layer(_require_layer(model))

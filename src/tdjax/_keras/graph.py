@@ -210,7 +210,8 @@ def _call(node: Node, module, values, masks, train) -> tuple[Any, Any]:
         return module(*args, **kwargs, return_mask=True)
     outputs = module(*args, **kwargs)
     if not node.keeps_mask:
-        return outputs, None
+        # Keras hangs a mask on the array: what comes back as it was has it still.
+        return outputs, arg_masks if args and outputs is args[0] else None
     if hasattr(module, "compute_mask"):
         return outputs, module.compute_mask(args[0], arg_masks)
     return outputs, arg_masks

@@ -32,10 +32,10 @@ class TimeDistributed(linen.TimeDistributed):
 
 
 def _mask_for(outputs, mask):
-    masks, shape = jax.tree.leaves(mask), jax.tree.leaves(outputs)[0].shape
-    if not masks:
+    if not jax.tree.leaves(mask):
         return None
+    mask, shape = jax.tree.leaves(mask)[0], jax.tree.leaves(outputs)[0].shape[:-1]
     kept = 2
-    while masks[0].shape[kept : kept + 1] == shape[kept:-1][:1]:
+    while kept < min(mask.ndim, len(shape)) and mask.shape[kept] == shape[kept]:
         kept += 1
-    return jnp.any(masks[0], axis=tuple(range(kept, masks[0].ndim)))
+    return jnp.any(mask, axis=tuple(range(kept, mask.ndim)))
