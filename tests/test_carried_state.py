@@ -112,6 +112,45 @@ def test_steps_without_a_valid_example_leave_the_state_alone(x):
     np.testing.assert_allclose(y, hidden, rtol=1e-5, atol=1e-6)
 
 
+class Odd(nn.Module):
+    """A counter, and whatever else `change` makes of it."""
+
+    change: str = "none"
+
+    @nn.compact
+    def __call__(self, x):
+        count = self.variable("cache", "count", lambda: jnp.zeros((), jnp.float32))
+        count.value = count.value + 1
+        if self.change == "dtype":
+            count.value = count.value.astype(jnp.bfloat16)
+        return x, count.value
+
+
+def test_state_that_depends_on_no_input_counts_the_steps(x):
+    wrapped = TimeDistributed(Odd(), out_axes=(1, 0), variable_carry="cache")
+    variables = {"cache": {"count": jnp.zeros(())}}
+    (_, counts), state = wrapped.apply(variables, x, mutable=["cache"])
+    np.testing.assert_array_equal(counts, jnp.arange(1, STEPS + 1))
+    assert state["cache"]["count"] == STEPS
+
+
+@pytest.mark.parametrize(
+    ("layer", "out_axes", "variables", "message"),
+    [
+        (Odd(), (1, None), True, "out_axes=None is for a result that is the same"),
+        (Odd("dtype"), (1, 0), True, r"keep its shape and dtype, got float32\[\]"),
+        (Odd(), (1, 0), False, "must be there before the first step"),
+    ],
+)
+def test_state_that_cannot_be_carried_is_refused(
+    x, user_errors, layer, out_axes, variables, message
+):
+    wrapped = TimeDistributed(layer, out_axes=out_axes, variable_carry="cache")
+    variables = {"cache": {"count": jnp.zeros(())}} if variables else {}
+    with pytest.raises(ValueError, match=message):
+        wrapped.apply(variables, x, mutable=["cache"])
+
+
 def test_late_results_are_hidden_at_masked_steps(x):
     mask = tdjax.lengths_to_mask(jnp.asarray([5, 2, 0]), STEPS)
     wrapped = TimeDistributed(Whitened(), variable_carry="batch_stats")

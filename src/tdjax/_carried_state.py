@@ -12,7 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tdjax._axes import PER_STEP, broadcast_axes, first_step, output_position
+from tdjax._axes import (
+    PER_STEP,
+    broadcast_axes,
+    first_step,
+    output_position,
+    time_size,
+)
+from tdjax._checks import describe
 from tdjax._jaxprs import evaluate_equations, is_literal, read
 from tdjax._lowering import Lowering, check_out_axis
 
@@ -30,8 +37,14 @@ def distribute_carried(call, carried, steps, out_axes, lowering: Lowering):
     axes = broadcast_axes("out_axes", out_axes, program.y, "the results")
     jax.tree.map(check_out_axis, jax.tree.leaves(program.y), axes)
     early_axes, late_axes = program.early(axes), program.late(axes)
+    if any(axis is None for axis in late_axes):
+        raise ValueError(
+            "out_axes=None is for a result that is the same at every step, got one "
+            "that depends on state that goes from step to step."
+        )
     early, handed_on = steps.run(program.run_early, (early_axes, PER_STEP), lowering)
-    after, late = program.run_late(handed_on, steps.weights)
+    timesteps = time_size(steps.inputs)
+    after, late = program.run_late(handed_on, steps.weights, timesteps)
     late = steps.hide([*map(_move_time, late, late_axes)], late_axes)
     return program.join(early, late), program.join_state(after)
 
@@ -57,7 +70,16 @@ class _Step:
         self.after = [after[i] for i in self.written]
         self.fixed = dict(zip(jaxpr.constvars, program.consts, strict=True))
         self.fixed |= dict(zip(before, self.carried, strict=True))
+        self._check_kept()
         self._sort(jaxpr.eqns)
+
+    def _check_kept(self):
+        for old, new in zip(self.before, self.after):
+            if (old.aval.shape, old.aval.dtype) != (new.aval.shape, new.aval.dtype):
+                raise ValueError(
+                    "State that goes from step to step must keep its shape and dtype, "
+                    f"got {describe(old.aval)} that a step makes {describe(new.aval)}."
+                )
 
     def _sort(self, eqns):
         by_step, self.late_vars = set(self.inputs), set(self.before)
@@ -93,7 +115,7 @@ class _Step:
         evaluate_equations(self.early_eqns, env)
         return read(env, self.early(self.results)), read(env, self.handed_on)
 
-    def run_late(self, handed_on, weights):
+    def run_late(self, handed_on, weights, timesteps):
         """`(state after the last step, results)`, time first."""
 
         def body(state, step):
@@ -108,7 +130,7 @@ class _Step:
 
         state = [self.carried[i] for i in self.written]
         weights = None if weights is None else jnp.asarray(weights)
-        return jax.lax.scan(body, state, (handed_on, weights))
+        return jax.lax.scan(body, state, (handed_on, weights), timesteps)
 
     def join(self, early, late):
         """The results, in their order."""

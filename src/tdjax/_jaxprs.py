@@ -15,7 +15,8 @@ def evaluate(jaxpr, consts, args, run_equation: Callable) -> list[Any]:
 def evaluate_equations(eqns, env: dict, run_equation: Callable | None = None) -> None:
     """Runs equations in their order, on the values of `env`, and adds the results."""
     for eqn in eqns:
-        outs = (run_equation or bind)(eqn, read(env, eqn.invars))
+        with eqn.ctx.manager:
+            outs = (run_equation or bind)(eqn, read(env, eqn.invars))
         env.update(zip(eqn.outvars, outs, strict=True))
 
 

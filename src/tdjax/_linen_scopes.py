@@ -43,7 +43,7 @@ def lift_over_time(call, options, mask, kwargs):
     lowering = make_lowering(options)
     if initializing and mask is None:
         lowering = dataclasses.replace(lowering, capacity=None)
-    how = lowering, options.share_rng, _is_in(options.variable_carry)
+    how = lowering, options.share_rng, _is_in(options.variable_carry or False)
     # Initialisation leaves the state as the one plain call left it, but layers may
     # want to write to all of it.
     written = True if initializing else DenyList(("params",))

@@ -62,6 +62,7 @@ def distribute_stateful(
         found = _by_path(state)
         after = {path: found.get(path, leaf) for path, leaf in carried.items()}
         kept, new = _split_state(start, _replace(state, carried))
+        _refuse_new_carried(new, is_carried)
         return (y, kept, new), after
 
     axes = (out_axes, PER_STEP, PER_STEP_OR_BATCH)
@@ -72,6 +73,15 @@ def distribute_stateful(
     new = jax.tree.map(steps.hide_sown, new)
     before = _replace(before, carried)
     return y, _join_state(before, _after_steps(before, kept, steps.weights), new)
+
+
+def _refuse_new_carried(new, is_carried) -> None:
+    for path, _ in jax.tree_util.tree_leaves_with_path(new):
+        if is_carried(path):
+            raise ValueError(
+                "State that goes from step to step must be there before the first "
+                f"step, got none at {jax.tree_util.keystr(path)}. Make it by `init`."
+            )
 
 
 def check_share_rng(lowering: Lowering) -> None:

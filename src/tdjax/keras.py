@@ -18,7 +18,7 @@ from tdjax._keras.independent import equal_method
 from tdjax._keras.registry import convert_layer as convert_layer
 from tdjax._keras.registry import register_rule as register_rule
 from tdjax._keras.steps import distribute_layer
-from tdjax._keras.time_rules import convert_time_distributed
+from tdjax._keras.time_rules import OPTIONS, convert_time_distributed
 from tdjax._lowering import Lowering
 from tdjax._state import check_share_rng
 
@@ -29,7 +29,8 @@ class TimeDistributed(keras.layers.TimeDistributed):
 
     Keras calls the wrapped layer step after step, so a program for 1024 steps is 1024
     times as long. This layer has the same arguments, weights, configuration and
-    results, and compiles as fast for 4096 steps as for 16.
+    results, and compiles as fast for 4096 steps as for 16. One thing it adds: Keras
+    passes over an activity regulariser of the wrapped layer.
 
     * **State**: each step starts with what the step before has written, as in Keras:
       the moving statistics of `BatchNormalization` move once for each step. With
@@ -39,12 +40,11 @@ class TimeDistributed(keras.layers.TimeDistributed):
       would use; with `share_rng=True` all steps draw the same.
     * **Losses and metrics**: weight regularisers count once. What the wrapped layer
       adds in a call (`add_loss`, activity regularisers) is the sum over steps, and
-      metrics see every step. Keras itself passes over the activity regulariser of
-      the wrapped layer.
+      metrics see every step.
     * **Masks**: `(batch, time)` or longer; the wrapped layer gets the part for its
       step, if it takes one. Masked steps are computed, and the mask goes on. If the
       output has no place for the axes behind `(batch, time)`, it is True where any
-      part of the step was.
+      part of the step was. Of several inputs, it is the first that has a mask.
     * **Several inputs and outputs**: any nest of tensors, each with time on axis 1,
       which Keras' own layer does not take.
 
@@ -86,14 +86,12 @@ class TimeDistributed(keras.layers.TimeDistributed):
     ):
         _require_jax()
         super().__init__(layer, **kwargs)
+        _check_options(method, chunk_size, unroll, remat, share_rng)
         self._set_options(method, chunk_size, unroll, remat, share_rng)
 
     def _set_options(self, method, chunk_size, unroll, remat, share_rng):
         self.method, self.chunk_size, self.unroll = method, chunk_size, unroll
         self.remat, self.share_rng = remat, share_rng
-        lowering = self.lowering()
-        if share_rng:
-            check_share_rng(lowering)
 
     def lowering(self) -> Lowering:
         """How the steps are lowered, with the method that None stands for."""
@@ -104,7 +102,7 @@ class TimeDistributed(keras.layers.TimeDistributed):
 
     def get_config(self):
         """The configuration of Keras' layer, and the options of this one."""
-        options = {name: getattr(self, name) for name in _OPTIONS}
+        options = {name: getattr(self, name) for name in OPTIONS}
         return super().get_config() | options
 
     def build(self, input_shape):
@@ -148,6 +146,7 @@ class TimeDistributed(keras.layers.TimeDistributed):
 
     def call(self, inputs, training=None, mask=None):
         """`(batch, time, ...)`, or a nest of such tensors; the same out."""
+        keras.tree.map_structure(lambda x: _step_shape(x.shape), inputs)
         mask = _check_mask(mask, inputs)
         y, losses = distribute_layer(
             self.layer, inputs, mask, training, self.lowering(), self.share_rng
@@ -158,7 +157,12 @@ class TimeDistributed(keras.layers.TimeDistributed):
 
 
 register_rule(TimeDistributed)(convert_time_distributed)
-_OPTIONS = ("method", "chunk_size", "unroll", "remat", "share_rng")
+
+
+def _check_options(method, chunk_size, unroll, remat, share_rng) -> None:
+    lowering = Lowering(method or "vmap", chunk_size, unroll, remat)
+    if share_rng:
+        check_share_rng(lowering)
 
 
 def _require_jax() -> None:
@@ -218,7 +222,8 @@ def replace_time_distributed(
 
     The model is changed and returned: its layers, weights, optimizer and what it was
     compiled with stay the objects they are. Layers at any depth are found; those of
-    subclasses of Keras' layer are left alone.
+    subclasses of Keras' layer are left alone. An activity regulariser of a wrapped
+    layer, over which Keras' layer passes, counts from then on.
 
     Args:
       model: a Keras model, built or not, compiled or not.
@@ -248,6 +253,7 @@ def replace_time_distributed(
     if not isinstance(model, keras.Model):
         raise TypeError(f"model must be a keras.Model, got {describe(model)}.")
     options = (method, chunk_size, unroll, remat, share_rng)
+    _check_options(*options)
     for layer in model._flatten_layers():
         if type(layer) is keras.layers.TimeDistributed:
             # The two differ in their methods alone; a new object would have to take

@@ -146,7 +146,7 @@ class TimeDistributed(nn.Module):
 
 def _check_carry(options: TimeDistributed) -> None:
     carry = options.variable_carry
-    if carry is False:
+    if not carry:
         return
     for name, needed in {"method": "vmap", "axis_name": None, "capacity": None}.items():
         if (given := getattr(options, name)) != needed:

@@ -8,7 +8,8 @@ from keras.src.models.functional import Functional
 
 Method = Literal["vmap", "fold"]
 _PLAIN = ("InputLayer", "Identity", "Dense", "Embedding", "Masking")
-_ACTIVATIONS = ("Activation", "ReLU", "LeakyReLU", "ELU", "PReLU", "Softmax")
+# `Softmax` reads a mask of examples as one of features.
+_ACTIVATIONS = ("Activation", "ReLU", "LeakyReLU", "ELU", "PReLU")
 _NORMS = ("LayerNormalization", "GroupNormalization", "RMSNormalization")
 _SHAPES = ("Flatten", "Reshape", "Permute", "RepeatVector", "Concatenate")
 _SUMS = ("Add", "Subtract", "Multiply", "Average", "Maximum", "Minimum")
@@ -49,11 +50,20 @@ def equal_method(layer: keras.Layer, *, share_rng: bool = False) -> Method:
 
 def _is_alone(layer) -> bool:
     if type(layer) is Functional:
-        return all(isinstance(each, keras.Layer) for each in layer.operations)
-    if isinstance(layer, layers.TimeDistributed):
-        return type(layer).__module__ in (_KERAS, "tdjax.keras")
+        return all(map(_is_layer_of_tensors, layer.operations))
     known = type(layer) is keras.Sequential or type(layer) in _ALONE
+    if isinstance(layer, layers.TimeDistributed):
+        known = type(layer).__module__ in (_KERAS, "tdjax.keras")
     return known and _is_plain(layer) and _keeps_the_batch(layer)
+
+
+def _is_layer_of_tensors(operation) -> bool:
+    """A constant array among the arguments may have an axis for the batch."""
+    calls = [node.arguments for node in operation._inbound_nodes]
+    leaves = keras.tree.flatten([(call.args, call.kwargs) for call in calls])
+    arrays = [x for x in leaves if hasattr(x, "shape")]
+    is_layer = isinstance(operation, keras.Layer)
+    return is_layer and all(isinstance(x, keras.KerasTensor) for x in arrays)
 
 
 def _is_plain(layer) -> bool:
@@ -68,8 +78,11 @@ def _is_plain(layer) -> bool:
 def _keeps_the_batch(layer) -> bool:
     axes = getattr(layer, "axis", -1)
     axes = axes if isinstance(axes, list | tuple) else [axes]
-    # Other negative axes may be the batch, by the input's rank.
-    if not all(axis == -1 or axis > 0 for axis in axes):
+    # Other negative axes may be the batch, by the input's rank; where examples are
+    # single numbers, so is the last.
+    if not all(isinstance(axis, int) and (axis == -1 or axis > 0) for axis in axes):
+        return False
+    if getattr(layer, "target_shape", None) == ():
         return False
     names = ("activation", "recurrent_activation")
     functions = [getattr(layer, name, None) for name in names]

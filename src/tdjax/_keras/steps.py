@@ -16,6 +16,9 @@ from tdjax._lowering import Lowering
 from tdjax._masked_steps import AllSteps
 from tdjax._state import first_steps
 
+# Since then Keras divides what an activity regulariser adds by the batch size.
+_BY_EXAMPLE = tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 14)
+
 
 def distribute_layer(
     layer, inputs, mask, training, lowering: Lowering, share_rng: bool
@@ -70,7 +73,8 @@ def _run_in_order(step, values, steps: AllSteps, lowering: Lowering):
 def _run_folded(step, values, steps: AllSteps, lowering: Lowering):
     """All steps of a block are one call, which writes to the variables once."""
     timesteps, chunk = time_size(steps.inputs), lowering.chunk_size
-    in_blocks = chunk is not None and not (timesteps <= chunk)
+    # A symbolic size can't be compared.
+    in_one = isinstance(timesteps, int) and timesteps <= (chunk or timesteps)
 
     def call(mapped):
         (y, losses), (after, _) = step(values, *steps.inputs.rebuild(mapped))
@@ -78,7 +82,7 @@ def _run_folded(step, values, steps: AllSteps, lowering: Lowering):
             i: new for i, (old, new) in enumerate(zip(values, after)) if new is not old
         }
         step.require_no_losses(losses)
-        if in_blocks:
+        if chunk is not None and not in_one:
             step.require_no_writes(changed, chunk)
         return y, changed
 
@@ -94,8 +98,8 @@ class _Step:
 
     def __init__(self, layer, training):
         self.layer, self.training = layer, training
-        layers = layer._flatten_layers()
-        seeds = {id(seed.state) for each in layers for seed in each._seed_generators}
+        self.layers = layer._flatten_layers()
+        seeds = {id(g.state) for each in self.layers for g in each._seed_generators}
         found = [*layer.variables, *layer.metrics_variables]
         variables = {id(variable): variable for variable in found}
         self.seeds = [v for key, v in variables.items() if key in seeds]
@@ -122,10 +126,12 @@ class _Step:
         scope = keras.StatelessScope(collect_losses=True, initialize_variables=False)
         with scope:
             scope.state_mapping = dict(start)
+            known = [(each, {*each._loss_ids}) for each in self.layers]
             y = self._call_layer(inputs, mask)
             losses = list(scope.losses)
             # Keras knows losses by `id`, which a later one may have again.
-            self.layer._clear_losses()
+            for each, ids in known:
+                each._loss_ids = ids
         self._require_own_writes(start, scope.state_mapping, keys)
         after = [scope.state_mapping[key] for key in keys]
         return (y, losses), (after[: len(values)], after[len(values) :])
@@ -139,7 +145,8 @@ class _Step:
         y = layer.call(inputs, **kwargs)
         if layer.activity_regularizer is not None:
             for each in keras.tree.flatten(y):
-                layer.add_loss(layer.activity_regularizer(each) / max(each.shape[0], 1))
+                examples = max(each.shape[0], 1) if _BY_EXAMPLE else 1
+                layer.add_loss(layer.activity_regularizer(each) / examples)
         return y
 
     def _require_own_writes(self, start, end, keys) -> None:
