@@ -129,11 +129,11 @@ def _timed(fun: Callable[[], Any]) -> tuple[Any, float]:
 def _row(one: dict[str, Any], reference: dict[str, Any]) -> dict[str, str]:
     deviation = lambda name: f"{_deviation(one[name], reference[name]):.1g}"
     return {
-        "1st predict": f"{one['prediction']:.1f} s",
-        "1st step": f"{one['first step']:.1f} s",
+        "first predict, compiling": f"{one['prediction']:.1f} s",
+        "first step, compiling": f"{one['first step']:.1f} s",
         "step": f"{1000 * one['step']:.0f} ms",
-        "deviation": deviation("results"),
-        "after a step": deviation("results after"),
+        "deviation of outputs": deviation("results"),
+        "after a training step": deviation("results after"),
     }
 
 

@@ -6,21 +6,36 @@ It needs Keras with the JAX backend: `pip install "tdjax[keras]"`, and
 
 from typing import Any, Literal, no_type_check
 
-import keras
+try:
+    import keras
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        'tdjax.keras needs Keras on JAX: pip install "tdjax[keras]", and set '
+        "KERAS_BACKEND=jax in the environment before Keras is imported.",
+        name=error.name,
+    ) from error
 from keras import ops
 
 from tdjax._checks import describe
-from tdjax._keras.convert import from_flax as from_flax
-from tdjax._keras.convert import to_flax as to_flax
-from tdjax._keras.convert import trainable_params as trainable_params
-from tdjax._keras.graph import FlaxModel as FlaxModel
+from tdjax._keras.convert import from_flax, to_flax, trainable_params
+from tdjax._keras.graph import FlaxModel
 from tdjax._keras.independent import equal_method
-from tdjax._keras.registry import convert_layer as convert_layer
-from tdjax._keras.registry import register_rule as register_rule
+from tdjax._keras.registry import convert_layer, register_rule
 from tdjax._keras.steps import distribute_layer
 from tdjax._keras.time_rules import OPTIONS, convert_time_distributed
 from tdjax._lowering import Lowering
 from tdjax._state import check_share_rng
+
+__all__ = [
+    "FlaxModel",
+    "TimeDistributed",
+    "convert_layer",
+    "from_flax",
+    "register_rule",
+    "replace_time_distributed",
+    "to_flax",
+    "trainable_params",
+]
 
 
 @keras.saving.register_keras_serializable(package="tdjax")
@@ -198,7 +213,8 @@ def _check_mask(mask, inputs):
         if len(each.shape) < 2:
             raise ValueError(
                 "The `mask` passed to the `TimeDistributed` layer must be at least 2D, "
-                f"(batch, time), got {describe(each)}."
+                f"(batch, time), got {describe(each)}. tdjax.lengths_to_mask makes one "
+                "of lengths."
             )
         if any(each.shape[:2] != shape[:2] for shape in shapes):
             raise ValueError(

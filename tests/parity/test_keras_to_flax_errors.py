@@ -270,3 +270,50 @@ def test_what_keras_adds_to_the_loss_is_told():
     assert "activity regularizer of 'three'" in told
     assert "activity regularizer of 'four'" in told
     assert told.count(" of ") == 4
+
+
+def test_variables_written_back_stay_the_users_own():
+    model = sequential(k.Dense(2), shape=(3,))
+    model.compile("sgd", "mse")
+    module, variables = to_flax(model)
+    variables = jax.tree.map(lambda leaf: leaf + 1, variables)
+    x = np.ones((2, 3), "float32")
+    from_flax(variables, model)
+    model.fit(x, x[:, :2], verbose=0)
+    assert module.apply(variables, x).shape == (2, 2)
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 9), (2, 4, 3, 1)])
+def test_a_mask_that_does_not_fit_the_input_is_refused(shape):
+    module, variables = to_flax(sequential(k.TimeDistributed(k.Dense(2)), shape=(4, 3)))
+    with raises(ValueError, "mask of input", "batch, time"):
+        module.apply(variables, np.ones((2, 4, 3)), mask=np.ones(shape, bool))
+
+
+def test_a_rule_covers_its_weights_and_gives_variables(monkeypatch):
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+    model = sequential(Scale(name="scale"), shape=(3,))
+    for variables, message in [
+        (lambda layer: {"params": {}}, "leaves out its weights"),
+        (lambda layer: {"scale": layer.factor}, "by collection"),
+        (lambda layer: {"params": {"factor": np.ones(3)}}, "the Keras variable itself"),
+    ]:
+        register_rule(Scale)(lambda layer, v=variables: (FlaxScale(), v(layer)))
+        with pytest.raises((TypeError, ValueError), match=message):
+            to_flax(model)
+
+
+def test_hints_of_what_was_given_instead():
+    model = sequential(k.Dense(2, name="one"), shape=(3,))
+    other = sequential(k.Dense(2, name="other"), shape=(3,))
+    module, variables = to_flax(model)
+    with raises(ValueError, "Did you mean {'params': variables}"):
+        from_flax(variables["params"], model)
+    with raises(ValueError, "shapes agree"):
+        from_flax(variables, other)
+    with raises(TypeError, "to_flax returns .module, variables."):
+        from_flax((module, variables), model)
+    with raises(TypeError, "in memory"):
+        from_flax(variables, "model.keras")
+    with raises(TypeError, "any Python code"):
+        to_flax(sequential(k.Lambda(lambda x: x), shape=(3,)))

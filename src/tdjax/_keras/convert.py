@@ -92,7 +92,8 @@ def from_flax(variables: Mapping[str, Any], model: Any) -> None:
       model: the Keras model, or another of the same layers, names and shapes.
 
     Raises:
-      TypeError: if `model` is not a Keras model, or as `to_flax`.
+      TypeError: if `model` is not a Keras model, `variables` is not a dict, or as
+        `to_flax`.
       ValueError: if a variable is missing, there is one too many, or a shape differs;
         the message has its path.
 
@@ -107,7 +108,12 @@ def from_flax(variables: Mapping[str, Any], model: Any) -> None:
       >>> np.array_equal(head.kernel.value, 2 * before)
       True
     """
-    _, tree = convert_layer(_require_layer(model))
+    _, tree = convert_layer(_require_model(model))
+    if not isinstance(variables, Mapping):
+        raise TypeError(
+            "variables must be a dict of collections, {'params': ...}, got "
+            f"{describe(variables)}. to_flax returns (module, variables)."
+        )
     targets, values = _by_path(tree), _by_path(nn.meta.unbox(dict(variables)))
     _check_paths(targets, values)
     for path, target in targets.items():
@@ -117,7 +123,8 @@ def from_flax(variables: Mapping[str, Any], model: Any) -> None:
                 f"{describe(values[path])}."
             )
     for path, target in targets.items():
-        target.assign(values[path])
+        # A copy: Keras gives the buffers of its variables away when it trains.
+        target.assign(np.array(values[path]))
 
 
 def trainable_params(model: Any) -> Any:
@@ -147,22 +154,25 @@ def trainable_params(model: Any) -> Any:
       >>> parts = {"train": optax.sgd(0.1), "keep": optax.set_to_zero()}
       >>> optimizer = optax.multi_transform(parts, labels)
     """
-    _, tree = convert_layer(_require_layer(model))
+    _, tree = convert_layer(_require_model(model))
     return jax.tree.map(lambda variable: variable.trainable, tree.get("params", {}))
 
 
 def _as_layer(model: Any) -> Any:
     if isinstance(model, str | os.PathLike):
         return load(pathlib.Path(model))
-    return _require_layer(model)
+    return _require_layer(model, "a Keras model or the path of a .keras file")
 
 
-def _require_layer(model: Any) -> Any:
+def _require_model(model: Any) -> Any:
+    return _require_layer(
+        model, "a Keras model in memory (keras.saving.load_model reads a file)"
+    )
+
+
+def _require_layer(model: Any, wanted: str) -> Any:
     if not isinstance(model, keras.layers.Layer):
-        raise TypeError(
-            f"model must be a Keras model or a path of a .keras file, got "
-            f"{describe(model)}."
-        )
+        raise TypeError(f"model must be {wanted}, got {describe(model)}.")
     return model
 
 
@@ -180,8 +190,25 @@ def _check_paths(targets: dict[str, Any], values: dict[str, Any]) -> None:
     extra = [path for path in values if path not in targets]
     if missing or extra:
         found = {"lacks": missing, "has no place in the model for": extra}
-        parts = [f"{what} {', '.join(paths)}" for what, paths in found.items() if paths]
-        raise ValueError(f"variables {'; '.join(parts)}.")
+        parts = [f"{what} {_listed(paths)}" for what, paths in found.items() if paths]
+        raise ValueError(f"variables {'; '.join(parts)}.{_hint(targets, values)}")
+
+
+def _listed(paths: list[str]) -> str:
+    more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
+    return ", ".join(paths[:4]) + more
+
+
+def _hint(targets: dict[str, Any], values: dict[str, Any]) -> str:
+    if {f"['params']{path}" for path in values} & set(targets):
+        return " Did you mean {'params': variables}?"
+    shapes = lambda leaves: sorted(map(np.shape, leaves))
+    if shapes([v.value for v in targets.values()]) == shapes(values.values()):
+        return (
+            " The shapes agree: Keras numbers layers without a name as they are made, "
+            "so give them names."
+        )
+    return ""
 
 
 def _refuse_shared(tree: Variables) -> None:

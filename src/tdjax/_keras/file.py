@@ -57,10 +57,10 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"There is no file {path}.")
     if path.is_dir() or not zipfile.is_zipfile(path):
-        kind = "a directory" if path.is_dir() else "something else"
+        kind = "a directory" if path.is_dir() else "a file that is no zip archive"
         raise ValueError(
-            f"{path} is not a .keras file, but {kind}. Load other formats with Keras, "
-            "and pass the model."
+            f"{path} is not a .keras file, but {kind}. Load other formats (HDF5, "
+            "SavedModel) with Keras, and pass the model."
         )
     with zipfile.ZipFile(path) as archive:
         try:
@@ -102,12 +102,17 @@ def _check(path: pathlib.Path, place: str, part: dict[str, Any]) -> None:
         )
     if not _is_known(part):
         raise ValueError(
-            f"{path}: {place} needs {part.get('module')}.{_name(part)}. A file may "
+            f"{path}: {place} needs {_full_name(part)}. A file may "
             "hold Keras' own layers that have a rule, their settings, and what is "
             "registered in this process with "
             "keras.saving.register_keras_serializable. Import what registers it first; "
             "a layer also needs a rule, see tdjax.keras.register_rule."
         )
+
+
+def _full_name(part: dict[str, Any]) -> str:
+    module = part.get("module")
+    return f"{module}.{_name(part)}" if module else str(_name(part))
 
 
 def _name(part: dict[str, Any]) -> Any:

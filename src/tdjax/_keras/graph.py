@@ -88,6 +88,17 @@ class Input:
             )
         return x
 
+    def check_mask(self, x: jax.Array, mask: Any) -> None:
+        """Refuses a mask that is not one of the steps of `x`."""
+        if mask is None:
+            return
+        shape = jnp.shape(mask)
+        if len(shape) < 2 or shape != x.shape[: len(shape)]:
+            raise ValueError(
+                f"mask of input '{self.name}' must have the first axes of the input, "
+                f"(batch, time) at least, got {describe(mask)} for {describe(x)}."
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class Node:
@@ -132,7 +143,8 @@ class FlaxModel(nn.Module):
       graph: the calls of its layers.
 
     Raises:
-      ValueError: if the inputs don't have the structure or shapes of the model's.
+      ValueError: if the inputs don't have the structure or shapes of the model's, or
+        a mask does not fit its input.
 
     Example:
       >>> import jax.numpy as jnp, keras, tdjax.keras
@@ -170,8 +182,10 @@ class FlaxModel(nn.Module):
 def _enter(graph: Graph, inputs, mask) -> tuple[dict, dict]:
     leaves = _match(graph, inputs)
     values = [spec.convert(x) for spec, x in zip(graph.specs, leaves)]
-    slots = graph.inputs.leaves
-    return dict(zip(slots, values)), dict(zip(slots, _leaves_or_none(mask)))
+    slots, masks = graph.inputs.leaves, _leaves_or_none(mask)
+    for spec, x, each in zip(graph.specs, values, masks):
+        spec.check_mask(x, each)
+    return dict(zip(slots, values)), dict(zip(slots, masks))
 
 
 def _match(graph: Graph, inputs) -> list:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import flax.linen as nn
+import jax
 import keras
 
 from tdjax._checks import describe
@@ -186,6 +187,28 @@ def _check_result(layer: Any, converted: Any) -> None:
             f"The rule for layer {where(layer)} must return (flax.linen.Module, dict "
             f"of variables), got {describe(converted)}."
         )
+    _check_variables(layer, converted[1])
+
+
+def _check_variables(layer: Any, tree: Variables) -> None:
+    rule = f"The rule for layer {where(layer)}"
+    for collection in tree.values():
+        if not isinstance(collection, dict):
+            raise TypeError(
+                f"{rule} must return variables by collection, such as {{'params': "
+                f"{{'kernel': layer.kernel}}}}, got {describe(tree)}."
+            )
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    for path, leaf in leaves:
+        if not isinstance(leaf, keras.Variable):
+            raise TypeError(
+                f"{rule} must give the Keras variable itself, and not its value, as "
+                f"variables{jax.tree_util.keystr(path)}, got {describe(leaf)}."
+            )
+    covered = {id(leaf) for _, leaf in leaves}
+    forgotten = [w.path for w in getattr(layer, "weights", []) if id(w) not in covered]
+    if forgotten:
+        raise ValueError(f"{rule} leaves out its weights {forgotten}.")
 
 
 def _unknown(layer: Any) -> str:
@@ -194,6 +217,12 @@ def _unknown(layer: Any) -> str:
         why = (
             "Sequential and Functional models are converted by their graph, which a "
             "model with a `call` of its own does not have. "
+        )
+    if isinstance(layer, keras.layers.Lambda):
+        return (
+            f"No rule is known for layer {where(layer)}, which may hold any Python "
+            "code. Put a layer class of your own with a rule in its place, see "
+            "tdjax.keras.register_rule."
         )
     return (
         f"No rule is known for layer {where(layer)}. {why}Supply one:\n\n"

@@ -6,7 +6,7 @@ import flax.linen as nn
 from keras import layers
 
 from tdjax._keras import layers as flax_layers
-from tdjax._keras import normalization as normalization
+from tdjax._keras import normalization
 from tdjax._keras.activations import activation
 from tdjax._keras.registry import Variables, refuse, register_rule, where
 
