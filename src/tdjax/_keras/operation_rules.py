@@ -28,6 +28,7 @@ _OPTIONS = {
     **dict.fromkeys(("Squeeze", "ExpandDims", "Concatenate", "Stack", "Flip"), _AXIS),
     **dict.fromkeys(("Softmax", "LogSoftmax"), _AXIS),
     "Reshape": {"newshape": "shape"},
+    "BroadcastTo": {"shape": "shape"},
     "Transpose": {"axes": "axes"},
     "Swapaxes": {"axis1": "axis1", "axis2": "axis2"},
     "Roll": {"shift": "shift", "axis": "axis"},
