@@ -112,8 +112,12 @@ def _start(make, of: str, batches: list, attempts: int) -> Start:
         times.append((time.perf_counter() - start, sum(compilations[known:])))
         if times[0][0] > _SLOW:
             break
-    results = out if of == "predict" else [np.asarray(out), *run.weights()]
-    return Start(run, results, *map(statistics.median, zip(*times)))
+    return Start(run, _results(run, out), *map(statistics.median, zip(*times)))
+
+
+def _results(run, out) -> list[np.ndarray]:
+    """The outputs; or the loss, and the weights that training has left."""
+    return out if isinstance(out, list) else [np.asarray(out), *run.weights()]
 
 
 @functools.cache

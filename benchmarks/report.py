@@ -82,7 +82,8 @@ def overview(rows: list[Row]) -> list[str]:
     for row in rows:
         if (row["suite"], row["of"]) in columns and "ratio" in row:
             ratios[row["candidate"]][row["suite"], row["of"]].append(row["ratio"])
-    most = {key: max(len(each[key]) for each in ratios.values()) for key in columns}
+    lengths = lambda key: [len(each[key]) for each in ratios.values()]
+    most = {key: max(lengths(key), default=0) for key in columns}
 
     def cell(each, key) -> str:
         if not each[key]:
