@@ -39,6 +39,10 @@ CONV = {"filters": 4, "kernel_size": 2}
 LAYERS = {
     "Dense": (lambda: k.Dense(4, "gelu"), (3,)),
     "Dense of steps, no bias": (lambda: k.Dense(4, use_bias=False), (4, 3)),
+    "Conv1DTranspose": (
+        lambda: k.Conv1DTranspose(3, 2, strides=2, activation="tanh"),
+        (5, 4),
+    ),
     **per_rank(
         "Conv",
         CONV,
@@ -108,6 +112,7 @@ def test_layer_agrees_with_keras(name):
     assert_parity(sequential(make(), shape=shape), normal(1, 2, *shape))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("padding", ["same", "valid"])
 @pytest.mark.parametrize(
@@ -283,6 +288,7 @@ def test_a_mask_over_words_stays_while_there_are_words():
     assert_parity(model, DOCUMENTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", ["both", "first", "second"])
 @pytest.mark.parametrize(
     "merge", ["Add", "Multiply", "Average", "Maximum", "Minimum", "Concatenate"]

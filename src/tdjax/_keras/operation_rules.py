@@ -28,6 +28,7 @@ _OPTIONS = {
     **dict.fromkeys(("Squeeze", "ExpandDims", "Concatenate", "Stack", "Flip"), _AXIS),
     **dict.fromkeys(("Softmax", "LogSoftmax"), _AXIS),
     "Reshape": {"newshape": "shape"},
+    "BroadcastTo": {"shape": "shape"},
     "Transpose": {"axes": "axes"},
     "Swapaxes": {"axis1": "axis1", "axis2": "axis2"},
     "Roll": {"shift": "shift", "axis": "axis"},
@@ -43,7 +44,10 @@ _OPTIONS = {
 
 def _convert(names: dict[str, str], operation: Any) -> Converted:
     function = _snake_case(type(operation).__name__)
-    values = {new: getattr(operation, old) for old, new in names.items()}
+    # Where an operation has no such attribute, it is an argument of the call.
+    values = {
+        b: getattr(operation, a) for a, b in names.items() if hasattr(operation, a)
+    }
     return Operation(function, tuple(_hashable(values).items())), {}
 
 
