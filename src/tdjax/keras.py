@@ -22,6 +22,7 @@ from tdjax._keras.graph import FlaxModel
 from tdjax._keras.independent import equal_method
 from tdjax._keras.registry import convert_layer, register_rule
 from tdjax._keras.steps import distribute_layer
+from tdjax._keras.time import ended_axes
 from tdjax._keras.time_rules import OPTIONS, convert_time_distributed
 from tdjax._lowering import Lowering
 from tdjax._state import check_share_rng
@@ -151,12 +152,7 @@ class TimeDistributed(keras.layers.TimeDistributed):
         if not masks or len(masks[0].shape) <= 2:
             return masks[0] if masks else None
         mask, output = masks[0], keras.tree.flatten(self.compute_output_spec(inputs))[0]
-        kept = 2
-        while kept < min(len(mask.shape), len(output.shape) - 1):
-            if mask.shape[kept] != output.shape[kept]:
-                break
-            kept += 1
-        rest = tuple(range(kept, len(mask.shape)))
+        rest = ended_axes(mask.shape, output.shape)
         return ops.any(mask, axis=rest) if rest else mask
 
     def call(self, inputs, training=None, mask=None):

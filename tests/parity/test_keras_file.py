@@ -14,6 +14,7 @@ from keras import ops
 
 from conftest import assert_trees_equal, normal
 from parity.keras_parity import sequential, vary
+from tdjax._keras import file
 from tdjax.keras import to_flax
 
 pytestmark = pytest.mark.usefixtures("user_errors")
@@ -195,7 +196,9 @@ def test_what_is_no_keras_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file .*model\.keras"):
         to_flax(text)
     text.write_text("not a zip")
-    with pytest.raises(ValueError, match=r"is not a \.keras file, but something else"):
+    with pytest.raises(
+        ValueError, match=r"is not a \.keras file, but a file that is no zip"
+    ):
         to_flax(text)
     with pytest.raises(ValueError, match=r"is not a \.keras file, but a directory"):
         to_flax(tmp_path)
@@ -203,3 +206,23 @@ def test_what_is_no_keras_file(tmp_path):
     zipfile.ZipFile(empty, "w").close()
     with pytest.raises(ValueError, match=r"no readable config\.json"):
         to_flax(empty)
+
+
+def test_a_compiled_model_inside_and_constants_load(tmp_path):
+    inner = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    inner.compile("adam", "mse", metrics=["mae"])
+    start = keras.initializers.Constant([1.0, 2.0])
+    head = keras.layers.Dense(2, bias_initializer=start)
+    model = keras.Sequential([keras.Input((3,)), inner, head])
+    model.save(tmp_path / "model.keras")
+    module, variables = to_flax(tmp_path / "model.keras")
+    x = np.ones((2, 3), "float32")
+    np.testing.assert_allclose(module.apply(variables, x), model(x), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["deserialize", "get", "map", "custom_gradient"])
+@pytest.mark.parametrize("home", ["builtins", "keras.activations", "keras.ops"])
+def test_functions_that_are_no_activations_are_refused_before_loading(home, name):
+    part = {"module": home, "class_name": "function", "config": name}
+    assert not file._is_known(part)
+    assert not file._is_known({**part, "module": [home]})

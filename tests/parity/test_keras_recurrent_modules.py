@@ -243,7 +243,7 @@ class TestErrors:
             def inner_loop(self, *args, **kwargs):
                 return super().inner_loop(*args, **kwargs)
 
-        with pytest.raises(ValueError, match="overrides inner_loop"):
+        with pytest.raises(TypeError, match="No rule is known for layer 'slow'"):
             convert(Slow(UNITS))
 
     def test_cell_of_another_dtype_is_refused(self):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import optax
+import pytest
 from keras import layers as k
 from keras import ops
 
@@ -214,3 +215,60 @@ def test_frozen_layers_stay_still_under_the_optimizer():
     updates, _ = optimizer.update(ones, optimizer.init(params))
     moved = jax.tree.map(lambda update: bool(jnp.all(update == -1)), updates)
     assert moved == trains
+
+
+class Standardised(k.Conv1D):
+    def convolution_op(self, inputs, kernel):
+        return super().convolution_op(inputs, kernel - keras.ops.mean(kernel))
+
+
+class Difference(k.Add):
+    def _merge_function(self, inputs):
+        return inputs[0] - inputs[1]
+
+
+@pytest.mark.parametrize("layer", [Standardised(2, 2), Difference()])
+def test_a_subclass_that_computes_otherwise_has_no_rule(layer):
+    x = keras.Input((4, 3))
+    inputs = [x, x] if isinstance(layer, Difference) else x
+    with pytest.raises(TypeError, match="No rule is known"):
+        to_flax(keras.Model(x, layer(inputs)))
+
+
+def test_options_of_operations_are_kept():
+    x = keras.Input((4, 3))
+    outputs = [
+        keras.ops.max(x, axis=1, initial=0.5),
+        keras.ops.min(x, axis=1, initial=-0.5),
+        keras.ops.prod(x, axis=1, dtype="int32"),
+    ]
+    assert_parity(keras.Model(x, outputs), normal(0, 2, 4, 3))
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (None, 1, None)])
+def test_short_noise_shapes_count_from_the_last_axis(shape):
+    module, variables = to_flax(sequential(k.Dropout(0.5, shape), shape=(5, 3)))
+    rngs = {"dropout": jax.random.key(0)}
+    y = module.apply(variables, jnp.ones((4, 5, 3)), train=True, rngs=rngs)
+    kept = [i for i, size in enumerate((1,) * (3 - len(shape)) + shape) if size is None]
+    varies = [i for i in range(3) if bool(jnp.any(y != y.take(jnp.array([0]), i)))]
+    assert varies == kept
+
+
+@pytest.mark.parametrize(
+    "policies", [("float32", "mixed_bfloat16"), ("mixed_bfloat16", "float32")]
+)
+def test_the_wrapper_decides_the_dtype(policies):
+    inner, outer = policies
+    wrapped = k.TimeDistributed(k.Dense(2, dtype=inner), dtype=outer)
+    model = sequential(wrapped, shape=(4, 3))
+    module, variables = to_flax(model)
+    x = normal(0, 2, 4, 3)
+    assert module.apply(variables, x).dtype == model(x).dtype
+
+
+def test_calls_with_training_are_warned_of():
+    x = keras.Input((3,))
+    model = keras.Model(x, k.Dropout(0.5, name="noise")(x, training=True))
+    with pytest.warns(UserWarning, match="training=True: 'noise'"):
+        to_flax(model)

@@ -283,7 +283,7 @@ def test_variables_written_back_stay_the_users_own():
     assert module.apply(variables, x).shape == (2, 2)
 
 
-@pytest.mark.parametrize("shape", [(2,), (2, 9), (2, 4, 3, 1)])
+@pytest.mark.parametrize("shape", [(9,), (2, 9), (2, 4, 3, 1)])
 def test_a_mask_that_does_not_fit_the_input_is_refused(shape):
     module, variables = to_flax(sequential(k.TimeDistributed(k.Dense(2)), shape=(4, 3)))
     with raises(ValueError, "mask of input", "batch, time"):

@@ -32,7 +32,7 @@ def to_flax(model: Any) -> tuple[nn.Module, Variables]:
 
     The module gives the outputs of the model:
 
-    * at inference, `module.apply(variables, x)`, as `model(x)`;
+    * at inference, `module.apply(variables, x)`, as `model(x, training=False)`;
     * in training, `module.apply(variables, x, train=True, mutable=["batch_stats"],
       rngs={"dropout": key})`, as `model(x, training=True)`.
 
@@ -78,6 +78,7 @@ def to_flax(model: Any) -> tuple[nn.Module, Variables]:
     module, tree = convert_layer(model)
     _refuse_shared(tree)
     _warn_of_penalties(model, tree)
+    _warn_of_training(model)
     return module, jax.tree.map(_value, tree)
 
 
@@ -222,6 +223,23 @@ def _refuse_shared(tree: Variables) -> None:
                 f"{other} and {path}, which Flax would train as two. Call the same "
                 "layer or model twice instead, in one model."
             )
+
+
+def _warn_of_training(model: Any) -> None:
+    """Of layers that were called with training=True, as for Monte Carlo dropout."""
+    layers = [model, *model._flatten_layers(include_self=False)]
+    found = {
+        f"'{layer.name}'"
+        for layer in layers
+        for node in getattr(layer, "_inbound_nodes", ())
+        if node.arguments.kwargs.get("training")
+    }
+    if found:
+        warnings.warn(
+            "The Flax module trains all layers or none, by `train`; in the Keras model "
+            f"these were called with training=True: {', '.join(sorted(found))}.",
+            stacklevel=3,
+        )
 
 
 def _warn_of_penalties(model: Any, tree: Variables) -> None:

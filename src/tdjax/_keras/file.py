@@ -1,13 +1,16 @@
 """Keras models from files: what a file would make is looked at before it is made."""
 
 import json
+import operator
 import pathlib
+import warnings
 import zipfile
 from collections.abc import Iterator
 from typing import Any
 
 import keras
 
+from tdjax._keras import activations
 from tdjax._keras.registry import find_rule, known_classes
 
 # Arrays, slices and the like, which Keras reads as values.
@@ -23,6 +26,11 @@ PARTS = (
     keras.layers.LSTMCell,
     keras.layers.GRUCell,
     keras.layers.StackedRNNCells,
+    # A model inside was compiled with these.
+    keras.optimizers.Optimizer,
+    keras.optimizers.schedules.LearningRateSchedule,
+    keras.losses.Loss,
+    keras.metrics.Metric,
 )
 MODULES = (
     "layers",
@@ -31,12 +39,14 @@ MODULES = (
     "regularizers",
     "constraints",
     "dtype_policies",
+    "losses",
+    "metrics",
+    "optimizers",
+    "optimizers.schedules",
 )
-FUNCTIONS = {
-    "builtins": "activations",
-    "keras.activations": "activations",
-    "keras.ops": "ops",
-}
+# Keras looks for a function of "builtins" in several of its modules, in no fixed order.
+FUNCTIONS = {*activations.FUNCTIONS, *activations.OPERATIONS}
+HOMES = ("builtins", "keras.activations", "keras.ops")
 LARGEST_CONFIG = 2**26
 
 
@@ -47,7 +57,11 @@ def load(path: pathlib.Path) -> Any:
     for place, part in _objects(config, "the model"):
         _check(path, place, part)
     try:
-        return keras.saving.load_model(path, compile=False, safe_mode=True)
+        with warnings.catch_warnings():
+            # Of a model inside; the Flax module has none.
+            skipped = "(?s).*Skipping variable loading for optimizer"
+            warnings.filterwarnings("ignore", skipped)
+            return keras.saving.load_model(path, compile=False, safe_mode=True)
     except (KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
         cause = str(error).rpartition("Exception encountered: ")[2]
         raise ValueError(f"{path} could not be loaded by Keras: {cause}") from error
@@ -80,7 +94,7 @@ def _objects(config: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from _objects(item, place)
     if not isinstance(config, dict):
         return
-    if set(config) == {"value"} and isinstance(config["value"], list):
+    if set(config) == {"value"} and _is_code(config["value"]):
         # How Keras writes a lambda that is an activation.
         config = {"class_name": "__lambda__"}
     if "class_name" in config:
@@ -90,6 +104,10 @@ def _objects(config: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield place, config
     for value in config.values():
         yield from _objects(value, place)
+
+
+def _is_code(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(each, str) for each in value)
 
 
 def _check(path: pathlib.Path, place: str, part: dict[str, Any]) -> None:
@@ -122,13 +140,12 @@ def _name(part: dict[str, Any]) -> Any:
 
 def _is_known(part: dict[str, Any]) -> bool:
     name, module = _name(part), part.get("module")
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not isinstance(module, str | None):
         return False
     if name.startswith("__"):
         return name.strip("_") in VALUES
     if part["class_name"] == "function":
-        home = getattr(keras, FUNCTIONS.get(str(module), ""), None)
-        return _is_registered(name) or (home is not None and hasattr(home, name))
+        return _is_registered(name) or (module in HOMES and name in FUNCTIONS)
     return _is_registered(part.get("registered_name")) or _is_of_keras(module, name)
 
 
@@ -146,7 +163,7 @@ def _is_of_keras(module: Any, name: str) -> bool:
         return True
     homes = {
         "keras": keras,
-        **{f"keras.{home}": getattr(keras, home) for home in MODULES},
+        **{f"keras.{home}": operator.attrgetter(home)(keras) for home in MODULES},
     }
     kind = getattr(homes.get(module), name, None)
     if not isinstance(kind, type):

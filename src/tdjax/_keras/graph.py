@@ -93,10 +93,10 @@ class Input:
         if mask is None:
             return
         shape = jnp.shape(mask)
-        if len(shape) < 2 or shape != x.shape[: len(shape)]:
+        if not shape or shape != x.shape[: len(shape)]:
             raise ValueError(
                 f"mask of input '{self.name}' must have the first axes of the input, "
-                f"(batch, time) at least, got {describe(mask)} for {describe(x)}."
+                f"(batch, time), got {describe(mask)} for {describe(x)}."
             )
 
 
@@ -211,7 +211,7 @@ def _leaves_or_none(tree) -> list:
 
 def _call(node: Node, module, values, masks, train) -> tuple[Any, Any]:
     """The outputs of a node and their masks."""
-    args, kwargs = _cast(node.arguments.fill(values), node.dtype)
+    args, kwargs = cast(node.arguments.fill(values), node.dtype)
     arg_masks = _mask_of_first(node, masks)
     accepted = parameters(type(module))
     if node.takes_mask and "mask" in accepted and kwargs.get("mask") is None:
@@ -236,7 +236,8 @@ def _mask_of_first(node: Node, masks):
     return args[0] if args else None
 
 
-def _cast(tree, dtype):
+def cast(tree: Any, dtype: str | None) -> Any:
+    """Floats of a tree in another dtype, if one is given."""
     if dtype is None:
         return tree
     is_float = lambda x: jnp.issubdtype(getattr(x, "dtype", jnp.int32), jnp.floating)

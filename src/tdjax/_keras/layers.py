@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from tdjax._keras import initializers as initializers
+from tdjax._keras import initializers
 from tdjax._keras.activations import Activation
 
 LINEAR = Activation("linear")

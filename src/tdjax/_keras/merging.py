@@ -66,11 +66,8 @@ class Multiply(_Merge):
         return jnp.where(functools.reduce(operator.or_, valid), outputs, 0)
 
 
-class Average(_Merge):
+class Average(Add):
     """The mean of the inputs."""
-
-    def combine(self, x, y):
-        return x + y
 
     def __call__(self, inputs):
         return super().__call__(inputs) / len(inputs)

@@ -111,16 +111,27 @@ class VarianceScaling(nn.Module):
 
 
 class Dropout(nn.Module):
-    """`nn.Dropout` in training."""
+    """`nn.Dropout` in training.
+
+    Attributes:
+      rate: the share of zeros.
+      noise_shape: 1 for axes that share their noise, None for the others, counted from
+        the last axis; axes in front of them share it too.
+    """
 
     rate: float
-    broadcast_dims: tuple[int, ...] = ()
+    noise_shape: tuple[int | None, ...] | None = None
 
     @nn.compact
     def __call__(self, inputs, train: bool = False):
-        return nn.Dropout(self.rate, self.broadcast_dims)(
-            inputs, deterministic=not train
-        )
+        shared = nn.Dropout(self.rate, self._shared_axes(inputs.ndim))
+        return shared(inputs, deterministic=not train)
+
+    def _shared_axes(self, rank: int) -> tuple[int, ...]:
+        if self.noise_shape is None:
+            return ()
+        sizes = (1,) * (rank - len(self.noise_shape)) + self.noise_shape
+        return tuple(axis for axis, size in enumerate(sizes) if size == 1)
 
 
 class GaussianNoise(nn.Module):

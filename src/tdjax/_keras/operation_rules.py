@@ -19,12 +19,14 @@ _PLAIN = """
     Relu Relu6 Sigmoid LogSigmoid HardSigmoid Silu HardSilu Softplus Softsign Selu
 """
 _REDUCTION = {"axis": "axis", "keepdims": "keepdims"}
+_EXTREMUM = {**_REDUCTION, "initial": "initial"}
 _AXIS = {"axis": "axis"}
 _DTYPE = {"dtype": "dtype"}
 # The attributes of the operation, and what JAX calls them.
 _OPTIONS = {
-    **dict.fromkeys(("Mean", "Sum", "Prod", "Max", "Min"), _REDUCTION),
-    **dict.fromkeys(("Var", "Std", "Any", "All"), _REDUCTION),
+    **dict.fromkeys(("Mean", "Sum", "Var", "Std", "Any", "All"), _REDUCTION),
+    **dict.fromkeys(("Max", "Min"), _EXTREMUM),
+    "Prod": {**_REDUCTION, **_DTYPE},
     **dict.fromkeys(("Squeeze", "ExpandDims", "Concatenate", "Stack", "Flip"), _AXIS),
     **dict.fromkeys(("Softmax", "LogSoftmax"), _AXIS),
     "Reshape": {"newshape": "shape"},

@@ -38,12 +38,6 @@ _LOOP_FIELDS = (
     "unroll",
     "zero_output_for_mask",
 )
-_LOOPS = (
-    keras.layers.RNN,
-    keras.layers.SimpleRNN,
-    keras.layers.LSTM,
-    keras.layers.GRU,
-)
 
 
 @register_rule(keras.layers.SimpleRNN)
@@ -113,15 +107,6 @@ def _check_loop(layer: Any) -> None:
             "stateful=True is not converted. Make the layer with return_state=True and "
             "hand its states on as initial_state.",
         )
-
-    for name in ("inner_loop", "get_initial_state"):
-        if getattr(type(layer), name) not in [getattr(loop, name) for loop in _LOOPS]:
-            raise refuse(
-                layer,
-                f"its class overrides {name}, so the rules of keras.layers.RNN, "
-                "SimpleRNN, LSTM and GRU do not hold for it. Supply one with "
-                "tdjax.keras.register_rule.",
-            )
 
 
 def _check_cell(layer: Any, cell: Any) -> None:

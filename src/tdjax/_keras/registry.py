@@ -20,8 +20,14 @@ _RULES: dict[type, Rule] = {}
 _PLACE: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar(
     "place", default=()
 )
-# A subclass that overrides one of these does something else than its parent.
-_MEANING = ("__call__", "call", "compute_mask")
+# A subclass that overrides anything else may compute something else.
+_HARMLESS = {
+    "build",
+    "compute_output_shape",
+    "compute_output_spec",
+    "from_config",
+    "get_config",
+}
 
 
 def register_rule(layer_class: type) -> Callable[[AnyRule], AnyRule]:
@@ -37,8 +43,9 @@ def register_rule(layer_class: type) -> Callable[[AnyRule], AnyRule]:
     `compute_mask(inputs, mask)` gives the mask of its output; without one the mask
     passes on if the Keras layer has `supports_masking`.
 
-    A rule also holds for subclasses, but not for one that overrides `call` or
-    `compute_mask`: that needs a rule of its own. The last rule for a class counts.
+    A rule also holds for subclasses, but not for one that overrides `call` or another
+    method that computes: that needs a rule of its own. The last rule for a class
+    counts.
 
     Args:
       layer_class: a subclass of `keras.layers.Layer` (or of `keras.Operation`).
@@ -83,7 +90,7 @@ def register_rule(layer_class: type) -> Callable[[AnyRule], AnyRule]:
 
 
 def find_rule(layer_class: type) -> Rule | None:
-    """The rule of the nearest class whose `call` and `compute_mask` these are."""
+    """The rule of the nearest class, if this one has its methods."""
     for base in layer_class.__mro__:
         if base in _RULES:
             return _RULES[base] if _means_the_same(layer_class, base) else None
@@ -96,10 +103,10 @@ def known_classes() -> tuple[type, ...]:
 
 
 def _means_the_same(layer_class: type, base: type) -> bool:
-    return all(
-        getattr(layer_class, name, None) is getattr(base, name, None)
-        for name in _MEANING
-    )
+    between = layer_class.__mro__[: layer_class.__mro__.index(base)]
+    changed = {name for each in between for name in vars(each) if hasattr(base, name)}
+    changed = {name for name in changed - _HARMLESS if not name.startswith("__")}
+    return not changed and layer_class.__call__ is base.__call__
 
 
 @contextlib.contextmanager

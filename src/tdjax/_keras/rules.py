@@ -193,16 +193,10 @@ def convert_group_normalization(layer: Any) -> Converted:
 
 @register_rule(layers.Dropout)
 def convert_dropout(layer: layers.Dropout) -> Converted:
-    return normalization.Dropout(layer.rate, _shared_axes(layer)), {}
-
-
-def _shared_axes(layer: layers.Dropout) -> tuple[int, ...]:
-    shape = layer.noise_shape or ()
-    if any(size not in (1, None) for size in shape):
-        raise refuse(
-            layer, f"noise_shape may hold 1 and None only, got {layer.noise_shape}."
-        )
-    return tuple(axis for axis, size in enumerate(shape) if size == 1)
+    shape = None if layer.noise_shape is None else tuple(layer.noise_shape)
+    if any(size not in (1, None) for size in shape or ()):
+        raise refuse(layer, f"noise_shape may hold 1 and None only, got {shape}.")
+    return normalization.Dropout(layer.rate, shape), {}
 
 
 @register_rule(layers.SpatialDropout1D)
@@ -210,8 +204,8 @@ def _shared_axes(layer: layers.Dropout) -> tuple[int, ...]:
 @register_rule(layers.SpatialDropout3D)
 def convert_spatial_dropout(layer: Any) -> Converted:
     require_channels_last(layer)
-    between = tuple(range(1, layer.input_spec.ndim - 1))
-    return normalization.Dropout(layer.rate, between), {}
+    between = (1,) * (layer.input_spec.ndim - 2)
+    return normalization.Dropout(layer.rate, (None, *between, None)), {}
 
 
 @register_rule(layers.GaussianNoise)

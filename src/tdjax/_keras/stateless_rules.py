@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from keras import layers
 
-from tdjax._keras import merging as merging
-from tdjax._keras import stateless as stateless
+from tdjax._keras import merging, stateless
 from tdjax._keras.activations import Activation, activation
 from tdjax._keras.registry import refuse, register_rule, where
 from tdjax._keras.rules import Converted, require_channels_last

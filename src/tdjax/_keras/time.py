@@ -34,8 +34,14 @@ class TimeDistributed(linen.TimeDistributed):
 def _mask_for(outputs, mask):
     if not jax.tree.leaves(mask):
         return None
-    mask, shape = jax.tree.leaves(mask)[0], jax.tree.leaves(outputs)[0].shape[:-1]
+    mask = jax.tree.leaves(mask)[0]
+    return jnp.any(mask, axis=ended_axes(mask.shape, jax.tree.leaves(outputs)[0].shape))
+
+
+def ended_axes(mask_shape: tuple, output_shape: tuple) -> tuple[int, ...]:
+    """The axes of a mask behind (batch, time) that an output has no place for."""
     kept = 2
-    while kept < min(mask.ndim, len(shape)) and mask.shape[kept] == shape[kept]:
+    room = min(len(mask_shape), len(output_shape) - 1)
+    while kept < room and mask_shape[kept] == output_shape[kept]:
         kept += 1
-    return jnp.any(mask, axis=tuple(range(kept, mask.ndim)))
+    return tuple(range(kept, len(mask_shape)))

@@ -18,6 +18,9 @@ OPTIONS = ("method", "chunk_size", "unroll", "remat", "share_rng")
 def convert_time_distributed(layer: Any) -> Converted:
     with inside(f"inside '{layer.name}'"):
         inner, variables = convert_layer(layer.layer)
+    # Keras calls the layer under the wrapper's policy, whatever its own is.
+    if hasattr(inner, "dtype") and layer.layer.compute_dtype != layer.compute_dtype:
+        inner = inner.clone(dtype=layer.compute_dtype)
     options = {name: getattr(layer, name) for name in OPTIONS if hasattr(layer, name)}
     if options.get("method") is None:
         share_rng = options.get("share_rng", False)
