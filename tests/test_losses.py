@@ -154,6 +154,7 @@ def test_mixed_dtypes_are_promoted_as_in_dense():
         assert got[1][0]["bias"].dtype == jnp.float64
 
 
+@pytest.mark.slow
 def test_a_mean_over_many_steps_keeps_small_probabilities_in_float16():
     params, hidden, labels = make(64, 64, 4, 50, jnp.float16)
     gradient = jax.grad(tdjax.linear_cross_entropy)(params, hidden, labels * 0)
@@ -183,6 +184,7 @@ def test_extreme_logits(chunk_size, vocab_chunk_size):
     assert np.abs(gradients[0]["kernel"]).max() < bound
 
 
+@pytest.mark.slow
 @blocks
 def test_one_word_one_step_and_none(chunk_size, vocab_chunk_size):
     sizes = chunk_size, vocab_chunk_size

@@ -294,6 +294,7 @@ def test_no_batch_and_no_steps(options):
         assert apply(jnp.zeros(shape), mask=mask).shape == (*shape[:2], 2)
 
 
+@pytest.mark.slow
 @lowerings
 def test_masks_compose_with_vmap_scan_checkpoint_and_forward_mode(options):
     kernel, x = normal(1, F, 2), normal(0, B, T, F)

@@ -236,6 +236,7 @@ def test_orbax_saves_and_restores(x, tmp_path):
     assert_trees_equal(restored, state)
 
 
+@pytest.mark.slow
 def test_no_tracer_leaks(x):
     for options in METHODS:
         graphdef, state = nnx.split(wrapped_model(**options))

@@ -147,6 +147,7 @@ def shapes_and_axes(draw):
     return shape, time, draw(st.integers(-len(shape), len(shape) - 1))
 
 
+@pytest.mark.slow
 @given(
     shapes_and_axes(),
     st.sampled_from(["vmap", "fold"]),

@@ -135,6 +135,7 @@ def test_what_fun_itself_raises_is_raised():
         tdjax.autotune(lambda x: x @ jnp.ones((7, 7)), X, **QUICK)
 
 
+@pytest.mark.slow
 def test_a_memory_limit_is_kept_and_one_that_cannot_be_is_an_error():
     fun = lambda x: jnp.sum(jnp.exp(jnp.sin(x)[:, :, None] * x[:, None]), (1, 2))
     x = normal(1, 4, 8, 128)
@@ -462,6 +463,7 @@ def test_integers_keys_and_half_precision_are_compared_too(key):
     assert [each.deviation for each in result.candidates] == [0.0] * 4
 
 
+@pytest.mark.slow
 def test_a_sum_in_half_precision_may_be_as_far_off_as_the_reference_is():
     params = tdjax.init_dense(jax.random.key(0), 64, 64)
     half = lambda tree: jax.tree.map(lambda a: a.astype(jnp.bfloat16), tree)

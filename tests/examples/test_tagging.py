@@ -210,6 +210,7 @@ def ragged_corpus(tmp_path):
     return str(path)
 
 
+@pytest.mark.slow
 def test_both_heads_train_to_the_same_losses_and_parameters(ragged_corpus):
     ends = {}
     for head in tagging.HEADS:
