@@ -18,7 +18,8 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 # Keras, an extra, computes with JAX if it is there.
 os.environ.setdefault("KERAS_BACKEND", "jax")
 if importlib.util.find_spec("keras") is None:
-    collect_ignore = ["parity", "examples/test_from_keras.py"]
+    needs_keras = ["parity", "examples/test_from_keras.py"]
+    collect_ignore = [*needs_keras, "keras_pairs.py", "keras_zoo.py"]
 
 # Each example may compile; a compilation has no deadline.
 settings.register_profile("tdjax", deadline=None, max_examples=20, derandomize=True)

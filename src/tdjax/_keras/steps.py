@@ -52,14 +52,10 @@ def _count_seeds(step, values, seeds, args, share_rng: bool):
     counts = jnp.arange(timesteps, dtype=seeds[0].dtype)[:, None]
     moves = [new - old for new, old in zip(moved, seeds)]
     by_step = [seed + counts * move for seed, move in zip(seeds, moves)]
-    return (
-        by_step,
-        PER_STEP,
-        [
-            seed + jnp.asarray(timesteps, seed.dtype) * move
-            for seed, move in zip(seeds, moves)
-        ],
-    )
+    drawn = [
+        jnp.asarray(timesteps, seed.dtype) * move for seed, move in zip(seeds, moves)
+    ]
+    return by_step, PER_STEP, [seed + each for seed, each in zip(seeds, drawn)]
 
 
 def _run_in_order(step, values, steps: AllSteps, lowering: Lowering):
