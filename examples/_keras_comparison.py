@@ -129,11 +129,11 @@ def _timed(fun: Callable[[], Any]) -> tuple[Any, float]:
 def _row(one: dict[str, Any], reference: dict[str, Any]) -> dict[str, str]:
     deviation = lambda name: f"{_deviation(one[name], reference[name]):.1g}"
     return {
-        "first predict, compiling": f"{one['prediction']:.1f} s",
-        "first step, compiling": f"{one['first step']:.1f} s",
-        "step": f"{1000 * one['step']:.0f} ms",
-        "deviation of outputs": deviation("results"),
-        "after a training step": deviation("results after"),
+        "first predict": f"{one['prediction']:.1f} s",
+        "first step": f"{one['first step']:.1f} s",
+        "later steps": f"{1000 * one['step']:.0f} ms",
+        "deviation": deviation("results"),
+        "after training": deviation("results after"),
     }
 
 

@@ -198,7 +198,7 @@ def show_comparison(run: FitRun, data: Data, settings: Any, console: Console) ->
         some = take(data.train, slice(COMPARED_BATCHES * size))
         build = lambda layer: build_tagger(layer, data.task, settings)
         run.notes = compare(build, make_loss, some, size, console)
-    title = "time, and the largest deviation from Keras' own layer"
+    title = "the first calls compile; deviation: the largest, from Keras' own layer"
     console.print(results(title, run.notes))
 
 

@@ -97,8 +97,8 @@ def test_the_three_take_the_same_steps(tmp_path, capsys):
     rows = json.loads((tmp_path / "run/record.json").read_text())["notes"]
     assert list(rows) == ["keras.layers", "tdjax.keras", "to_flax"]
     for row in rows.values():
-        assert float(row["deviation of outputs"]) < 1e-6
-        assert float(row["after a training step"]) < 1e-5
+        assert float(row["deviation"]) < 1e-6
+        assert float(row["after training"]) < 1e-5
     output = capsys.readouterr().out
     for name in rows:
         assert name in output
