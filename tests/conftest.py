@@ -1,13 +1,10 @@
-"""What the tests share: references that know nothing of tdjax, and ways to compare."""
+"""How the tests run, and their fixtures."""
 
 import importlib.util
-import itertools
 import os
 
 import jax
-import jax.numpy as jnp
 import jaxtyping
-import numpy as np
 import pytest
 from hypothesis import settings
 
@@ -37,71 +34,3 @@ def user_errors():
 @pytest.fixture
 def key():
     return jax.random.key(7)
-
-
-def numpy_dense(params, x):
-    """The referee: float64, one step and one feature sum after the other."""
-    kernel = np.asarray(params["kernel"], np.float64)
-    bias = np.asarray(params.get("bias", np.zeros(kernel.shape[-1])), np.float64)
-    x = np.asarray(x, np.float64)
-    y = np.zeros((*x.shape[:-1], kernel.shape[1]))
-    for place in np.ndindex(*x.shape[:-1]):
-        y[place] = sum(x[place][i] * kernel[i] for i in range(kernel.shape[0])) + bias
-    return y
-
-
-def integers(seed, *shape):
-    """Integer-valued float32: sums of products are exact in any order."""
-    values = np.random.default_rng(seed).integers(-4, 5, shape)
-    return jnp.asarray(values, jnp.float32)
-
-
-def normal(seed, *shape, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
-
-
-def x64():
-    """A context in which float64 stays float64."""
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(True)
-    from jax.experimental import enable_x64
-
-    return enable_x64()
-
-
-def assert_trees_close(got, want, rtol=2e-5, atol=2e-5):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want)
-    ):
-        name = jax.tree_util.keystr(path)
-        assert np.shape(a) == np.shape(b), name
-        np.testing.assert_allclose(a, b, rtol, atol, err_msg=name)
-
-
-def assert_trees_equal(got, want):
-    assert_trees_close(got, want, rtol=0, atol=0)
-
-
-def lowerings(timesteps, methods=("vmap", "fold"), unrolls=(1, 2, True), whole=None):
-    """Every method, chunk size (1, 3, T, more), unroll and remat that differ.
-
-    `whole` are the chunk sizes for all steps at once: None, T and more.
-    """
-    whole = whole or (None, timesteps, timesteps + 2)
-    loops = itertools.product((1, 3), unrolls, (False, True))
-    single = itertools.product(whole, (1,), (False, True))
-    return [
-        {"method": method, "chunk_size": chunk, "unroll": unroll, "remat": remat}
-        for method in methods
-        for chunk, unroll, remat in (*single, *loops)
-    ]
-
-
-def quick_compile(fun, *args):
-    """Compiles for correctness, not for speed: a third of the time."""
-    options = {
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    }
-    return jax.jit(fun).lower(*args).compile(compiler_options=options)(*args)

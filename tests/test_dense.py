@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tdjax
-from conftest import integers, normal, numpy_dense, x64
+from helpers import integers, normal, numpy_dense, x64
 
 sizes = st.integers(1, 5)
 leads = st.lists(st.integers(0, 3), max_size=3).map(tuple)

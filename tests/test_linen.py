@@ -9,7 +9,7 @@ from flax.errors import CallCompactUnboundModuleError
 
 import tdjax
 import zoo
-from conftest import assert_trees_close, assert_trees_equal, normal
+from helpers import assert_trees_close, assert_trees_equal, normal
 from tdjax.linen import FlattenDense, PerStepDense, TimeDistributed
 
 B, T = 3, 4

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax import export
 
 import tdjax
-from conftest import assert_trees_close, assert_trees_equal, normal
+from helpers import assert_trees_close, assert_trees_equal, normal
 
 B, T, F = 3, 4, 5
 MASK = tdjax.lengths_to_mask(jnp.array([4, 2, 0]), T)

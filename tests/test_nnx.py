@@ -7,7 +7,7 @@ from flax import nnx
 
 import tdjax
 import zoo
-from conftest import assert_trees_close, assert_trees_equal, normal
+from helpers import assert_trees_close, assert_trees_equal, normal
 from tdjax.nnx import FlattenDense, PerStepDense, TimeDistributed
 from test_linen import METHODS, dropped, methods
 

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 import tdjax
-from conftest import integers, lowerings, normal, quick_compile
+from helpers import integers, lowerings, normal, quick_compile
 
 B, T = 2, 4
 

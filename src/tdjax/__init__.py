@@ -1,28 +1,28 @@
 """Apply any JAX function or Flax layer to every step of a sequence.
 
-The pure functions live here and need only JAX. The Flax layers are in
-`tdjax.linen` and `tdjax.nnx`, and what is for Keras 3 in `tdjax.keras`; they are loaded
-when they are first asked for.
+The pure functions live here and need only JAX. The layers live in `tdjax.linen`,
+`tdjax.nnx` and `tdjax.keras`, each loaded when it is first asked for.
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING
 
-from tdjax.analysis import step_influence as step_influence
-from tdjax.dense import as_flatten as as_flatten
-from tdjax.dense import as_per_step as as_per_step
-from tdjax.dense import dense as dense
-from tdjax.dense import flatten_dense as flatten_dense
-from tdjax.dense import init_dense as init_dense
-from tdjax.dense import init_flatten_dense as init_flatten_dense
-from tdjax.dense import init_per_step_dense as init_per_step_dense
-from tdjax.dense import per_step_dense as per_step_dense
-from tdjax.losses import linear_cross_entropy as linear_cross_entropy
-from tdjax.masking import lengths_to_mask as lengths_to_mask
-from tdjax.masking import masked_mean as masked_mean
-from tdjax.time_distributed import time_distributed as time_distributed
-from tdjax.tuning import Tuning as Tuning
-from tdjax.tuning import autotune as autotune
+from tdjax._cross_entropy.loss import linear_cross_entropy
+from tdjax._dense import (
+    as_flatten,
+    as_per_step,
+    dense,
+    flatten_dense,
+    init_dense,
+    init_flatten_dense,
+    init_per_step_dense,
+    per_step_dense,
+)
+from tdjax._influence.step_influence import step_influence
+from tdjax._masks import lengths_to_mask, masked_mean
+from tdjax._steps.transform import time_distributed
+from tdjax._tuning.autotune import Tuning, autotune
 
 if TYPE_CHECKING:
     from tdjax import keras as keras
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_ADAPTERS = ("keras", "linen", "nnx")
+# Without "keras": to list or import everything must not need Keras.
 __all__ = [
     "Tuning",
     "as_flatten",
@@ -51,14 +51,32 @@ __all__ = [
     "step_influence",
     "time_distributed",
 ]
+_ADAPTERS = ("keras", "linen", "nnx")
+_LAYERS = ("FlattenDense", "PerStepDense", "TimeDistributed")
+
+# Tracebacks, pickles and documentation name the place where users find it.
+for _name in __all__:
+    if _name not in _ADAPTERS:
+        globals()[_name].__module__ = __name__
 
 
 def __getattr__(name: str):
     # Flax takes longer to import than everything else together.
     if name in _ADAPTERS:
         return importlib.import_module(f"tdjax.{name}")
+    if name in _LAYERS:
+        message = (
+            f"tdjax has no {name} of its own: use tdjax.linen.{name} for Flax Linen or "
+            f"tdjax.nnx.{name} for Flax NNX"
+        )
+        if name == "TimeDistributed":
+            message += ", tdjax.keras.TimeDistributed for Keras, and "
+            message += "tdjax.time_distributed for a function"
+        # `from tdjax import ...` replaces the message of an AttributeError.
+        is_import = sys._getframe(1).f_code.co_name == "_handle_fromlist"
+        raise (ImportError if is_import else AttributeError)(f"{message}.")
     raise AttributeError(f"module 'tdjax' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ADAPTERS})
+    return __all__

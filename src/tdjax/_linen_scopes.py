@@ -10,7 +10,7 @@ from flax.core import DenyList, FrozenDict, Scope, lift
 from flax.core.scope import in_filter
 from flax.linen import module as flax_module
 
-from tdjax._state import distribute_stateful, make_lowering
+from tdjax._steps.stateful import distribute_stateful, make_lowering
 
 
 def adopt(layer: nn.Module, scope: Scope) -> nn.Module:

@@ -18,14 +18,14 @@ from keras import ops
 
 from tdjax._checks import describe
 from tdjax._keras.convert import from_flax, to_flax, trainable_params
-from tdjax._keras.graph import FlaxModel
-from tdjax._keras.independent import equal_method
+from tdjax._keras.drop_in.independent import equal_method
+from tdjax._keras.drop_in.steps import distribute_layer
+from tdjax._keras.modules.graph import FlaxModel
+from tdjax._keras.modules.time import ended_axes
 from tdjax._keras.registry import convert_layer, register_rule
-from tdjax._keras.steps import distribute_layer
-from tdjax._keras.time import ended_axes
-from tdjax._keras.time_rules import OPTIONS, convert_time_distributed
-from tdjax._lowering import Lowering
-from tdjax._state import check_share_rng
+from tdjax._keras.rules.time import OPTIONS, convert_time_distributed
+from tdjax._steps.lowering import Lowering
+from tdjax._steps.stateful import check_share_rng
 
 __all__ = [
     "FlaxModel",

@@ -11,11 +11,8 @@ import jax.numpy as jnp
 from flax.errors import CallCompactUnboundModuleError
 from flax.linen.dtypes import promote_dtype
 
-from tdjax._candidates import OPTIONS
 from tdjax._checks import describe, require_array
-from tdjax._linen_scopes import adopt, call_layer, lift_one_step, lift_over_time, thaw
-from tdjax._state import first_steps, make_lowering
-from tdjax.dense import (
+from tdjax._dense import (
     Initializer,
     default_bias_init,
     default_kernel_init,
@@ -25,7 +22,10 @@ from tdjax.dense import (
     init_per_step_dense,
     per_step_dense,
 )
-from tdjax.tuning import Settings, Tuning, prepare_inputs, tune
+from tdjax._linen_scopes import adopt, call_layer, lift_one_step, lift_over_time, thaw
+from tdjax._steps.stateful import first_steps, make_lowering
+from tdjax._tuning.autotune import Settings, Tuning, prepare_inputs, tune
+from tdjax._tuning.candidates import OPTIONS
 
 
 class TimeDistributed(nn.Module):

@@ -9,14 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tdjax._candidates import OPTIONS
 from tdjax._checks import (
     describe,
     require_array,
     require_positive_int,
 )
-from tdjax._state import distribute_stateful, make_lowering
-from tdjax.dense import (
+from tdjax._dense import (
     Initializer,
     default_bias_init,
     flatten_dense,
@@ -24,7 +22,9 @@ from tdjax.dense import (
     init_per_step_dense,
     per_step_dense,
 )
-from tdjax.tuning import Settings, Tuning, prepare_inputs, tune
+from tdjax._steps.stateful import distribute_stateful, make_lowering
+from tdjax._tuning.autotune import Settings, Tuning, prepare_inputs, tune
+from tdjax._tuning.candidates import OPTIONS
 
 
 class TimeDistributed(nnx.Module):

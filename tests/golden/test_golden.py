@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import tdjax
-from conftest import integers
+from helpers import integers
 
 KEY = jax.random.key(0)
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
-from conftest import assert_trees_close, normal
+from helpers import assert_trees_close, normal
 from tdjax.keras import convert_layer, to_flax
 
 NOISE = jax.random.key(3)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import keras
 import pytest
 
-from conftest import normal
+from helpers import normal
 from parity.keras_parity import vary
 from tdjax._keras.convert import to_flax
 

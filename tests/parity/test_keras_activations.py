@@ -9,8 +9,8 @@ import keras
 import numpy as np
 import pytest
 
-from conftest import normal
-from tdjax._keras.activations import FUNCTIONS, activation
+from helpers import normal
+from tdjax._keras.modules.activations import FUNCTIONS, activation
 
 X = 5 * normal(0, 5, 8)
 OPTIONS = {"threshold": {"threshold": 0.3, "default_value": -1.0}}

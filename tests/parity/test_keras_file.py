@@ -12,7 +12,7 @@ import pytest
 from keras import layers as k
 from keras import ops
 
-from conftest import assert_trees_equal, normal
+from helpers import assert_trees_equal, normal
 from parity.keras_parity import sequential, vary
 from tdjax._keras import file
 from tdjax.keras import to_flax

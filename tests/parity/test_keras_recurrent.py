@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from conftest import assert_trees_close, normal
+from helpers import assert_trees_close, normal
 from parity.keras_parity import assert_parity, score
 from parity.recurrent_layers import (
     BATCH,

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 
-from conftest import assert_trees_close, normal, x64
+from helpers import assert_trees_close, normal, x64
 from parity.keras_parity import score
 from parity.recurrent_layers import (
     FEATURES,
@@ -19,8 +19,8 @@ from parity.recurrent_layers import (
     convert,
     each_layer,
 )
-from tdjax._keras import recurrent
-from tdjax._keras.recurrent import GRU, LSTM, SimpleRNN
+from tdjax._keras.modules import recurrent
+from tdjax._keras.modules.recurrent import GRU, LSTM, SimpleRNN
 
 
 @each_layer

@@ -14,7 +14,7 @@ import pytest
 from keras import layers as k
 from keras import ops
 
-from conftest import assert_trees_equal, normal
+from helpers import assert_trees_equal, normal
 from parity.keras_parity import assert_parity, sequential, vary
 from tdjax.keras import (
     TimeDistributed,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from keras import layers as k
 
-from conftest import normal
+from helpers import normal
 from parity.keras_parity import assert_parity, sequential
 from tdjax.keras import to_flax
 

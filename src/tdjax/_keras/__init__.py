@@ -1,6 +1,8 @@
-"""What `tdjax.keras` is made of: the drop-in's steps, and Keras models as Flax ones.
+"""What `tdjax.keras` is made of.
 
-The Flax modules know nothing of Keras and are unpickled without it: `graph`, `layers`,
-`merging`, `normalization`, `operations`, `recurrent`, `stateless`, `time`. The rules
-say which Keras layer becomes which of them.
+* `drop_in`: Keras' own layer over all steps, as one program.
+* `modules`: Flax modules that do what Keras' layers do. They know nothing of Keras and
+  can be unpickled without it.
+* `rules`: which Keras layer becomes which of those modules, with which weights.
+* `convert`, `registry`, `file`: `to_flax` and the way back, by these rules.
 """

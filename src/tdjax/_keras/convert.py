@@ -13,16 +13,7 @@ import keras
 import numpy as np
 
 from tdjax._checks import describe
-
-# Each registers its rules.
-from tdjax._keras import (
-    models,  # noqa: F401
-    operation_rules,  # noqa: F401
-    recurrent_rules,  # noqa: F401
-    rules,  # noqa: F401
-    stateless_rules,  # noqa: F401
-    time_rules,  # noqa: F401
-)
+from tdjax._keras import rules as rules  # registers every rule
 from tdjax._keras.file import load
 from tdjax._keras.registry import Variables, convert_layer
 

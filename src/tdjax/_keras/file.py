@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from tdjax._keras import activations
+from tdjax._keras.modules import activations
 from tdjax._keras.registry import find_rule, known_classes
 
 # Arrays, slices and the like, which Keras reads as values.

@@ -1,0 +1,134 @@
+"""Runs a jaxpr on `Spread`s.
+
+A value is either known, an ordinary array that does not depend on the input, or a
+`Spread`. JAX itself evaluates a primitive of known values. A primitive of a `Spread`
+has a rule, and one without a rule makes every output depend on every input step.
+"""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+
+from tdjax import _jaxprs
+from tdjax._influence.rules import RULES
+from tdjax._influence.spread import (
+    Spread,
+    as_spreads,
+    everything,
+    same_everywhere,
+    spread,
+    stack,
+    union,
+)
+
+# Primitives that only call a program. (Not shard_map: its program sees other shapes.)
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "checkpoint": "jaxpr",
+    "remat2": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+}
+
+
+def evaluate(jaxpr, consts, args, bound: float) -> list[Any]:
+    """Runs `jaxpr` on known values and spreads."""
+    run_equation = functools.partial(_evaluate_equation, bound=bound)
+    return _jaxprs.evaluate(jaxpr, consts, args, run_equation)
+
+
+def _evaluate_equation(eqn, args, bound: float) -> list[Any]:
+    name = eqn.primitive.name
+    if not any(isinstance(x, Spread) for x in args):
+        return _jaxprs.bind(eqn, args)
+    run = functools.partial(_run, bound=bound)
+    if name in _CALLS and _CALLS[name] in eqn.params:
+        return run(eqn.params[_CALLS[name]], args)
+    if name in _CONTROL_FLOW:
+        return _CONTROL_FLOW[name](eqn, args, run, bound)
+    return RULES.get(name, everything)(eqn, args, bound)
+
+
+def _run(program, args, bound: float) -> list[Any]:
+    """Runs a jaxpr, closed or without constants."""
+    return evaluate(*_jaxprs.open_program(program), args, bound)
+
+
+def _scan(eqn, args, run, bound) -> list[Any]:
+    params = eqn.params
+    split = _scan_parts(eqn)
+    consts, carry, xs = args[: split[0]], args[split[0] : split[1]], args[split[1] :]
+    order = list(range(params["length"]))
+    rows = {}
+    for i in reversed(order) if params["reverse"] else order:
+        slices = [x.take(i) if isinstance(x, Spread) else x[i] for x in xs]
+        outs = run(params["jaxpr"], [*consts, *carry, *slices])
+        carry, rows[i] = outs[: len(carry)], outs[len(carry) :]
+    if not rows:
+        return everything(eqn, args, bound)
+    return [
+        *carry,
+        *(_stack(column, bound) for column in zip(*(rows[i] for i in order))),
+    ]
+
+
+def _scan_parts(eqn) -> tuple[int, int]:
+    """Where the carry and the scanned operands start.
+
+    The parameters that say so differ between JAX versions; the ranks always tell: what
+    is scanned has one axis more outside than inside.
+    """
+    body = eqn.params["jaxpr"].jaxpr
+    same_rank = lambda out, inn: len(out.aval.shape) == len(inn.aval.shape)
+    carried = sum(map(same_rank, eqn.outvars, body.outvars))
+    scanned = sum(not same_rank(*pair) for pair in zip(eqn.invars, body.invars))
+    total = len(eqn.invars)
+    return total - scanned - carried, total - scanned
+
+
+def _stack(values, bound: float):
+    if any(isinstance(x, Spread) for x in values):
+        return stack(as_spreads(values, bound))
+    return jnp.stack(values)  # NumPy can't hold random keys.
+
+
+def _while(eqn, args, run, bound) -> list[Any]:
+    params = eqn.params
+    carried = len(eqn.outvars)
+    first = len(params["cond_jaxpr"].jaxpr.invars) - carried
+    split = first, first + len(params["body_jaxpr"].jaxpr.invars) - carried
+    cond_consts, body_consts = args[: split[0]], args[split[0] : split[1]]
+    carry = args[split[1] :]
+    while True:
+        (more,) = run(params["cond_jaxpr"], [*cond_consts, *carry])
+        if isinstance(more, Spread):
+            return everything(eqn, args, bound)
+        if not more:
+            return carry
+        carry = run(params["body_jaxpr"], [*body_consts, *carry])
+
+
+def _cond(eqn, args, run, bound) -> list[Any]:
+    index, *operands = args
+    branches = eqn.params["branches"]
+    if not isinstance(index, Spread):
+        return run(branches[int(index)], operands)
+    outs = [run(branch, operands) for branch in branches]
+    columns = zip(eqn.outvars, zip(*outs, strict=True), strict=True)
+    return [_chosen(v.aval, index, column, bound) for v, column in columns]
+
+
+def _chosen(aval, index: Spread, values, bound: float) -> Spread:
+    """One of several values, and which of them depends on the input."""
+    *spreads, _ = as_spreads([*values, index], bound)
+    out = union(spreads)
+    steps = out.steps | same_everywhere(index.steps, aval.shape)
+    return spread(aval.dtype, steps, out.low, out.high, out.far, bound)
+
+
+_CONTROL_FLOW = {"scan": _scan, "while": _while, "cond": _cond}

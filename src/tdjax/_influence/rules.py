@@ -1,0 +1,303 @@
+"""How each primitive passes dependence and range from its operands to its results."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from tdjax._influence.moves import bind_same, gather, move, scatter, scatter_add
+from tdjax._influence.ranges import RANGES
+from tdjax._influence.spread import (
+    Spread,
+    any_far,
+    as_spreads,
+    everything,
+    spread,
+    unknown,
+)
+
+# Of the far constants that masks are made of these make small values.
+_NEARING = frozenset(("exp", "exp2", "logistic", "tanh", "erf", "erfc", "sign"))
+
+
+def _identity(eqn, args, bound: float):
+    return args
+
+
+def _elementwise(eqn, args, bound: float) -> list[Spread]:
+    """An output element depends on the operands' elements at the same place."""
+    args = as_spreads(args, bound)
+    name, out = eqn.primitive.name, eqn.outvars[0].aval
+    steps = np.any([_align(x.steps, out.shape) for x in args], axis=0)
+    low, high, far = np.nan, np.nan, False
+    if name not in _NEARING:
+        far = np.any([np.broadcast_to(x.far, out.shape) for x in args], axis=0)
+    if name in RANGES:
+        with np.errstate(all="ignore"):
+            low, high = RANGES[name](eqn, *(_range(x, out.shape) for x in args))
+    return [spread(out.dtype, steps, low, high, far, bound)]
+
+
+def _range(x: Spread, shape) -> np.ndarray:
+    return np.stack([np.broadcast_to(end, shape) for end in (x.low, x.high)])
+
+
+def _align(steps, shape):
+    """A scalar operand goes with every element."""
+    steps = steps.reshape(
+        len(steps), *((1,) * (len(shape) + 1 - steps.ndim)), *steps.shape[1:]
+    )
+    return np.broadcast_to(steps, (len(steps), *shape))
+
+
+def _select(eqn, args, bound: float) -> list[Spread]:
+    """Where the choice is a constant only the chosen case counts."""
+    which, *cases = as_spreads(args, bound)
+    out = eqn.outvars[0].aval
+    low, high = _range(which, out.shape)
+    taken = [(low <= i) & (i <= high) for i in range(len(cases))]
+    steps = np.any([x.steps & on for x, on in zip(cases, taken)], axis=0)
+    steps = steps | (_align(which.steps, out.shape) & (low != high))
+    lows = [np.where(on, x.low, np.inf) for x, on in zip(cases, taken)]
+    highs = [np.where(on, x.high, -np.inf) for x, on in zip(cases, taken)]
+    far = np.any([x.far & on for x, on in zip(cases, taken)], axis=0)
+    ends = np.min(lows, axis=0), np.max(highs, axis=0)
+    return [spread(out.dtype, steps, *ends, far, bound)]
+
+
+def _bilinear(eqn, args, bound: float) -> list[Spread]:
+    """A product counts if one factor depends on the step and the other isn't zero."""
+    x, y = as_spreads(args, bound)
+    out = eqn.outvars[0].aval
+    params = {**eqn.params, "preferred_element_type": np.dtype(np.float32)}
+    apply = functools.partial(eqn.primitive.bind, **params)
+    steps = np.zeros((len(x.steps), *out.shape), bool)
+    if x.steps.any():
+        of_x = jax.vmap(apply, (0, None))(_as_number(x.steps), _as_number(y.nonzero))
+        steps |= np.asarray(of_x) > 0
+    if y.steps.any():
+        of_y = jax.vmap(apply, (None, 0))(_as_number(x.nonzero), _as_number(y.steps))
+        steps |= np.asarray(of_y) > 0
+    return [unknown(out.dtype, steps, any_far([x, y]), bound)]
+
+
+def _as_number(mask):
+    return jnp.asarray(mask, jnp.float32)
+
+
+def _reduce(eqn, args, bound: float) -> list[Spread]:
+    x, axes = args[0], tuple(eqn.params["axes"])
+    name, dtype = eqn.primitive.name, eqn.outvars[0].aval.dtype
+    counts = _can_win(name, x, axes)
+    steps = (x.steps & counts).any(axis=tuple(a + 1 for a in axes))
+    far = (x.far & counts).any(axis=axes)
+    if name not in _REDUCED or not x.low.size:
+        return [unknown(dtype, steps, far, bound)]
+    with np.errstate(all="ignore"):
+        low, high = _REDUCED[name](x, axes, dtype)
+    return [spread(dtype, steps, low, high, far, bound)]
+
+
+def _can_win(name: str, x: Spread, axes):
+    """A masked element far below the others is never the largest."""
+    if name == "reduce_max" and x.low.size:
+        return ~(x.high < x.low.max(axis=axes, keepdims=True))
+    if name == "reduce_min" and x.low.size:
+        return ~(x.low > x.high.min(axis=axes, keepdims=True))
+    return True
+
+
+def _sum(x: Spread, axes, dtype):
+    """Rounded once per term, in whatever order."""
+    low, high = x.low.sum(axis=axes), x.high.sum(axis=axes)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return low, high
+    slack = float(jnp.finfo(dtype).eps) * x.low.size / max(low.size, 1)
+    below, above = abs(x.low).sum(axis=axes), abs(x.high).sum(axis=axes)
+    return low - slack * below, high + slack * above
+
+
+def _place(x: Spread, axes, dtype):
+    """`argmax` and `argmin` give a place along the axis."""
+    return 0.0, x.shape[axes[0]] - 1.0
+
+
+_REDUCED = {
+    "reduce_sum": _sum,
+    "reduce_max": lambda x, axes, _: (x.low.max(axis=axes), x.high.max(axis=axes)),
+    "reduce_min": lambda x, axes, _: (x.low.min(axis=axes), x.high.min(axis=axes)),
+    "argmax": _place,
+    "argmin": _place,
+}
+
+
+def _accumulate(eqn, args, bound: float) -> list[Spread]:
+    (x,), axis, dtype = args, eqn.params["axis"], eqn.outvars[0].aval.dtype
+    run = functools.partial(_running, reverse=eqn.params["reverse"])
+    steps, far = run(np.logical_or, x.steps, axis + 1), run(np.logical_or, x.far, axis)
+    extreme = {"cummax": np.maximum, "cummin": np.minimum}.get(eqn.primitive.name)
+    if extreme is None:
+        return [unknown(dtype, steps, far, bound)]
+    low, high = run(extreme, x.low, axis), run(extreme, x.high, axis)
+    return [spread(dtype, steps, low, high, far, bound)]
+
+
+def _running(combine, values, axis: int, reverse: bool):
+    turn = (lambda v: np.flip(v, axis)) if reverse else (lambda v: v)
+    return turn(combine.accumulate(turn(values), axis))
+
+
+def _window(eqn, args, bound: float) -> list[Spread]:
+    """Where only the operand depends on the input; the initial value is a constant."""
+    x, *initial = args
+    if len(args) > 2 or any(isinstance(v, Spread) for v in initial):
+        return everything(eqn, args, bound)
+    p, out = eqn.params, eqn.outvars[0].aval
+    steps = lax.reduce_window(
+        _as_number(x.steps),
+        0.0,
+        lax.max,
+        (1, *p["window_dimensions"]),
+        (1, *p["window_strides"]),
+        [(0, 0), *p["padding"]],
+        (1, *p["base_dilation"]),
+        (1, *p["window_dilation"]),
+    )
+    far = any_far(as_spreads(args, bound))
+    return [unknown(out.dtype, np.asarray(steps) > 0, far, bound)]
+
+
+def _sort(eqn, args, bound: float) -> list[Spread]:
+    axis, args = eqn.params["dimension"], as_spreads(args, bound)
+    steps = np.any([x.steps for x in args], axis=0)
+    steps = np.broadcast_to(steps.any(axis=axis + 1, keepdims=True), steps.shape)
+    return [_anywhere(v.aval, steps, x, axis, bound) for v, x in zip(eqn.outvars, args)]
+
+
+def _anywhere(out, steps, x: Spread, axis: int, bound: float) -> Spread:
+    """Elements of `x` in an unknown order along the axis."""
+    if not x.low.size:
+        return x
+    low, high = x.low.min(axis, keepdims=True), x.high.max(axis, keepdims=True)
+    far = x.far.any(axis, keepdims=True)
+    return spread(out.dtype, steps, low, high, far, bound)
+
+
+_ELEMENTWISE = frozenset(
+    (
+        "abs",
+        "acos",
+        "acosh",
+        "add",
+        "add_any",
+        "and",
+        "asin",
+        "asinh",
+        "atan",
+        "atan2",
+        "atanh",
+        "cbrt",
+        "ceil",
+        "clamp",
+        "conj",
+        "convert_element_type",
+        "cos",
+        "cosh",
+        "digamma",
+        "div",
+        "eq",
+        "erf",
+        "erf_inv",
+        "erfc",
+        "exp",
+        "exp2",
+        "expm1",
+        "floor",
+        "ge",
+        "gt",
+        "imag",
+        "integer_pow",
+        "is_finite",
+        "le",
+        "lgamma",
+        "log",
+        "log1p",
+        "logistic",
+        "lt",
+        "max",
+        "min",
+        "mul",
+        "ne",
+        "neg",
+        "nextafter",
+        "not",
+        "or",
+        "pow",
+        "real",
+        "reduce_precision",
+        "rem",
+        "round",
+        "rsqrt",
+        "shift_left",
+        "shift_right_arithmetic",
+        "shift_right_logical",
+        "sign",
+        "sin",
+        "sinh",
+        "sqrt",
+        "square",
+        "sub",
+        "tan",
+        "tanh",
+        "xor",
+    )
+)
+
+# A `name` is what `checkpoint_name` leaves.
+_IDENTITIES = (
+    "copy",
+    "name",
+    "optimization_barrier",
+    "sharding_constraint",
+    "stop_gradient",
+)
+
+RULES: dict[str, Callable[..., list[Spread]]] = {
+    **dict.fromkeys(_ELEMENTWISE, _elementwise),
+    **dict.fromkeys(_IDENTITIES, _identity),
+    **{
+        name: functools.partial(move, data, bind_same)
+        for name, data in {
+            "broadcast_in_dim": (0,),
+            "concatenate": None,
+            "dynamic_slice": (0,),
+            "dynamic_update_slice": (0, 1),
+            "pad": (0, 1),
+            "reshape": (0,),
+            "rev": (0,),
+            "slice": (0,),
+            "split": (0,),
+            "squeeze": (0,),
+            "transpose": (0,),
+        }.items()
+    },
+    **dict.fromkeys(("dot_general", "conv_general_dilated"), _bilinear),
+    **dict.fromkeys(
+        ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _accumulate
+    ),
+    **{
+        f"reduce_{name}": _reduce
+        for name in ("sum", "max", "min", "prod", "and", "or", "xor")
+    },
+    **dict.fromkeys(("argmax", "argmin"), _reduce),
+    **{f"reduce_window{kind}": _window for kind in ("", "_sum", "_max", "_min")},
+    "gather": gather,
+    "scatter": scatter,
+    "scatter-add": scatter_add,
+    "scatter_add": scatter_add,
+    "select_n": _select,
+    "sort": _sort,
+}

@@ -1,0 +1,342 @@
+"""Keras' recurrent layers as Flax Linen modules, with Keras' layout of the weights.
+
+Nothing here imports Keras.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+
+from tdjax._checks import describe, require_array
+from tdjax._keras.modules.activations import Activation
+from tdjax._keras.modules.initializers import glorot_uniform, orthogonal
+
+LAYOUT = "(batch, time, features)"
+# Inputs and mask have a time axis, which comes first; the products have none.
+AXES: Any = (0, 0, nn.broadcast, nn.broadcast)
+TANH, SIGMOID = Activation("tanh"), Activation("sigmoid")
+
+
+class Recurrent(nn.Module):
+    """What the recurrent layers share: the loop over steps, masks and noise.
+
+    Parameters: `kernel` `(features, gates * units)`, `recurrent_kernel`
+    `(units, gates * units)` and, with `use_bias`, `bias` `(gates * units,)`.
+
+    * **Masks**: a masked step keeps the states. Its output is that of the step before,
+      or zero with `zero_output_for_mask`. Its input, be it NaN, has no influence and
+      gets no gradient.
+    * **Dropout**: the noise of an example is the same at all steps.
+
+    Attributes:
+      units: the size of each state and of the output.
+      activation: makes the output.
+      use_bias: whether there is a bias.
+      return_sequences: whether to return the outputs of all steps, or the last one.
+      return_state: whether to return `(output, *states)`.
+      go_backwards: whether to start from the last step; outputs come in that order.
+      unroll: whether to compile straight-line code. As in Keras, masked steps before
+        the first valid one then give zeros, not the initial state, and
+        `zero_output_for_mask` does not count.
+      zero_output_for_mask: whether masked steps give zeros.
+      dropout: rate for the inputs.
+      recurrent_dropout: rate for the state.
+      implementation: 1 to draw noise for each gate, as recurrent dropout always does.
+      dtype: dtype of the computation, by default that of JAX's promotion.
+      param_dtype: dtype of the parameters.
+
+    Raises:
+      TypeError: if an input is of the wrong kind.
+      ValueError: if one has another shape than it should.
+    """
+
+    units: int
+    activation: Callable[..., Any] = TANH
+    use_bias: bool = True
+    return_sequences: bool = False
+    return_state: bool = False
+    go_backwards: bool = False
+    unroll: bool = False
+    zero_output_for_mask: bool = False
+    dropout: float = 0.0
+    recurrent_dropout: float = 0.0
+    implementation: int = 2
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    gates: ClassVar[int]
+    state_count: ClassVar[int] = 1
+
+    @nn.compact
+    def __call__(self, sequences, initial_state=None, mask=None, train: bool = False):
+        """Runs over the steps.
+
+        Args:
+          sequences: `(batch, time, features)`.
+          initial_state: the states before the first step, each `(batch, units)`; zeros
+            by default.
+          mask: `(batch, time)`, False where a step is to be left out, or None.
+          train: whether to drop; draws from the stream "dropout".
+
+        Returns:
+          `(batch, time, units)`, or `(batch, units)` of the last step. With
+          `return_state`, `(output, *states)`.
+        """
+        require_array("sequences", sequences, 3, LAYOUT)
+        _check_shapes(sequences, mask)
+        kernel, recurrent_kernel, bias = self._make_params(sequences.shape[-1])
+        sequences, kernel, recurrent_kernel, bias = promote_dtype(
+            sequences, kernel, recurrent_kernel, bias, dtype=self.dtype
+        )
+        states = self._initial_states(initial_state, sequences)
+        x, valid = self._steps_first(sequences, mask)
+        input_bias, recurrent_bias = self.split_bias(bias)
+        inputs = Product(kernel, input_bias, self._input_noise(x, train))
+        noise = self._noise(self.recurrent_dropout, self.gates, states[0], train)
+        recurrent = Product(recurrent_kernel, recurrent_bias, noise)
+        if is_faster_before_the_loop():
+            x, inputs = self.split_gates(inputs(x)), None
+        states, outputs = nn.scan(
+            _step,
+            in_axes=AXES,
+            unroll=self.unroll or 1,
+        )(self, states, x, valid, inputs, recurrent)
+        output = self._output(states[0], outputs, valid)
+        return (output, *states) if self.return_state else output
+
+    @nn.nowrap
+    def cell(self, states, x, recurrent: "Product") -> list:
+        """The states after a step, the one that is its output first.
+
+        Args:
+          states: those before it, each `(batch, units)`.
+          x: what the step's input gives to each gate, each `(batch, units)`.
+          recurrent: the product that the state goes through.
+        """
+        raise NotImplementedError
+
+    @nn.nowrap
+    def split_gates(self, x) -> list:
+        """`(..., gates * units)` as one array for each gate."""
+        return jnp.split(x, self.gates, axis=-1)
+
+    @nn.nowrap
+    def split_bias(self, bias) -> tuple[Any, Any]:
+        """The bias of the inputs' product and of the states'."""
+        return bias, None
+
+    @nn.nowrap
+    def compute_mask(self, inputs, mask):
+        """The mask of the output, or of all outputs if there are several."""
+        if isinstance(mask, list | tuple):
+            mask = mask[0]
+        mask = mask if self.return_sequences else None
+        return (mask, *[None] * self.state_count) if self.return_state else mask
+
+    @nn.nowrap
+    def bias_shape(self) -> tuple[int, ...]:
+        return (self.gates * self.units,)
+
+    @nn.nowrap
+    def bias_init(self, key, shape, dtype):
+        return jnp.zeros(shape, dtype)
+
+    def _make_params(self, features):
+        columns = self.gates * self.units
+        param = lambda name, init, shape: self.param(
+            name, init, shape, self.param_dtype
+        )
+        kernel = param("kernel", glorot_uniform, (features, columns))
+        recurrent = param("recurrent_kernel", orthogonal, (self.units, columns))
+        if not self.use_bias:
+            return kernel, recurrent, None
+        return kernel, recurrent, param("bias", self.bias_init, self.bias_shape())
+
+    def _initial_states(self, given, sequences):
+        shape = (sequences.shape[0], self.units)
+        if given is None:
+            return [jnp.zeros(shape, sequences.dtype)] * self.state_count
+        given = list(given) if isinstance(given, list | tuple) else [given]
+        if [jnp.shape(state) for state in given] != [shape] * self.state_count:
+            raise ValueError(
+                f"initial_state must be {self.state_count} array(s) of shape (batch, "
+                f"units) = {shape}, got {', '.join(map(describe, given))}."
+            )
+        return [jnp.asarray(state, sequences.dtype) for state in given]
+
+    def _steps_first(self, sequences, mask):
+        """Inputs and mask with time first, in the order in which steps are taken."""
+        x = self._in_order(sequences)
+        if mask is None:
+            return x, None
+        valid = self._in_order(jnp.asarray(mask, bool)[..., None])
+        return jnp.where(valid, x, 0), valid
+
+    def _in_order(self, x):
+        x = jnp.swapaxes(x, 0, 1)
+        return x[::-1] if self.go_backwards else x
+
+    def _input_noise(self, x, train):
+        per_gate = self.implementation == 1 or self.recurrent_dropout
+        like = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+        return self._noise(self.dropout, self.gates if per_gate else 1, like, train)
+
+    def _noise(self, rate, count, like, train):
+        if not (train and rate):
+            return None
+        ones = jnp.ones((count, *like.shape), like.dtype)
+        return nn.Dropout(rate)(ones, deterministic=False)
+
+    def _output(self, last, outputs, valid):
+        shown = self._shown(valid)
+        if not self.return_sequences:
+            return last if shown is None else jnp.where(shown[-1], last, 0)
+        outputs = outputs if shown is None else jnp.where(shown, outputs, 0)
+        return jnp.swapaxes(outputs, 0, 1)
+
+    def _shown(self, valid):
+        """Where outputs are not replaced by zeros; None for everywhere."""
+        if valid is not None and self.unroll:
+            return jnp.cumsum(valid, axis=0) > 0
+        return valid if self.zero_output_for_mask else None
+
+
+def is_faster_before_the_loop() -> bool:
+    """Whether inputs meet their kernel in one product for all steps.
+
+    On a CPU the results of all steps, and in the gradient their cotangents, would have
+    to go through memory, which costs more than it saves.
+    """
+    return jax.default_backend() != "cpu"
+
+
+class Product(NamedTuple):
+    """`x @ kernel + bias`, for `x` `(..., batch, size)`.
+
+    With `noise`, `(count, batch, size)`, each of so many blocks of columns sees `x`
+    times a noise of its own.
+    """
+
+    kernel: Any
+    bias: Any
+    noise: Any
+
+    def __call__(self, x):
+        y = self._multiply(x)
+        return y if self.bias is None else y + self.bias
+
+    def _multiply(self, x):
+        if self.noise is None:
+            return x @ self.kernel
+        blocks = jnp.split(self.kernel, self.noise.shape[0], axis=1)
+        parts = [(x * own) @ block for own, block in zip(self.noise, blocks)]
+        return jnp.concatenate(parts, axis=-1)
+
+
+def _step(module: Recurrent, states, x, valid, inputs, recurrent):
+    gates = x if inputs is None else module.split_gates(inputs(x))
+    after = module.cell(states, gates, recurrent)
+    if valid is not None:
+        after = [jnp.where(valid, new, old) for new, old in zip(after, states)]
+    return after, after[0] if module.return_sequences else None
+
+
+def _check_shapes(sequences, mask) -> None:
+    if sequences.ndim != 3:
+        raise ValueError(
+            f"sequences must have shape {LAYOUT}, got {describe(sequences)}. Wrap the "
+            "layer in TimeDistributed for sequences of sequences."
+        )
+    if mask is not None and jnp.shape(mask) != sequences.shape[:2]:
+        raise ValueError(
+            f"mask must have shape (batch, time) = {sequences.shape[:2]}, got "
+            f"{describe(mask)}."
+        )
+
+
+class SimpleRNN(Recurrent):
+    """`h = activation(x @ kernel + bias + h @ recurrent_kernel)`. See `Recurrent`."""
+
+    gates: ClassVar[int] = 1
+
+    @nn.nowrap
+    def cell(self, states, x, recurrent):
+        return [self.activation(x[0] + recurrent(states[0]))]
+
+
+class LSTM(Recurrent):
+    """Long short-term memory. See `Recurrent`; gates are input, forget, cell, output.
+
+    Attributes:
+      recurrent_activation: makes the gates.
+    """
+
+    recurrent_activation: Callable[..., Any] = SIGMOID
+
+    gates: ClassVar[int] = 4
+    state_count: ClassVar[int] = 2
+
+    @nn.nowrap
+    def bias_init(self, key, shape, dtype):
+        """Ones for the forget gate, as Keras' `unit_forget_bias`."""
+        return jnp.zeros(shape, dtype).at[self.units : 2 * self.units].set(1)
+
+    @nn.nowrap
+    def cell(self, states, x, recurrent):
+        h, c = states
+        gates = map(jnp.add, x, self.split_gates(recurrent(h)))
+        enter, forget, candidate, leave = gates
+        kept = self.recurrent_activation(forget) * c
+        c = kept + self.recurrent_activation(enter) * self.activation(candidate)
+        return [self.recurrent_activation(leave) * self.activation(c), c]
+
+
+class GRU(Recurrent):
+    """Gated recurrent unit. See `Recurrent`; gates are update, reset, candidate.
+
+    Attributes:
+      recurrent_activation: makes the gates.
+      reset_after: whether to reset after the recurrent product, which then has a bias
+        of its own: `bias` is `(2, 3 * units)`.
+    """
+
+    recurrent_activation: Callable[..., Any] = SIGMOID
+    reset_after: bool = True
+
+    gates: ClassVar[int] = 3
+
+    @nn.nowrap
+    def bias_shape(self):
+        shape = super().bias_shape()
+        return (2, *shape) if self.reset_after else shape
+
+    @nn.nowrap
+    def split_bias(self, bias):
+        return tuple(bias) if self.reset_after and self.use_bias else (bias, None)
+
+    @nn.nowrap
+    def cell(self, states, x, recurrent):
+        [h] = states
+        gates = self._reset_after if self.reset_after else self._reset_before
+        update, candidate = gates(h, x, recurrent)
+        return [update * h + (1 - update) * self.activation(candidate)]
+
+    def _reset_after(self, h, x, recurrent):
+        x_z, x_r, x_h = x
+        h_z, h_r, h_h = self.split_gates(recurrent(h))
+        reset = self.recurrent_activation(x_r + h_r)
+        return self.recurrent_activation(x_z + h_z), x_h + reset * h_h
+
+    def _reset_before(self, h, x, recurrent):
+        x_z, x_r, x_h = x
+        kernel, _, noise = recurrent
+        kernel_zr, kernel_h = jnp.split(kernel, [2 * self.units], axis=1)
+        noise_zr, noise_h = (None, None) if noise is None else (noise[:2], noise[2:])
+        h_z, h_r = jnp.split(Product(kernel_zr, None, noise_zr)(h), 2, axis=-1)
+        reset = self.recurrent_activation(x_r + h_r)
+        h_h = Product(kernel_h, None, noise_h)(reset * h)
+        return self.recurrent_activation(x_z + h_z), x_h + h_h

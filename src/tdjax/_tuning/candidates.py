@@ -1,0 +1,212 @@
+"""One lowering under test: its program, its numbers, its time and its memory."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tdjax._steps.lowering import Lowering
+
+OPTIONS = ("method", "chunk_size", "unroll", "remat")
+# A straight line of more blocks than this takes too long to compile to be tried.
+_LONGEST_LINE = 32
+# The largest deviation from the reference, relative to its largest value. What is
+# summed in another order differs by the square root of the number of terms.
+_TOLERANCES = {"float64": 1e-10, "float32": 2e-4, "float16": 5e-3, "bfloat16": 3e-2}
+# Matrix units may round the factors of float32 products to 10 bits, or to 7.
+_MATRIX_UNIT_TOLERANCE = 3e-2
+
+
+@dataclasses.dataclass
+class Candidate:
+    """What is known of one lowering.
+
+    Attributes:
+      options: `method`, `chunk_size`, `unroll` and `remat` of `time_distributed`.
+      blocks: in how many blocks they cut the steps.
+      verdict: `"measured"`; `"behind"`, for one that was too slow to be measured as
+        often as the others; or why it was refused or not tried.
+      compile_seconds: tracing and compilation.
+      run_seconds: the time of one call, the median of all measurements.
+      spread: the lower and upper quartiles of `run_seconds`.
+      temporary_bytes: memory for temporaries, from the compiled program's analysis;
+        inputs and outputs are not in it.
+      deviation: the largest difference from the reference, relative to the largest
+        value of the result where it occurs.
+    """
+
+    options: dict[str, Any]
+    blocks: int = 1
+    verdict: str = "not tried"
+    compile_seconds: float | None = None
+    run_seconds: float | None = None
+    spread: tuple[float, float] | None = None
+    temporary_bytes: int | None = None
+    deviation: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields; JSON has no infinite deviation, so that one is None."""
+        fields = dataclasses.asdict(self)
+        if self.deviation is not None and not math.isfinite(self.deviation):
+            fields["deviation"] = None
+        return fields
+
+    @property
+    def measured(self) -> bool:
+        """Whether it agrees with the reference and was timed."""
+        return self.verdict == "measured"
+
+    def __str__(self):
+        plain = make_options()
+        # By their text: True == 1, and means another thing.
+        shown = {k: v for k, v in self.options.items() if repr(v) != repr(plain[k])}
+        shown = {"method": self.options["method"], **shown}
+        return ", ".join(f"{k}={v!r}" for k, v in shown.items())
+
+
+def default_options(timesteps: int, with_remat: bool) -> list[dict[str, Any]]:
+    """The lowerings to try, the likely ones first; the first is the reference."""
+    # A few large blocks first: they compile fast, and are often nearly the best.
+    sizes = [timesteps // n for n in (4, 8, 2, 16, 64)] + [1]
+    sizes = [size for size in dict.fromkeys(sizes) if 0 < size < timesteps]
+    options = [make_options(method) for method in ("vmap", "fold")]
+    remats = []
+    for size in sizes:
+        # A block of one step is the same program under every method.
+        for method in ("fold", "vmap") if size > 1 else ("vmap",):
+            if math.ceil(timesteps / size) <= _LONGEST_LINE:
+                options.append(make_options(method, size, unroll=True))
+            options.append(make_options(method, size))
+            remats.append(make_options(method, size, remat=True))
+    return [*options, *(remats if with_remat else [])]
+
+
+def options_from(given: Any) -> dict[str, Any]:
+    """The options of one of the user's `candidates`."""
+    if not isinstance(given, Mapping) or not set(given) <= set(OPTIONS):
+        raise TypeError(
+            f"candidates must be mappings with the keys {', '.join(OPTIONS)}, got "
+            f"{given!r}."
+        )
+    return make_options(**given)
+
+
+def make_options(
+    method: Any = "vmap",
+    chunk_size: int | None = None,
+    unroll: int | bool = 1,
+    remat: bool = False,
+) -> dict[str, Any]:
+    """The options of one candidate, checked as `time_distributed` checks them."""
+    Lowering(method, chunk_size, unroll, remat)
+    return dict(zip(OPTIONS, (method, chunk_size, unroll, remat)))
+
+
+def compile_candidate(candidate: Candidate, run: Callable, args) -> Any:
+    """The compiled program; notes what it costs."""
+    start = time.perf_counter()
+    program = jax.jit(run).lower(*args).compile()
+    candidate.compile_seconds = time.perf_counter() - start
+    memory = program.memory_analysis()
+    if memory is not None:
+        candidate.temporary_bytes = int(memory.temp_size_in_bytes)
+    return program
+
+
+def timed(program, args, calls: int = 1) -> tuple[float, Any]:
+    """Seconds of one call, and the result of the last."""
+    y = None
+    start = time.perf_counter()
+    for _ in range(calls):
+        y = program(*args)
+    jax.block_until_ready(y)
+    return (time.perf_counter() - start) / calls, y
+
+
+def with_gradient(reference: Callable, argnums: list[int], args: tuple) -> tuple:
+    """`(differentiate, args)`: `differentiate(apply)` gives results and gradients.
+
+    The cotangents are random and come as an argument, so that XLA can leave out no
+    part of the backward pass.
+    """
+    floats, _ = _split_floats(jax.tree.leaves(jax.eval_shape(reference, *args)))
+    keys = jax.random.split(jax.random.key(0), len(floats) + 1)
+    cotangents = [
+        jax.random.normal(key, y.shape, y.dtype) for key, y in zip(keys, floats)
+    ]
+
+    def differentiate(apply):
+        def run(args, cotangents):
+            leaves, treedef = jax.tree.flatten([args[i] for i in argnums])
+
+            def floats_of(primals):
+                values = dict(zip(argnums, treedef.unflatten(_merge(leaves, primals))))
+                y = apply(*(values.get(i, x) for i, x in enumerate(args)))
+                return _split_floats(jax.tree.leaves(y))
+
+            primals, _ = _split_floats(leaves)
+            floats, pullback, others = jax.vjp(floats_of, primals, has_aux=True)
+            return floats, others, pullback(cotangents)
+
+        return run
+
+    return differentiate, (args, cotangents)
+
+
+def widen(tree):
+    """Half precision floats in single precision, all else as it is."""
+    half = lambda x: is_float(x) and x.dtype.itemsize == 2
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if half(x) else x, tree)
+
+
+def is_float(x) -> bool:
+    """Whether it can be differentiated: real or complex."""
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _split_floats(leaves) -> tuple[list, list]:
+    return [x for x in leaves if is_float(x)], [x for x in leaves if not is_float(x)]
+
+
+def _merge(leaves, floats) -> list:
+    fill = iter(floats)
+    return [next(fill) if is_float(x) else x for x in leaves]
+
+
+@jax.jit
+def deviations(got, want):
+    """Of each leaf, the largest difference relative to the largest finite value."""
+    return jax.tree.map(_deviation, got, want)
+
+
+def _deviation(got, want):
+    if jnp.issubdtype(want.dtype, jax.dtypes.prng_key):
+        got, want = jax.random.key_data(got), jax.random.key_data(want)
+    if want.size == 0:
+        return jnp.zeros(())
+    if not is_float(want):
+        return jnp.where(jnp.array_equal(got, want), 0.0, jnp.inf)
+    same = (got == want) | (jnp.isnan(got) & jnp.isnan(want))
+    finite = jnp.isfinite(want)
+    scale = jnp.max(jnp.abs(jnp.where(finite, want, 0)))
+    error = jnp.abs(jnp.where(finite, got - want, jnp.inf)) / jnp.maximum(scale, 1e-30)
+    return jnp.max(jnp.where(same, 0, jnp.where(jnp.isnan(error), jnp.inf, error)))
+
+
+def default_tolerance(tree) -> list[float]:
+    """For each leaf, the deviation that another order of summation may cause."""
+    return [_tolerance(x.dtype) for x in jax.tree.leaves(tree)]
+
+
+def _tolerance(dtype) -> float:
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return 0.0
+    name = jnp.finfo(dtype).dtype.name  # of a complex number's parts
+    tolerance = _TOLERANCES.get(name, _MATRIX_UNIT_TOLERANCE)
+    if name == "float32" and jax.default_backend() != "cpu":
+        return max(tolerance, _MATRIX_UNIT_TOLERANCE)
+    return tolerance

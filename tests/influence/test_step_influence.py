@@ -1,0 +1,315 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import SingleDeviceSharding
+
+import tdjax
+from helpers import normal
+
+T = 5
+ITSELF = np.eye(T, dtype=bool)
+ALL = np.ones((T, T), bool)
+PAST = np.tril(ALL)
+DISTANCE = np.subtract.outer(np.arange(T), np.arange(T))
+FIRST_TOO = ITSELF | (np.arange(T) == 0)
+X = normal(0, 2, T, 4)
+KEY = jax.random.key(0)
+HERE = SingleDeviceSharding(jax.devices()[0])
+
+
+def linen(module, **kwargs):
+    rngs = {"params": KEY, "dropout": KEY}
+    variables = module.init(rngs, X, **kwargs)
+    return lambda x: module.apply(variables, x, rngs=rngs, **kwargs)
+
+
+def gru(**kwargs):
+    return nn.RNN(nn.GRUCell(3), **kwargs)
+
+
+def attend(logits, x):
+    return jax.nn.softmax(logits) @ x
+
+
+def logits(x):
+    return jnp.einsum("btd,bsd->bts", x, x) / 3
+
+
+def attend_to_the_past(x, mask=-1e9):
+    return attend(jnp.where(PAST, logits(x), mask), x)
+
+
+@jax.jit
+def scan_keys(x):
+    """A scan that gives the random keys of its steps besides what it computes."""
+
+    def body(key, x):
+        key, used = jax.random.split(key)
+        return key, (x * jax.random.normal(used), used)
+
+    return lax.scan(body, KEY, x.swapaxes(0, 1))[1][0].swapaxes(0, 1)
+
+
+SHARED = tdjax.init_dense(KEY, 4, 3)
+FLATTENED = tdjax.init_flatten_dense(KEY, T, 4, 3)
+OWN = tdjax.init_per_step_dense(KEY, T, 4, 3)
+
+CASES = {
+    "shared": (lambda x: tdjax.dense(SHARED, x), ITSELF),
+    "per step": (lambda x: tdjax.per_step_dense(OWN, x), ITSELF),
+    "flattened": (lambda x: tdjax.flatten_dense(FLATTENED, x), ALL),
+    "shared written as flattened": (
+        lambda x: tdjax.flatten_dense(tdjax.as_flatten(SHARED, T), x),
+        ITSELF,
+    ),
+    "time_distributed": (tdjax.time_distributed(jnp.sin, chunk_size=2), ITSELF),
+    "folded in chunks": (
+        tdjax.time_distributed(jnp.sin, chunk_size=2, method="fold", remat=True),
+        ITSELF,
+    ),
+    "GRU": (linen(gru()), PAST),
+    "GRU backwards": (linen(gru(reverse=True, keep_order=True)), PAST.T),
+    "bidirectional GRU": (linen(nn.Bidirectional(gru(), gru())), ALL),
+    "LSTM": (linen(nn.RNN(nn.LSTMCell(3))), PAST),
+    # Derivatives that are zero at X, or everywhere.
+    "closed relu": (lambda x: jax.nn.relu(x - 100), ITSELF),
+    "closed gate": (lambda x: jax.nn.relu(x - 100) * x[:, :1], FIRST_TOO),
+    "mask from the input": (lambda x: jnp.where(x > 100, x, 0), ITSELF),
+    "mask from another step": (lambda x: jnp.where(x[:, :1] > 100, x, 0), FIRST_TOO),
+    "saturated": (lambda x: jnp.tanh(1e6 * x), ITSELF),
+    "rounded": (lambda x: jnp.round(x), ITSELF),
+    "compared": (lambda x: x > 0, ITSELF),
+    "integers that wrap": (
+        lambda x: (200 + 50 * jax.nn.sigmoid(x)).astype(jnp.int32).astype(jnp.int8) > 0,
+        ITSELF,
+    ),
+    "integers that overflow": (
+        lambda x: (jnp.int32(3e6) + x.astype(jnp.int32)) * 1000 > 0,
+        ITSELF,
+    ),
+    "argmax": (lambda x: jax.nn.one_hot(x.argmax(-1), 4), ITSELF),
+    "stop_gradient": (lambda x: lax.stop_gradient(x), ITSELF),
+    # Constants that cut paths.
+    "constant": (lambda x: jnp.zeros((2, 3, 1)), np.zeros((3, T), bool)),
+    "times zero": (lambda x: 0 * x, ~ALL),
+    "constant mask": (
+        lambda x: x * jnp.array([1.0, 1, 0, 1, 0])[:, None],
+        np.diag([True, True, False, True, False]),
+    ),
+    "constant where": (
+        lambda x: jnp.where(jnp.arange(T)[:, None] < 2, x, 0),
+        np.diag([True, True, False, False, False]),
+    ),
+    "dropout": (linen(nn.Dropout(0.5, deterministic=False)), ITSELF),
+    # Attention.
+    "attention": (linen(nn.MultiHeadDotProductAttention(2)), ALL),
+    "causal attention, Flax": (
+        linen(
+            nn.MultiHeadDotProductAttention(2),
+            mask=nn.make_causal_mask(jnp.ones((2, T))),
+        ),
+        PAST,
+    ),
+    "causal attention, JAX": (
+        lambda x: jax.nn.dot_product_attention(*3 * (x[:, :, None],), is_causal=True)[
+            :, :, 0
+        ],
+        PAST,
+    ),
+    "causal attention, -inf": (lambda x: attend_to_the_past(x, -jnp.inf), PAST),
+    "causal attention, -1e9 added": (
+        lambda x: attend(logits(x) + jnp.where(PAST, 0, -1e9), x),
+        PAST,
+    ),
+    "causal attention twice": (
+        lambda x: attend_to_the_past(attend_to_the_past(x)),
+        PAST,
+    ),
+    "causal attention, after a mask from the input": (
+        lambda x: attend_to_the_past(jax.nn.softmax(jnp.where(x > 0, x, -1e9))),
+        PAST,
+    ),
+    # Norms, convolutions, pooling.
+    "LayerNorm": (linen(nn.LayerNorm()), ITSELF),
+    "batch statistics": (lambda x: (x - x.mean((0, 1))) / x.std((0, 1)), ALL),
+    "convolution": (linen(nn.Conv(4, (3,))), abs(DISTANCE) <= 1),
+    "causal convolution": (
+        linen(nn.Conv(4, (3,), padding="CAUSAL")),
+        (DISTANCE >= 0) & (DISTANCE <= 2),
+    ),
+    "dilated convolution": (
+        linen(nn.Conv(4, (2,), kernel_dilation=2, padding="CAUSAL")),
+        (DISTANCE == 0) | (DISTANCE == 2),
+    ),
+    "max pooling": (
+        lambda x: nn.max_pool(x, (2,), (1,), "SAME"),
+        (DISTANCE == 0) | (DISTANCE == -1),
+    ),
+    "mean pooling": (
+        lambda x: nn.avg_pool(x, (2,), (2,)),
+        np.array([[1, 1, 0, 0, 0], [0, 0, 1, 1, 0]], bool),
+    ),
+    # Moving, adding up, sorting.
+    "reversed": (lambda x: x[:, ::-1], ITSELF[::-1]),
+    "rolled": (lambda x: jnp.roll(x, 1, axis=1), ITSELF[[4, 0, 1, 2, 3]]),
+    "shifted in": (
+        lambda x: jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1],
+        DISTANCE == 1,
+    ),
+    "set": (lambda x: x.at[:, 1].set(x[:, 3]), ITSELF[[0, 3, 2, 3, 4]]),
+    "added": (
+        lambda x: x.at[:, 1].add(x[:, 3]),
+        ITSELF | ((np.arange(T)[:, None] == 1) & (np.arange(T) == 3)),
+    ),
+    "gathered": (lambda x: x[:, jnp.array([4, 4, 0])], ITSELF[[4, 4, 0]]),
+    "cumsum": (lambda x: jnp.cumsum(x, axis=1), PAST),
+    "cumulative maximum, backwards": (
+        lambda x: lax.cummax(x, axis=1, reverse=True),
+        PAST.T,
+    ),
+    "associative scan": (lambda x: lax.associative_scan(jnp.add, x, axis=1), PAST),
+    "sorted over time": (lambda x: jnp.sort(x, axis=1), ALL),
+    "sorted over features": (lambda x: jnp.sort(x, axis=-1), ITSELF),
+    # Control flow.
+    "branch on the first step": (
+        lambda x: lax.cond(x[0, 0, 0] > 0, lambda x: x, lambda x: 2 * x, x),
+        FIRST_TOO,
+    ),
+    "fori_loop": (
+        lambda x: lax.fori_loop(1, T, lambda i, y: y.at[:, i].add(y[:, i - 1]), x),
+        PAST,
+    ),
+    "scan with random keys": (scan_keys, ITSELF),
+    "named, placed, kept in order": (
+        lambda x: lax.optimization_barrier(
+            (
+                checkpoint_name(x, "x"),
+                lax.with_sharding_constraint(x[:, ::-1], HERE),
+            )
+        )[1],
+        ITSELF[::-1],
+    ),
+    "jit, checkpoint, custom_jvp": (
+        jax.jit(jax.checkpoint(lambda x: jax.nn.silu(jax.nn.relu6(x)))),
+        ITSELF,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_influence_is_what_the_function_says(name):
+    fun, want = CASES[name]
+    np.testing.assert_array_equal(tdjax.step_influence(fun, X), want)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_influence_does_not_depend_on_the_point(name):
+    fun, want = CASES[name]
+    for x in (jnp.zeros_like(X), -100 + X, jax.ShapeDtypeStruct(X.shape, X.dtype)):
+        np.testing.assert_array_equal(tdjax.step_influence(fun, x), want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_what_changes_the_output_is_an_influence(name):
+    """No false negative: changing a step changes only the steps it influences."""
+    fun, _ = CASES[name]
+    influence = tdjax.step_influence(fun, X)
+    for scale in (1.0, 100.0):
+        x = scale * X
+        for j in range(T):
+            changed = fun(x.at[:, j].set(scale * normal(j + 1, 2, 4))) != fun(x)
+            moved = np.asarray(changed).any(axis=(0, 2))
+            assert not (moved & ~influence[:, j]).any()
+
+
+@given(st.lists(st.sampled_from(["relu", "conv", "cumsum", "flip", "mask", "dense"])))
+def test_influence_covers_the_jacobian_of_random_programs(names):
+    weights = normal(3, 4, 4)
+    parts = {
+        "relu": jax.nn.relu,
+        "conv": lambda x: x.at[:, 1:].add(x[:, :-1]),
+        "cumsum": lambda x: jnp.cumsum(x, axis=1),
+        "flip": lambda x: x[:, ::-1],
+        "mask": lambda x: x * (jnp.arange(T) % 2)[:, None],
+        "dense": lambda x: x @ weights,
+    }
+
+    def fun(x):
+        for name in names:
+            x = parts[name](x)
+        return x
+
+    jacobian = np.zeros((T, T))
+    for seed in range(3):
+        full = jax.jacobian(fun)(normal(seed, 1, T, 4))
+        jacobian += np.abs(full).sum((0, 2, 3, 5))
+    influence = tdjax.step_influence(fun, X)
+    assert not ((jacobian > 1e-5) & ~influence).any()
+    if "relu" not in names:
+        np.testing.assert_array_equal(influence, jacobian > 1e-5)
+
+
+def test_integer_inputs_and_another_number_of_steps():
+    embed = nn.Embed(7, 3)
+    variables = embed.init(KEY, jnp.zeros((1, 1), int))
+    tokens = jax.ShapeDtypeStruct((2, T), jnp.int32)
+    apply = lambda t: embed.apply(variables, t)
+    np.testing.assert_array_equal(tdjax.step_influence(apply, tokens), ITSELF)
+    causal = lambda t: attend_to_the_past(apply(t))
+    np.testing.assert_array_equal(tdjax.step_influence(causal, tokens), PAST)
+    last = lambda x: x[:, -1:]
+    np.testing.assert_array_equal(tdjax.step_influence(last, X), ITSELF[-1:])
+
+
+def test_an_operation_without_a_rule_counts_as_all_to_all():
+    fun = lambda x: jnp.fft.fft(x, axis=-1).real
+    np.testing.assert_array_equal(tdjax.step_influence(fun, X), ALL)
+
+
+def test_bound_says_how_large_values_may_be():
+    masked = lambda x: attend(logits(x) + jnp.where(PAST, 0, -1e4), x)
+    np.testing.assert_array_equal(tdjax.step_influence(masked, X), ALL)
+    np.testing.assert_array_equal(tdjax.step_influence(masked, X, bound=100.0), PAST)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: tdjax.step_influence(3, X),
+            TypeError,
+            "fun must be callable, got int",
+        ),
+        (
+            lambda: tdjax.step_influence(jnp.sin, X[0, 0]),
+            ValueError,
+            r"x must have shape \(batch, time, \.\.\.\), got float32\[4\]",
+        ),
+        (lambda: tdjax.step_influence(jnp.sin, [1.0]), TypeError, "x must be an array"),
+        (
+            lambda: tdjax.step_influence(lambda x: x.sum((1, 2)), X),
+            ValueError,
+            r"fun\(x\) must have shape \(batch, time, \.\.\.\), got float32\[2\]",
+        ),
+        (
+            lambda: tdjax.step_influence(lambda x: (x, x), X),
+            TypeError,
+            "fun must return one array .* got tuple",
+        ),
+        (
+            lambda: tdjax.step_influence(jnp.sin, X, bound=0),
+            ValueError,
+            "bound must be pos",
+        ),
+    ],
+)
+def test_bad_input_names_the_argument(user_errors, call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,479 @@
+"""The tuner: what it refuses, what it keeps, and what it can be trusted with."""
+
+import collections
+import json
+import multiprocessing
+import os
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import tdjax
+from helpers import assert_trees_close, normal
+from tdjax._tuning import cache as _tuning_cache
+from tdjax._tuning import search as _search
+
+QUICK = {
+    "budget": 60.0,
+    "candidates": [{"method": "fold"}, {"chunk_size": 2}, {"chunk_size": 1}],
+}
+X = normal(0, 3, 6, 4)
+
+
+def scale(x):
+    return jnp.tanh(x * 2.0)
+
+
+def verdicts(result):
+    return {str(each): each.verdict for each in result.candidates}
+
+
+@pytest.fixture
+def params(key):
+    return tdjax.init_dense(key, 4, 5)
+
+
+def tune_dense(params, **options):
+    options = {**QUICK, **options}
+    return tdjax.autotune(tdjax.dense, params, X, in_axes=(None, 1), **options)
+
+
+@pytest.mark.parametrize("argnums", [None, 0, (0, 1)])
+def test_the_tuned_function_gives_what_the_plain_one_gives(params, argnums):
+    result = tune_dense(params, argnums=argnums)
+    assert_trees_close(result.tuned(params, X), tdjax.dense(params, X))
+    assert result.best in result.candidates
+    assert result.best.measured
+    assert set(result.options) == {"method", "chunk_size", "unroll", "remat"}
+    measured = [each for each in result.candidates if each.measured]
+    for each in measured:
+        assert each.run_seconds > 0
+        assert each.compile_seconds > 0
+        assert each.temporary_bytes >= 0
+        assert each.deviation < 1e-4
+    fastest = min(each.run_seconds for each in measured)
+    assert result.best.run_seconds <= 1.02 * fastest
+
+
+def test_a_lowering_that_gives_other_numbers_is_refused_and_said_so():
+    mixes_the_batch = lambda x: x - jnp.mean(x, axis=0)
+    result = tdjax.autotune(mixes_the_batch, X, **QUICK)
+    refused = verdicts(result)["method='fold'"]
+    assert refused == "other numbers than the reference"
+    assert result.options["method"] == "vmap"
+    fold = next(c for c in result.candidates if c.options["method"] == "fold")
+    assert fold.deviation > 0.1
+    assert fold.run_seconds is None
+
+
+def test_constant_inputs_hide_nothing():
+    mixes_the_batch = lambda x: x - jnp.mean(x, axis=0)
+    result = tdjax.autotune(mixes_the_batch, jnp.ones_like(X), **QUICK)
+    assert verdicts(result)["method='fold'"] == "other numbers than the reference"
+    content = json.loads(result.to_json())
+    assert content["candidates"][1]["deviation"] > 0.1
+
+
+def test_an_infinite_deviation_is_null_in_json():
+    result = tdjax.autotune(
+        lambda x: x - x[:1], jnp.arange(24).reshape(2, 4, 3), **QUICK
+    )
+    assert result.candidates[1].deviation == float("inf")
+    assert json.loads(result.to_json())["candidates"][1]["deviation"] is None
+
+
+def test_the_modules_own_options_are_among_the_candidates(key):
+    module = tdjax.linen.TimeDistributed(nn.Dense(3), method="fold", chunk_size=5)
+    variables = module.init(key, X)
+    result = tdjax.linen.autotune(module, variables, X, **QUICK)
+    assert str(result.candidates[1]) == "method='fold', chunk_size=5"
+
+
+def test_straight_lines_and_loops_have_different_names(params):
+    listing = [{"chunk_size": 3, "unroll": True}, {"chunk_size": 3, "unroll": 1}]
+    names = [str(c) for c in tune_dense(params, candidates=listing).candidates]
+    assert names[1:] == [
+        "method='vmap', chunk_size=3, unroll=True",
+        "method='vmap', chunk_size=3",
+    ]
+
+
+def test_a_gradient_that_differs_is_refused_though_the_output_agrees():
+    @jax.custom_vjp
+    def fun(x):
+        return x
+
+    # Right for the examples of one step, and not for those of all steps.
+    fun.defvjp(lambda x: (x, x), lambda x, ct: (ct * x.shape[0],))
+    forward = tdjax.autotune(fun, X, **QUICK)
+    both = tdjax.autotune(fun, X, argnums=0, **QUICK)
+    assert verdicts(forward)["method='fold'"] in ("measured", "behind")
+    assert verdicts(both)["method='fold'"] == "other numbers than the reference"
+
+
+def test_nan_where_the_reference_has_none_is_refused():
+    # More than three examples make it NaN.
+    fun = lambda x: jnp.where(x.shape[0] > 3, jnp.nan, x)
+    result = tdjax.autotune(fun, X, **QUICK)
+    assert verdicts(result)["method='fold'"] == "other numbers than the reference"
+    nans = tdjax.autotune(lambda x: jnp.where(x > 0, jnp.nan, x), X, **QUICK)
+    assert verdicts(nans)["method='fold'"] in ("measured", "behind")
+
+
+def test_what_cannot_be_lowered_is_listed_with_its_error():
+    result = tdjax.autotune(scale, X[0, :, 0], in_axes=0, out_axes=0, **QUICK)
+    assert (
+        "failed: ValueError: method='fold' needs a batch axis"
+        in (verdicts(result)["method='fold'"])
+    )
+
+
+def test_what_fun_itself_raises_is_raised():
+    with pytest.raises(TypeError, match="dot_general requires"):
+        tdjax.autotune(lambda x: x @ jnp.ones((7, 7)), X, **QUICK)
+
+
+@pytest.mark.slow
+def test_a_memory_limit_is_kept_and_one_that_cannot_be_is_an_error():
+    fun = lambda x: jnp.sum(jnp.exp(jnp.sin(x)[:, :, None] * x[:, None]), (1, 2))
+    x = normal(1, 4, 8, 128)
+    whole, *_ = tdjax.autotune(fun, x, argnums=0, **QUICK).candidates
+    limit = int(0.7 * whole.temporary_bytes)
+    limited = {"argnums": 0, "memory_limit": limit, "budget": 60.0}
+    result = tdjax.autotune(fun, x, **limited)
+    assert verdicts(result)["method='vmap'"] == "over the memory limit"
+    assert result.best.temporary_bytes <= limit
+    assert_trees_close(result.tuned(x), jax.vmap(fun, 1, 1)(x))
+    with pytest.raises(ValueError, match=r"memory_limit=1 .* the least was \d+ bytes"):
+        tdjax.autotune(fun, x, argnums=0, memory_limit=1, **QUICK)
+
+
+def test_a_slow_candidate_is_measured_less_often(monkeypatch):
+    seconds = {None: 0.001, 2: 0.0012, 1: 0.02}
+    measured = collections.Counter()
+    compile_really = _search.compile_candidate
+
+    def compile_candidate(candidate, run, args):
+        program = compile_really(candidate, run, args)
+        return candidate.options["chunk_size"], program
+
+    def timed(program, args, calls=1):
+        size, run = program
+        measured[size] += 1
+        return seconds[size], run(*args)
+
+    monkeypatch.setattr(_search, "compile_candidate", compile_candidate)
+    monkeypatch.setattr(_search, "timed", timed)
+    result = tdjax.autotune(scale, X, **QUICK)
+    assert verdicts(result) == {
+        "method='vmap'": "measured",
+        "method='fold'": "measured",
+        "method='vmap', chunk_size=2": "behind",
+        "method='vmap', chunk_size=1": "behind",
+    }
+    # The first run, and a few more; then it is 20 times behind.
+    assert measured[1] <= 4 < measured[2] < measured[None] / 2
+    assert result.options["chunk_size"] is None
+
+
+def test_the_default_list_covers_methods_chunks_loops_and_remat(params):
+    result = tune_dense(params, argnums=0, candidates=None)
+    listed = [each.options for each in result.candidates]
+    for name, values in {
+        "method": {"vmap", "fold"},
+        "chunk_size": {None, 1, 3},
+        "unroll": {1},
+        "remat": {False, True},
+    }.items():
+        assert {options[name] for options in listed} == values
+    assert len({str(options) for options in listed}) == len(listed)
+
+
+def test_no_time_left_is_a_verdict_and_the_reference_is_always_measured(params):
+    result = tune_dense(params, budget=1e-6)
+    first, *rest = result.candidates
+    assert first.measured
+    assert rest
+    assert {each.verdict for each in rest} == {"no time left"}
+    assert result.options == first.options
+
+
+def test_candidates_can_be_chosen(params):
+    listing = [{"chunk_size": 2}, {"method": "fold", "chunk_size": 4, "unroll": 2}]
+    result = tune_dense(params, candidates=listing)
+    assert [each.options["chunk_size"] for each in result.candidates] == [None, 2, 4]
+    assert result.candidates[2].options["unroll"] == 2
+    assert [each.blocks for each in result.candidates] == [1, 3, 2]
+    assert str(result.candidates[2]) == "method='fold', chunk_size=4, unroll=2"
+
+
+def test_choose_takes_the_least_memory_of_those_that_are_as_fast():
+    make = lambda seconds, size: _search.Candidate(
+        {"method": "vmap"},
+        verdict="measured",
+        run_seconds=seconds,
+        temporary_bytes=size,
+    )
+    fast, lean, slow = make(1.0, 100), make(1.01, 10), make(1.5, 1)
+    assert _search.choose([fast, lean, slow]) is lean
+    slow.verdict = "behind"
+    assert _search.choose([fast, slow]) is fast
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"budget": 0}, ValueError, "budget must be positive, got 0"),
+        ({"budget": "fast"}, TypeError, "budget must be a number, got str"),
+        ({"memory_limit": -1}, ValueError, "memory_limit must be positive, got -1"),
+        ({"tolerance": True}, TypeError, "tolerance must be a number, got bool"),
+        ({"argnums": 2}, ValueError, r"argnums .* 2 argument\(s\), got 2"),
+        ({"argnums": "x"}, ValueError, r"argnums must be positions .* got 'x'"),
+        ({"candidates": [{"method": "scan"}]}, ValueError, "method must be one of"),
+        (
+            {"candidates": [{"speed": 1}]},
+            TypeError,
+            r"candidates .* unroll.* got .*speed",
+        ),
+        (
+            {"candidates": ["fold"]},
+            TypeError,
+            "candidates must be mappings .* got 'fold'",
+        ),
+        ({"argnums": ()}, ValueError, "argnums must name an argument"),
+        ({"cache": ""}, TypeError, "cache must be the path of a file, got ''"),
+    ],
+)
+def test_bad_arguments_are_named(user_errors, params, options, error, message):
+    with pytest.raises(error, match=message):
+        tune_dense(params, **options)
+
+
+def test_a_function_and_arrays_are_needed(user_errors, key):
+    with pytest.raises(TypeError, match="outside of jit"):
+        jax.jit(lambda x: tdjax.autotune(scale, x).tuned(x))(X)
+    with pytest.raises(TypeError, match="must be arrays"):
+        tdjax.autotune(scale, jax.ShapeDtypeStruct(X.shape, X.dtype))
+    with pytest.raises(ValueError, match="argnums=0 must point at floating point"):
+        tdjax.autotune(scale, jnp.ones((2, 3, 4), jnp.int32), argnums=0)
+    with pytest.raises(TypeError, match=r"module must be an instance of flax.linen"):
+        tdjax.linen.autotune(nn.Dense, {}, X)
+    with pytest.raises(TypeError, match=r"module must be an instance of flax.nnx"):
+        tdjax.nnx.autotune(nn.Dense(3), X)
+
+
+def test_some_steps_are_needed(user_errors):
+    with pytest.raises(TypeError, match=r"fun must be callable, got float"):
+        tdjax.autotune(1.0, X)
+    with pytest.raises(ValueError, match="0 steps"):
+        tdjax.autotune(scale, X[:, :0])
+
+
+def test_the_table_and_the_json_have_every_candidate(params, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    result = tune_dense(params, budget=60.0)
+    result.show()
+    printed = capsys.readouterr().out
+    assert "chosen" in printed
+    assert printed.count("fold") == 1
+    assert max(len(line.rstrip()) for line in printed.splitlines()) <= 80
+    content = json.loads(result.to_json())
+    assert content["options"] == result.options
+    assert len(content["candidates"]) == len(result.candidates)
+    assert content["about"]["jax"] == jax.__version__
+
+
+def test_results_are_found_again_for_the_same_question_only(params, tmp_path):
+    cache = tmp_path / "some" / "cache.json"
+    first = tune_dense(params, cache=cache)
+    again = tune_dense(params, cache=cache)
+    assert not first.from_cache
+    assert again.from_cache
+    assert again.candidates == first.candidates
+    assert again.options == first.options
+    assert_trees_close(again.tuned(params, X), tdjax.dense(params, X))
+    gradient = tune_dense(params, cache=cache, argnums=0)
+    other = tdjax.autotune(jnp.sin, X, cache=cache, **QUICK)
+    longer = tdjax.autotune(jnp.sin, jnp.tile(X, (1, 2, 1)), cache=cache, **QUICK)
+    assert not any(each.from_cache for each in (gradient, other, longer))
+    assert tune_dense(params, cache=cache).from_cache
+
+
+def entry_of(content):
+    (entry,) = content["entries"].values()
+    return entry
+
+
+def damage(path, change):
+    content = json.loads(path.read_text())
+    change(entry_of(content))
+    path.write_text(json.dumps(content))
+
+
+DAMAGES = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "binary": lambda path: path.write_bytes(b"\xff\x00\x80"),
+    "foreign": lambda path: path.write_text('{"entries": []}'),
+    "a list": lambda path: path.write_text("[1, 2]"),
+    "no options": lambda path: damage(
+        path, lambda e: e["candidates"][0].pop("options")
+    ),
+    "bad method": lambda path: damage(
+        path, lambda e: e["candidates"][0]["options"].update(method="magic")
+    ),
+    "bad time": lambda path: damage(
+        path, lambda e: e["candidates"][0].update(run_seconds="quick")
+    ),
+    "other": lambda path: damage(path, lambda e: e["about"].update(jax="0.0")),
+    "nothing measured": lambda path: damage(path, lambda e: e["candidates"].clear()),
+    "no entry": lambda path: damage(path, lambda e: e.pop("candidates")),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_or_foreign_cache_is_ignored_with_a_warning(params, tmp_path, name):
+    cache = tmp_path / "cache.json"
+    short = {"candidates": [], "cache": cache}
+    tune_dense(params, **short)
+    DAMAGES[name](cache)
+    with pytest.warns(UserWarning, match=r"cache='.*cache.json' is ignored: "):
+        result = tune_dense(params, **short)
+    assert not result.from_cache
+    assert tune_dense(params, **short).from_cache  # it has been mended
+
+
+def test_a_link_is_followed_and_no_other_kind_of_file_replaced(params, tmp_path):
+    real, link, pipe = (tmp_path / name for name in ("real.json", "link", "pipe"))
+    real.touch()
+    real.chmod(0o640)
+    link.symlink_to(real)
+    with pytest.warns(UserWarning, match="is ignored"):  # empty
+        tune_dense(params, candidates=[], cache=link)
+    assert link.is_symlink()
+    assert tune_dense(params, candidates=[], cache=real).from_cache
+    os.mkfifo(pipe)
+    candidate = tune_dense(params, candidates=[]).best
+    with pytest.warns(UserWarning, match="not a file"):
+        _tuning_cache.store(pipe, {}, [candidate])
+    assert pipe.is_fifo()
+
+
+def test_a_folder_as_cache_is_no_crash_of_the_search(params, tmp_path):
+    with pytest.warns(UserWarning, match="is ignored"):
+        result = tune_dense(params, candidates=[], cache=tmp_path)
+    assert result.best.measured
+
+
+def _store(path, number):
+    candidate = _search.Candidate(
+        dict(zip(_tuning_cache.OPTIONS, ("vmap", None, 1, False))),
+        verdict="measured",
+        compile_seconds=1.0,
+        run_seconds=1.0,
+        temporary_bytes=0,
+        deviation=0.0,
+    )
+    for i in range(20):
+        _tuning_cache.store(path, {"process": number, "entry": i}, [candidate])
+
+
+def test_processes_share_a_cache_and_lose_nothing(tmp_path):
+    path = tmp_path / "cache.json"
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_store, args=(path, i)) for i in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    for number in range(3):
+        for i in range(20):
+            assert _tuning_cache.load(path, {"process": number, "entry": i})
+    assert {each.name for each in tmp_path.iterdir()} == {
+        "cache.json",
+        "cache.json.lock",
+    }
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_linen_module_comes_back_tuned(key, wrapped):
+    layer = nn.Conv(5, (3,))
+    x = normal(0, 2, 6, 7, 4)
+    module = tdjax.linen.TimeDistributed(layer)
+    variables = module.init(key, x)
+    result = tdjax.linen.autotune(
+        module if wrapped else layer, variables, x, argnums=0, **QUICK
+    )
+    assert isinstance(result.tuned, tdjax.linen.TimeDistributed)
+    assert result.tuned.method == result.options["method"]
+    assert result.tuned.chunk_size == result.options["chunk_size"]
+    assert_trees_close(result.tuned.apply(variables, x), module.apply(variables, x))
+
+
+def test_linen_axes_keywords_noise_and_state_are_the_modules_own(key):
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x = nn.BatchNorm(use_running_average=not train)(x)
+            return nn.Dropout(0.5, deterministic=not train)(x)
+
+    module = tdjax.linen.TimeDistributed(Layer(), in_axes=0, out_axes=0)
+    x = normal(0, 6, 3, 4)
+    variables = module.init(key, x, train=False)
+    options = {"rngs": {"dropout": key}, "mutable": ["batch_stats"], "train": True}
+    train = tdjax.linen.autotune(module, variables, x, **options, **QUICK)
+    assert verdicts(train)["method='fold'"] == "other numbers than the reference"
+    serve = tdjax.linen.autotune(module, variables, x, train=False, **QUICK)
+    assert verdicts(serve)["method='fold'"] in ("measured", "behind")
+    assert serve.tuned.in_axes == 0
+
+
+def test_an_nnx_module_comes_back_tuned_around_the_same_layer():
+    layer = nnx.Linear(4, 5, rngs=nnx.Rngs(0))
+    module = tdjax.nnx.TimeDistributed(layer, in_axes=0, out_axes=0)
+    result = tdjax.nnx.autotune(module, X, argnums=0, **QUICK)
+    assert result.tuned.layer is layer
+    assert result.tuned.in_axes == 0
+    assert result.tuned.method == result.options["method"]
+    assert_trees_close(result.tuned(X), module(X))
+
+
+def test_nnx_state_is_left_alone_and_its_changes_are_compared():
+    layer = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+    before = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(layer)))
+    result = tdjax.nnx.autotune(layer, X, **QUICK)
+    assert verdicts(result)["method='fold'"] == "other numbers than the reference"
+    assert_trees_close(nnx.to_pure_dict(nnx.state(layer)), before, 0, 0)
+    by_x = tdjax.nnx.autotune(layer, X, argnums=1, **QUICK)
+    assert by_x.best.measured
+    layer.eval()
+    calm = tdjax.nnx.autotune(layer, X, **QUICK)
+    assert verdicts(calm)["method='fold'"] in ("measured", "behind")
+
+
+def test_integers_keys_and_half_precision_are_compared_too(key):
+    def fun(key, x):
+        return jnp.round(x).astype(jnp.int32), x.astype(jnp.bfloat16), key
+
+    options = {"in_axes": (None, 1), "out_axes": (1, 1, None)}
+    result = tdjax.autotune(fun, key, X, argnums=1, **options, **QUICK)
+    assert set(verdicts(result).values()) <= {"measured", "behind"}
+    assert [each.deviation for each in result.candidates] == [0.0] * 4
+
+
+@pytest.mark.slow
+def test_a_sum_in_half_precision_may_be_as_far_off_as_the_reference_is():
+    params = tdjax.init_dense(jax.random.key(0), 64, 64)
+    half = lambda tree: jax.tree.map(lambda a: a.astype(jnp.bfloat16), tree)
+    x = half(normal(0, 64, 128, 64))
+    result = tdjax.autotune(
+        tdjax.dense, half(params), x, in_axes=(None, 1), argnums=0, **QUICK
+    )
+    assert result.candidates[1].deviation > 3e-2  # a sum of 8192 in bfloat16
+    assert verdicts(result)["method='fold'"] in ("measured", "behind")
+    strict = {**QUICK, "argnums": 0, "tolerance": 1e-3, "in_axes": (None, 1)}
+    result = tdjax.autotune(tdjax.dense, half(params), x, **strict)
+    assert verdicts(result)["method='fold'"] == "other numbers than the reference"
