@@ -1,5 +1,6 @@
 """The transform: one function, applied to every step, whatever the lowering."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Literal
@@ -125,14 +126,30 @@ def time_distributed(
         method, chunk_size, unroll, remat, axis_name, spmd_axis_name, capacity
     )
 
-    # `updated=()`: a module object's attributes are not the wrapper's.
-    @functools.wraps(fun, updated=())
-    def distributed(*args, mask=None, **kwargs):
-        steps = select_steps(flatten_inputs(args, in_axes), mask, lowering)
-        call = functools.partial(_call_on_mapped, fun, steps.inputs, kwargs)
-        return steps.run(call, out_axes, lowering)
+    return Distributed(fun, in_axes, out_axes, lowering)
 
-    return distributed
+
+@dataclasses.dataclass(eq=False)
+class Distributed:
+    """A function that `time_distributed` made, and what it was made of."""
+
+    fun: Callable[..., Any]
+    in_axes: Any
+    out_axes: Any
+    lowering: Lowering
+
+    def __post_init__(self):
+        # `updated=()`: the attributes of a callable object are not the wrapper's.
+        functools.update_wrapper(self, self.fun, updated=())
+
+    def __call__(self, /, *args, mask=None, **kwargs):
+        steps = select_steps(flatten_inputs(args, self.in_axes), mask, self.lowering)
+        call = functools.partial(_call_on_mapped, self.fun, steps.inputs, kwargs)
+        return steps.run(call, self.out_axes, self.lowering)
+
+    def __get__(self, instance, owner=None):
+        """Binds as a function does, so that it can decorate a method."""
+        return self if instance is None else functools.partial(self, instance)
 
 
 def _call_on_mapped(fun, inputs: Inputs, kwargs, mapped):
