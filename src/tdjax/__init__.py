@@ -5,7 +5,9 @@ The pure functions live here and need only JAX. The layers live in `tdjax.linen`
 """
 
 import importlib
+import os
 import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from tdjax._cross_entropy.loss import linear_cross_entropy
@@ -22,7 +24,8 @@ from tdjax._dense import (
 from tdjax._influence.step_influence import step_influence
 from tdjax._masks import lengths_to_mask, masked_mean
 from tdjax._steps.transform import time_distributed
-from tdjax._tuning.autotune import Tuning, autotune
+from tdjax._tuning.autotune import autotune
+from tdjax._tuning.result import Tuning
 
 if TYPE_CHECKING:
     from tdjax import keras as keras
@@ -31,7 +34,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Without "keras": to list or import everything must not need Keras.
 __all__ = [
     "Tuning",
     "as_flatten",
@@ -51,10 +53,14 @@ __all__ = [
     "step_influence",
     "time_distributed",
 ]
+# Whoever lists or imports all names must not fail for want of Keras on JAX.
+if find_spec("keras") and os.environ.get("KERAS_BACKEND") == "jax":
+    __all__ += ["keras"]
+
 _ADAPTERS = ("keras", "linen", "nnx")
 _LAYERS = ("FlattenDense", "PerStepDense", "TimeDistributed")
 
-# Tracebacks, pickles and documentation name the place where users find it.
+# Tracebacks, pickles and documentation name the place where users find a name.
 for _name in __all__:
     if _name not in _ADAPTERS:
         globals()[_name].__module__ = __name__
@@ -66,17 +72,19 @@ def __getattr__(name: str):
         return importlib.import_module(f"tdjax.{name}")
     if name in _LAYERS:
         message = (
-            f"tdjax has no {name} of its own: use tdjax.linen.{name} for Flax Linen or "
-            f"tdjax.nnx.{name} for Flax NNX"
+            f"tdjax has layers for each framework: take tdjax.linen.{name} for Flax "
+            f"Linen or tdjax.nnx.{name} for Flax NNX."
         )
         if name == "TimeDistributed":
-            message += ", tdjax.keras.TimeDistributed for Keras, and "
-            message += "tdjax.time_distributed for a function"
-        # `from tdjax import ...` replaces the message of an AttributeError.
+            message += (
+                " There is tdjax.keras.TimeDistributed for Keras, and "
+                "tdjax.time_distributed for functions."
+            )
+        # `from tdjax import ...` would replace the message of an AttributeError.
         is_import = sys._getframe(1).f_code.co_name == "_handle_fromlist"
-        raise (ImportError if is_import else AttributeError)(f"{message}.")
+        raise (ImportError if is_import else AttributeError)(message)
     raise AttributeError(f"module 'tdjax' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted(__all__)

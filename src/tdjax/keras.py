@@ -38,6 +38,15 @@ __all__ = [
     "trainable_params",
 ]
 
+# Tracebacks and documentation name the place where users find a name. Not so for
+# FlaxModel: a pickled one is loaded from its own module, without Keras.
+for _public in (convert_layer, from_flax, register_rule, to_flax, trainable_params):
+    _public.__module__ = __name__
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 @keras.saving.register_keras_serializable(package="tdjax")
 class TimeDistributed(keras.layers.TimeDistributed):

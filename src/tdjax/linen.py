@@ -24,8 +24,15 @@ from tdjax._dense import (
 )
 from tdjax._linen_scopes import adopt, call_layer, lift_one_step, lift_over_time, thaw
 from tdjax._steps.stateful import first_steps, make_lowering
-from tdjax._tuning.autotune import Settings, Tuning, prepare_inputs, tune
-from tdjax._tuning.candidates import OPTIONS
+from tdjax._tuning.autotune import Subject, tune
+from tdjax._tuning.result import Tuning
+from tdjax._tuning.settings import Settings
+
+__all__ = ["FlattenDense", "PerStepDense", "TimeDistributed", "autotune"]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 class TimeDistributed(nn.Module):
@@ -280,28 +287,26 @@ def autotune(
 ) -> Tuning:
     """Finds the fastest lowering of a `TimeDistributed` for these inputs.
 
-    What is measured is `module.apply(variables, *args, ...)`; see `tdjax.autotune` for
+    What is measured is `module.apply(variables, *args, ...)`; `tdjax.autotune` says
     how. A lowering under which the layer gives other numbers is refused: `"fold"` for a
     layer with dropout in training, say, which then draws other noise.
 
     Args:
       module: a `TimeDistributed`, or a layer to wrap in one.
       variables: its variables, from `init` or from training.
-      *args: its inputs, of the shapes and dtypes that the program will see.
+      *args: the inputs of a call.
       rngs: as in `apply`.
       mutable: as in `apply`.
-      argnums: None to time the call alone; or the position(s) of what the results are
-        differentiated by, counting `variables` as 0.
-      budget: seconds for everything.
-      memory_limit: bytes of temporary memory that the compiled program may use.
-      tolerance: the largest deviation from the reference, by default by dtype.
+      argnums: as in `tdjax.autotune`, counting `variables` as 0.
+      budget: as in `tdjax.autotune`, as are all below.
+      memory_limit: bytes of temporary memory.
+      tolerance: the largest deviation from the reference.
       candidates: the options to try instead of the default list.
-      cache: a file to keep results in.
-      **kwargs: keyword arguments of the module's call.
+      cache: a folder that keeps results.
+      **kwargs: keyword arguments of the call, such as `mask`.
 
     Returns:
-      A `tdjax.Tuning`: `.tuned` is the module with the best options, `.show()` prints
-      all candidates.
+      A `tdjax.Tuning`; `.tuned` is the module with the best options.
 
     Raises:
       TypeError: if an argument is of the wrong kind.
@@ -319,17 +324,17 @@ def autotune(
         raise TypeError(
             f"module must be an instance of flax.linen.Module, got {describe(module)}."
         )
-    over_time = (
-        module if isinstance(module, TimeDistributed) else TimeDistributed(module)
-    )
+    is_wrapped = isinstance(module, TimeDistributed)
+    over_time = module if is_wrapped else TimeDistributed(module)
+    make = lambda lowering: over_time.clone(**vars(lowering))
 
-    def run(options):
-        tuned = over_time.clone(**options)
-        apply = functools.partial(tuned.apply, rngs=rngs, mutable=mutable, **kwargs)
-        return lambda variables, *args: apply(variables, *args)
+    def program(lowering):
+        apply = make(lowering).apply
+        return lambda variables, *args: apply(
+            variables, *args, rngs=rngs, mutable=mutable, **kwargs
+        )
 
+    base, in_axes = make_lowering(over_time), thaw(over_time.in_axes)
+    subject = Subject(base, in_axes, make, program, (variables,))
     settings = Settings(argnums, budget, memory_limit, tolerance, candidates, cache)
-    args, timesteps = prepare_inputs(args, thaw(over_time.in_axes))
-    make = lambda options: over_time.clone(**options)
-    own = {name: getattr(over_time, name) for name in OPTIONS}
-    return tune(run, make, (variables, *args), timesteps, settings, own)
+    return tune(subject, args, settings)

@@ -1,6 +1,6 @@
 """Flax NNX modules: any layer over time, and the Dense family."""
 
-import inspect
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -23,8 +23,15 @@ from tdjax._dense import (
     per_step_dense,
 )
 from tdjax._steps.stateful import distribute_stateful, make_lowering
-from tdjax._tuning.autotune import Settings, Tuning, prepare_inputs, tune
-from tdjax._tuning.candidates import OPTIONS
+from tdjax._tuning.autotune import Subject, tune
+from tdjax._tuning.result import Tuning
+from tdjax._tuning.settings import Settings
+
+__all__ = ["FlattenDense", "PerStepDense", "TimeDistributed", "autotune"]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 class TimeDistributed(nnx.Module):
@@ -336,25 +343,24 @@ def autotune(
     """Finds the fastest lowering of a `TimeDistributed` for these inputs.
 
     What is measured is `module(*args, **kwargs)` under `jax.jit`, in the mode that the
-    module is in; see `tdjax.autotune` for how. The module's own variables stay as they
+    module is in; `tdjax.autotune` says how. The module's own variables stay as they
     are. A lowering under which the layer gives other numbers, or writes others to its
     variables, is refused.
 
     Args:
       module: a `TimeDistributed`, or a layer to wrap in one.
-      *args: its inputs, of the shapes and dtypes that the program will see.
-      argnums: None to time the call alone; or the position(s) of what the results are
-        differentiated by, counting `module` as 0.
-      budget: seconds for everything.
-      memory_limit: bytes of temporary memory that the compiled program may use.
-      tolerance: the largest deviation from the reference, by default by dtype.
+      *args: the inputs of a call.
+      argnums: as in `tdjax.autotune`, counting `module` as 0.
+      budget: as in `tdjax.autotune`, as are all below.
+      memory_limit: bytes of temporary memory.
+      tolerance: the largest deviation from the reference.
       candidates: the options to try instead of the default list.
-      cache: a file to keep results in.
-      **kwargs: keyword arguments of the module's call.
+      cache: a folder that keeps results.
+      **kwargs: keyword arguments of the call, such as `mask`.
 
     Returns:
-      A `tdjax.Tuning`: `.tuned` is a `TimeDistributed` with the best options
-      around the very same layer, `.show()` prints all candidates.
+      A `tdjax.Tuning`; `.tuned` is a `TimeDistributed` with the best options around
+      the same layer.
 
     Raises:
       TypeError: if an argument is of the wrong kind.
@@ -372,23 +378,29 @@ def autotune(
         raise TypeError(
             f"module must be an instance of flax.nnx.Module, got {describe(module)}."
         )
-    wrap = TimeDistributed
-    over_time = module if isinstance(module, wrap) else wrap(module)
-    names = inspect.signature(wrap.__init__).parameters
-    kept = {name: getattr(over_time, name) for name in list(names)[2:]}
-    make = lambda options: wrap(over_time.layer, **{**kept, **options})
+    is_wrapped = isinstance(module, TimeDistributed)
+    over_time = module if is_wrapped else TimeDistributed(module)
+    make = functools.partial(_with_lowering, over_time, over_time.layer)
     graphdef, state = nnx.split(over_time.layer)
 
-    def run(options):
+    def program(lowering):
         def call(state, *args):
             # Rebuilt from leaves, the variables belong to the trace that writes them.
             layer = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))
-            y = wrap(layer, **{**kept, **options})(*args, **kwargs)
+            y = _with_lowering(over_time, layer, lowering)(*args, **kwargs)
             return y, nnx.state(layer, nnx.Not(nnx.Param))
 
         return call
 
+    base = make_lowering(over_time)
+    subject = Subject(base, over_time.in_axes, make, program, (state,))
     settings = Settings(argnums, budget, memory_limit, tolerance, candidates, cache)
-    args, timesteps = prepare_inputs(args, over_time.in_axes)
-    own = {name: kept[name] for name in OPTIONS}
-    return tune(run, make, (state, *args), timesteps, settings, own)
+    return tune(subject, args, settings)
+
+
+def _with_lowering(module: TimeDistributed, layer, lowering) -> TimeDistributed:
+    """`module` around `layer`, with another lowering."""
+    kept = {
+        name: getattr(module, name) for name in ("in_axes", "out_axes", "share_rng")
+    }
+    return TimeDistributed(layer, **kept, **vars(lowering))

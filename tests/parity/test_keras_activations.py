@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from helpers import normal
-from tdjax._keras.modules.activations import FUNCTIONS, activation
+from tdjax._keras.modules.activations import FUNCTIONS
+from tdjax._keras.rules.activations import activation
 
 X = 5 * normal(0, 5, 8)
 OPTIONS = {"threshold": {"threshold": 0.3, "default_value": -1.0}}

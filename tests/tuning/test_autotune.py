@@ -2,8 +2,6 @@
 
 import collections
 import json
-import multiprocessing
-import os
 
 import flax.linen as nn
 import jax
@@ -13,7 +11,7 @@ from flax import nnx
 
 import tdjax
 from helpers import assert_trees_close, normal
-from tdjax._tuning import cache as _tuning_cache
+from tdjax._steps.lowering import Lowering
 from tdjax._tuning import search as _search
 
 QUICK = {
@@ -158,7 +156,7 @@ def test_a_slow_candidate_is_measured_less_often(monkeypatch):
 
     def compile_candidate(candidate, run, args):
         program = compile_really(candidate, run, args)
-        return candidate.options["chunk_size"], program
+        return candidate.lowering.chunk_size, program
 
     def timed(program, args, calls=1):
         size, run = program
@@ -212,7 +210,7 @@ def test_candidates_can_be_chosen(params):
 
 def test_choose_takes_the_least_memory_of_those_that_are_as_fast():
     make = lambda seconds, size: _search.Candidate(
-        {"method": "vmap"},
+        Lowering(),
         verdict="measured",
         run_seconds=seconds,
         temporary_bytes=size,
@@ -244,7 +242,8 @@ def test_choose_takes_the_least_memory_of_those_that_are_as_fast():
             "candidates must be mappings .* got 'fold'",
         ),
         ({"argnums": ()}, ValueError, "argnums must name an argument"),
-        ({"cache": ""}, TypeError, "cache must be the path of a file, got ''"),
+        ({"cache": ""}, TypeError, "cache must be the path of a folder, got ''"),
+        ({"cache": "a\0b"}, TypeError, "cache must be the path of a folder"),
     ],
 )
 def test_bad_arguments_are_named(user_errors, params, options, error, message):
@@ -286,116 +285,59 @@ def test_the_table_and_the_json_have_every_candidate(params, capsys, monkeypatch
     assert content["about"]["jax"] == jax.__version__
 
 
-def test_results_are_found_again_for_the_same_question_only(params, tmp_path):
-    cache = tmp_path / "some" / "cache.json"
-    first = tune_dense(params, cache=cache)
-    again = tune_dense(params, cache=cache)
-    assert not first.from_cache
-    assert again.from_cache
-    assert again.candidates == first.candidates
-    assert again.options == first.options
-    assert_trees_close(again.tuned(params, X), tdjax.dense(params, X))
-    gradient = tune_dense(params, cache=cache, argnums=0)
-    other = tdjax.autotune(jnp.sin, X, cache=cache, **QUICK)
-    longer = tdjax.autotune(jnp.sin, jnp.tile(X, (1, 2, 1)), cache=cache, **QUICK)
-    assert not any(each.from_cache for each in (gradient, other, longer))
-    assert tune_dense(params, cache=cache).from_cache
+def test_a_result_can_be_saved_and_loaded(params):
+    result = tune_dense(params)
+    loaded = tdjax.Tuning.from_json(result.to_json())
+    assert loaded.tuned is None
+    assert loaded.candidates == result.candidates
+    assert (loaded.options, loaded.about) == (result.options, result.about)
+    assert str(loaded) == str(result)
+    apply = tdjax.time_distributed(tdjax.dense, in_axes=(None, 1), **loaded.options)
+    assert_trees_close(apply(params, X), result.tuned(params, X))
 
 
-def entry_of(content):
-    (entry,) = content["entries"].values()
-    return entry
+@pytest.mark.parametrize("text", ["", "[]", "{}", "1", "[" * 10**5, '{"about": NaN}'])
+def test_a_text_that_is_no_result_is_refused(text):
+    with pytest.raises(ValueError, match="text must be what"):
+        tdjax.Tuning.from_json(text)
 
 
-def damage(path, change):
-    content = json.loads(path.read_text())
-    change(entry_of(content))
-    path.write_text(json.dumps(content))
-
-
-DAMAGES = {
-    "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
-    "binary": lambda path: path.write_bytes(b"\xff\x00\x80"),
-    "foreign": lambda path: path.write_text('{"entries": []}'),
-    "a list": lambda path: path.write_text("[1, 2]"),
-    "no options": lambda path: damage(
-        path, lambda e: e["candidates"][0].pop("options")
-    ),
-    "bad method": lambda path: damage(
-        path, lambda e: e["candidates"][0]["options"].update(method="magic")
-    ),
-    "bad time": lambda path: damage(
-        path, lambda e: e["candidates"][0].update(run_seconds="quick")
-    ),
-    "other": lambda path: damage(path, lambda e: e["about"].update(jax="0.0")),
-    "nothing measured": lambda path: damage(path, lambda e: e["candidates"].clear()),
-    "no entry": lambda path: damage(path, lambda e: e.pop("candidates")),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_or_foreign_cache_is_ignored_with_a_warning(params, tmp_path, name):
-    cache = tmp_path / "cache.json"
-    short = {"candidates": [], "cache": cache}
-    tune_dense(params, **short)
-    DAMAGES[name](cache)
-    with pytest.warns(UserWarning, match=r"cache='.*cache.json' is ignored: "):
-        result = tune_dense(params, **short)
-    assert not result.from_cache
-    assert tune_dense(params, **short).from_cache  # it has been mended
-
-
-def test_a_link_is_followed_and_no_other_kind_of_file_replaced(params, tmp_path):
-    real, link, pipe = (tmp_path / name for name in ("real.json", "link", "pipe"))
-    real.touch()
-    real.chmod(0o640)
-    link.symlink_to(real)
-    with pytest.warns(UserWarning, match="is ignored"):  # empty
-        tune_dense(params, candidates=[], cache=link)
-    assert link.is_symlink()
-    assert tune_dense(params, candidates=[], cache=real).from_cache
-    os.mkfifo(pipe)
-    candidate = tune_dense(params, candidates=[]).best
-    with pytest.warns(UserWarning, match="not a file"):
-        _tuning_cache.store(pipe, {}, [candidate])
-    assert pipe.is_fifo()
-
-
-def test_a_folder_as_cache_is_no_crash_of_the_search(params, tmp_path):
-    with pytest.warns(UserWarning, match="is ignored"):
-        result = tune_dense(params, candidates=[], cache=tmp_path)
-    assert result.best.measured
-
-
-def _store(path, number):
-    candidate = _search.Candidate(
-        dict(zip(_tuning_cache.OPTIONS, ("vmap", None, 1, False))),
-        verdict="measured",
-        compile_seconds=1.0,
-        run_seconds=1.0,
-        temporary_bytes=0,
-        deviation=0.0,
+def test_what_time_distributed_returned_keeps_its_options(params):
+    head = tdjax.time_distributed(
+        tdjax.dense, in_axes=(None, 0), out_axes=0, method="fold", chunk_size=4
     )
-    for i in range(20):
-        _tuning_cache.store(path, {"process": number, "entry": i}, [candidate])
+    result = tdjax.autotune(head, params, X, **QUICK)
+    assert str(result.candidates[0]) == "method='vmap'"
+    assert str(result.candidates[1]) == "method='fold', chunk_size=4"
+    assert_trees_close(result.tuned(params, X), tdjax.dense(params, X))
+    assert result.tuned.in_axes == (None, 0)
+    assert tdjax.autotune(result.tuned, params, X, **QUICK).best.measured
 
 
-def test_processes_share_a_cache_and_lose_nothing(tmp_path):
-    path = tmp_path / "cache.json"
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_store, args=(path, i)) for i in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [0, 0, 0]
-    for number in range(3):
-        for i in range(20):
-            assert _tuning_cache.load(path, {"process": number, "entry": i})
-    assert {each.name for each in tmp_path.iterdir()} == {
-        "cache.json",
-        "cache.json.lock",
-    }
+def test_keywords_of_the_call_reach_the_function():
+    mask = tdjax.lengths_to_mask(jnp.array([6, 2, 0]), 6)
+    scaled = lambda x, factor: x * factor
+    packed = tdjax.time_distributed(scaled, capacity=8)
+    result = tdjax.autotune(packed, X, mask=mask, factor=3.0, **QUICK)
+    got = result.tuned(X, mask=mask, factor=3.0)
+    assert_trees_close(got, jnp.where(mask[..., None], X * 3, 0))
+    assert [each.blocks for each in result.candidates] == [1, 1, 4, 8]
+
+
+def test_options_are_not_given_twice(params):
+    head = tdjax.time_distributed(tdjax.dense, in_axes=(None, 1))
+    with pytest.raises(ValueError, match=r"in_axes must be given to time_distributed"):
+        tdjax.autotune(head, params, X, in_axes=(None, 0), **QUICK)
+    with pytest.raises(ValueError, match=r"capacity must be given .* Leave them out"):
+        tdjax.autotune(head, params, X, capacity=3, **QUICK)
+
+
+def test_a_named_time_axis_leaves_lowerings_that_have_it():
+    centred = lambda x: x - jax.lax.pmean(x, "time")
+    over_time = tdjax.time_distributed(centred, axis_name="time")
+    result = tdjax.autotune(over_time, X, budget=60.0)
+    assert set(verdicts(result)) == {"method='vmap'"}
+    assert_trees_close(result.tuned(X), X - X.mean(1, keepdims=True), 1e-5, 1e-5)
 
 
 @pytest.mark.parametrize("wrapped", [True, False])

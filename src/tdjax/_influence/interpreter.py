@@ -1,8 +1,12 @@
-"""Runs a jaxpr on `Spread`s.
+"""Runs a jaxpr on `Spread`s instead of arrays.
 
 A value is either known, an ordinary array that does not depend on the input, or a
-`Spread`. JAX itself evaluates a primitive of known values. A primitive of a `Spread`
-has a rule, and one without a rule makes every output depend on every input step.
+`Spread`. JAX itself evaluates a primitive whose operands are all known. Otherwise:
+
+* a primitive that calls a program (`jit`, `checkpoint`) is run by this interpreter;
+* control flow runs its program step by step, as often as it would run;
+* any other primitive has a rule in `rules`. Without one, every output depends on
+  every input step.
 """
 
 import functools
@@ -80,8 +84,8 @@ def _scan(eqn, args, run, bound) -> list[Any]:
 def _scan_parts(eqn) -> tuple[int, int]:
     """Where the carry and the scanned operands start.
 
-    The parameters that say so differ between JAX versions; the ranks always tell: what
-    is scanned has one axis more outside than inside.
+    JAX versions name these parameters differently, so ranks decide: a scanned operand
+    has one more axis outside the loop than inside.
     """
     body = eqn.params["jaxpr"].jaxpr
     same_rank = lambda out, inn: len(out.aval.shape) == len(inn.aval.shape)
@@ -128,7 +132,7 @@ def _chosen(aval, index: Spread, values, bound: float) -> Spread:
     *spreads, _ = as_spreads([*values, index], bound)
     out = union(spreads)
     steps = out.steps | same_everywhere(index.steps, aval.shape)
-    return spread(aval.dtype, steps, out.low, out.high, out.far, bound)
+    return spread(aval.dtype, steps, out.low, out.high, True, bound)
 
 
 _CONTROL_FLOW = {"scan": _scan, "while": _while, "cond": _cond}

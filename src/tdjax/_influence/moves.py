@@ -1,4 +1,8 @@
-"""Primitives that move elements without computing with them."""
+"""Rules for primitives that move elements without computing with them.
+
+They run on the numbers of the elements instead of the elements. The result says where
+each output element came from, so any primitive of this kind needs no rule of its own.
+"""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -23,7 +27,7 @@ from tdjax._influence.spread import (
 def move(data: tuple[int, ...] | None, bind: Callable[..., Any], eqn, args, bound):
     """Each output element is an element of the operands `data`, at a known place.
 
-    Which one is found by moving the elements' numbers in the place of the elements.
+    The primitive is run on the elements' numbers to find out which.
     """
     data = tuple(range(len(args))) if data is None else data
     if any(isinstance(x, Spread) for i, x in enumerate(args) if i not in data):
@@ -33,7 +37,7 @@ def move(data: tuple[int, ...] | None, bind: Callable[..., Any], eqn, args, boun
     outs = bind(eqn, *numbered.values())
     elements = Spread(
         np.concatenate([x.flat_steps for x in spreads], axis=1),
-        *(np.concatenate([x[i].ravel() for x in spreads]) for i in (1, 2, 3)),
+        *(np.concatenate([x[i].ravel() for x in spreads]) for i in (1, 2)),
     )
     outs = outs if isinstance(outs, list | tuple) else [outs]
     return [_pick(eqn, elements, np.asarray(places), bound) for places in outs]
@@ -47,19 +51,19 @@ def _numbers(spreads: list[Spread]) -> list[Any]:
 
 
 def _pick(eqn, elements: Spread, places, bound: float) -> Spread:
-    """Places below zero are of elements that are filled in from outside."""
+    """The elements at `places`; a negative place means a fill value."""
     outside = places < 0
     fill = _fill_value(eqn) if outside.any() else 0.0
+    least, most = (-np.inf, np.inf) if np.isnan(fill) else (fill, fill)
     return Spread(
         elements.steps[:, places] & ~outside,
-        np.where(outside, fill, elements.low[places]),
-        np.where(outside, fill, elements.high[places]),
-        np.where(outside, not abs(fill) <= bound, elements.far[places]),
+        np.where(outside, least, elements.low[places]),
+        np.where(outside, most, elements.high[places]),
     )
 
 
 def _fill_value(eqn) -> float:
-    """What a gather puts where an index is out of range (`jax.lax.gather`)."""
+    """What `jax.lax.gather` gives where an index is out of range."""
     fill, dtype = eqn.params["fill_value"], eqn.outvars[0].aval.dtype
     if fill is not None and not np.iscomplexobj(fill):
         return float(fill)
@@ -78,25 +82,22 @@ def gather(eqn, args, bound: float) -> list[Spread]:
     operand, indices = args
     if not isinstance(indices, Spread):
         return move((0,), _gather_numbers, eqn, args, bound)
-    # A row at an unknown place: it depends on its own index and on the whole operand.
+    # Unknown indices: a row depends on its index and on the whole operand.
     operand, _ = as_spreads(args, bound)
     out = eqn.outvars[0].aval
     offsets = eqn.params["dimension_numbers"].offset_dims
     steps = np.expand_dims(indices.steps.any(axis=-1), [axis + 1 for axis in offsets])
     steps = steps | same_everywhere(operand.any_steps, out.shape)
-    low, high, far = _any_row(eqn, operand, bound)
-    return [spread(out.dtype, steps, low, high, far, bound)]
+    return [spread(out.dtype, steps, *_any_row(eqn, operand), True, bound)]
 
 
-def _any_row(eqn, operand: Spread, bound: float):
-    """The range of any element. A NaN doesn't fill in: values stay finite."""
+def _any_row(eqn, operand: Spread):
+    """The range of all elements and of the fill value; NaN has no range."""
     ends = [*operand.low.ravel(), *operand.high.ravel()]
-    far = any_far([operand])
     if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
         fill = _fill_value(eqn)
         ends += [] if np.isnan(fill) else [fill]
-        far = far or abs(fill) > bound
-    return (np.min(ends), np.max(ends), far) if ends else (np.nan, np.nan, far)
+    return (np.min(ends), np.max(ends)) if ends else (np.nan, np.nan)
 
 
 def _gather_numbers(eqn, operand, indices):
@@ -104,7 +105,7 @@ def _gather_numbers(eqn, operand, indices):
 
 
 def scatter(eqn, args, bound: float) -> list[Spread]:
-    """An overwrite moves elements; `x.at[...].apply` computes with them."""
+    """`x.at[...].set` moves elements; `x.at[...].apply` computes with them."""
     if eqn.params["update_jaxpr"] is not None:
         return everything(eqn, args, bound)
     overwrite = lambda eqn, *args: _scatter(lax.scatter, eqn, *args)
@@ -125,5 +126,5 @@ def scatter_add(eqn, args, bound: float) -> list[Spread]:
     steps = jax.vmap(add)(
         jnp.asarray(operand.steps, jnp.float32), jnp.asarray(updates.steps, jnp.float32)
     )
-    dtype, far = eqn.outvars[0].aval.dtype, any_far([spreads[0], spreads[2]])
+    dtype, far = eqn.outvars[0].aval.dtype, any_far([spreads[0], spreads[2]], bound)
     return [unknown(dtype, np.asarray(steps) > 0, far, bound)]

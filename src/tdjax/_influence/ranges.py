@@ -1,7 +1,7 @@
 """Interval arithmetic for elementwise primitives (Moore 1966, "Interval Analysis").
 
-A range is `(2, *shape)`: lower and upper bounds. Each function takes the equation and
-its operands' ranges. NaN says that a range is not known.
+A range is `(2, *shape)`: lower and upper ends, NaN where they are not known. Each
+function takes the equation and the ranges of its operands.
 """
 
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ def _increasing(fun):
 
 
 def _times(x, y):
-    # Zero times an unbounded value is zero: values are finite, ranges need not be.
+    # Values are finite even where ranges are not, so zero times infinity is zero.
     return np.where((x == 0) | (y == 0), 0.0, x * y)
 
 
@@ -40,8 +40,7 @@ def _ratio(x, y):
     return np.where((x == 0) | np.isinf(y), 0.0, x / y)
 
 
-# Comparisons give whether they surely hold and whether they may. A range that isn't
-# known, NaN, decides nothing.
+# A comparison gives (certainly true, possibly true). Unknown ranges decide nothing.
 
 
 def _less(eqn, x, y):
@@ -73,7 +72,7 @@ def _swapped(compare):
 
 
 def _logical(fun):
-    """Of bools; the bits of integers are not followed."""
+    """Only for bools: the bits of integers are not followed."""
 
     def ranges(eqn, *operands):
         if eqn.outvars[0].aval.dtype == np.bool_:

@@ -1,4 +1,9 @@
-"""How each primitive passes dependence and range from its operands to its results."""
+"""Rules: how each primitive passes dependence and range from operands to results.
+
+A rule is `rule(eqn, args, bound) -> spreads`, one for each result. At least one of
+`args` is a `Spread`; the others may be known arrays. A rule may say that an element
+depends on too many steps, or give too wide a range, and never the reverse.
+"""
 
 import functools
 from collections.abc import Callable
@@ -19,7 +24,7 @@ from tdjax._influence.spread import (
     unknown,
 )
 
-# Of the far constants that masks are made of these make small values.
+# These map a mask's huge constants to small values.
 _NEARING = frozenset(("exp", "exp2", "logistic", "tanh", "erf", "erfc", "sign"))
 
 
@@ -34,7 +39,7 @@ def _elementwise(eqn, args, bound: float) -> list[Spread]:
     steps = np.any([_align(x.steps, out.shape) for x in args], axis=0)
     low, high, far = np.nan, np.nan, False
     if name not in _NEARING:
-        far = np.any([np.broadcast_to(x.far, out.shape) for x in args], axis=0)
+        far = np.any([np.broadcast_to(x.far(bound), out.shape) for x in args], axis=0)
     if name in RANGES:
         with np.errstate(all="ignore"):
             low, high = RANGES[name](eqn, *(_range(x, out.shape) for x in args))
@@ -54,18 +59,17 @@ def _align(steps, shape):
 
 
 def _select(eqn, args, bound: float) -> list[Spread]:
-    """Where the choice is a constant only the chosen case counts."""
+    """Where the choice is a constant, only the chosen case counts."""
     which, *cases = as_spreads(args, bound)
     out = eqn.outvars[0].aval
     low, high = _range(which, out.shape)
-    taken = [(low <= i) & (i <= high) for i in range(len(cases))]
+    taken = [~(low > i) & ~(high < i) for i in range(len(cases))]
     steps = np.any([x.steps & on for x, on in zip(cases, taken)], axis=0)
     steps = steps | (_align(which.steps, out.shape) & (low != high))
     lows = [np.where(on, x.low, np.inf) for x, on in zip(cases, taken)]
     highs = [np.where(on, x.high, -np.inf) for x, on in zip(cases, taken)]
-    far = np.any([x.far & on for x, on in zip(cases, taken)], axis=0)
     ends = np.min(lows, axis=0), np.max(highs, axis=0)
-    return [spread(out.dtype, steps, *ends, far, bound)]
+    return [spread(out.dtype, steps, *ends, True, bound)]
 
 
 def _bilinear(eqn, args, bound: float) -> list[Spread]:
@@ -76,12 +80,12 @@ def _bilinear(eqn, args, bound: float) -> list[Spread]:
     apply = functools.partial(eqn.primitive.bind, **params)
     steps = np.zeros((len(x.steps), *out.shape), bool)
     if x.steps.any():
-        of_x = jax.vmap(apply, (0, None))(_as_number(x.steps), _as_number(y.nonzero))
-        steps |= np.asarray(of_x) > 0
+        paths = jax.vmap(apply, (0, None))(_as_number(x.steps), _as_number(y.nonzero))
+        steps |= np.asarray(paths) > 0
     if y.steps.any():
-        of_y = jax.vmap(apply, (None, 0))(_as_number(x.nonzero), _as_number(y.steps))
-        steps |= np.asarray(of_y) > 0
-    return [unknown(out.dtype, steps, any_far([x, y]), bound)]
+        paths = jax.vmap(apply, (None, 0))(_as_number(x.nonzero), _as_number(y.steps))
+        steps |= np.asarray(paths) > 0
+    return [unknown(out.dtype, steps, any_far([x, y], bound), bound)]
 
 
 def _as_number(mask):
@@ -93,7 +97,7 @@ def _reduce(eqn, args, bound: float) -> list[Spread]:
     name, dtype = eqn.primitive.name, eqn.outvars[0].aval.dtype
     counts = _can_win(name, x, axes)
     steps = (x.steps & counts).any(axis=tuple(a + 1 for a in axes))
-    far = (x.far & counts).any(axis=axes)
+    far = (x.far(bound) & counts).any(axis=axes)
     if name not in _REDUCED or not x.low.size:
         return [unknown(dtype, steps, far, bound)]
     with np.errstate(all="ignore"):
@@ -111,7 +115,7 @@ def _can_win(name: str, x: Spread, axes):
 
 
 def _sum(x: Spread, axes, dtype):
-    """Rounded once per term, in whatever order."""
+    """Each term may add one rounding error; the order of the sum is unknown."""
     low, high = x.low.sum(axis=axes), x.high.sum(axis=axes)
     if not jnp.issubdtype(dtype, jnp.floating):
         return low, high
@@ -137,12 +141,13 @@ _REDUCED = {
 def _accumulate(eqn, args, bound: float) -> list[Spread]:
     (x,), axis, dtype = args, eqn.params["axis"], eqn.outvars[0].aval.dtype
     run = functools.partial(_running, reverse=eqn.params["reverse"])
-    steps, far = run(np.logical_or, x.steps, axis + 1), run(np.logical_or, x.far, axis)
+    steps = run(np.logical_or, x.steps, axis + 1)
+    far = run(np.logical_or, x.far(bound), axis)
     extreme = {"cummax": np.maximum, "cummin": np.minimum}.get(eqn.primitive.name)
     if extreme is None:
         return [unknown(dtype, steps, far, bound)]
     low, high = run(extreme, x.low, axis), run(extreme, x.high, axis)
-    return [spread(dtype, steps, low, high, far, bound)]
+    return [spread(dtype, steps, low, high, True, bound)]
 
 
 def _running(combine, values, axis: int, reverse: bool):
@@ -151,7 +156,7 @@ def _running(combine, values, axis: int, reverse: bool):
 
 
 def _window(eqn, args, bound: float) -> list[Spread]:
-    """Where only the operand depends on the input; the initial value is a constant."""
+    """Pooling; the initial value must be a constant."""
     x, *initial = args
     if len(args) > 2 or any(isinstance(v, Spread) for v in initial):
         return everything(eqn, args, bound)
@@ -166,7 +171,7 @@ def _window(eqn, args, bound: float) -> list[Spread]:
         (1, *p["base_dilation"]),
         (1, *p["window_dilation"]),
     )
-    far = any_far(as_spreads(args, bound))
+    far = any_far(as_spreads(args, bound), bound)
     return [unknown(out.dtype, np.asarray(steps) > 0, far, bound)]
 
 
@@ -182,81 +187,19 @@ def _anywhere(out, steps, x: Spread, axis: int, bound: float) -> Spread:
     if not x.low.size:
         return x
     low, high = x.low.min(axis, keepdims=True), x.high.max(axis, keepdims=True)
-    far = x.far.any(axis, keepdims=True)
-    return spread(out.dtype, steps, low, high, far, bound)
+    return spread(out.dtype, steps, low, high, True, bound)
 
 
-_ELEMENTWISE = frozenset(
-    (
-        "abs",
-        "acos",
-        "acosh",
-        "add",
-        "add_any",
-        "and",
-        "asin",
-        "asinh",
-        "atan",
-        "atan2",
-        "atanh",
-        "cbrt",
-        "ceil",
-        "clamp",
-        "conj",
-        "convert_element_type",
-        "cos",
-        "cosh",
-        "digamma",
-        "div",
-        "eq",
-        "erf",
-        "erf_inv",
-        "erfc",
-        "exp",
-        "exp2",
-        "expm1",
-        "floor",
-        "ge",
-        "gt",
-        "imag",
-        "integer_pow",
-        "is_finite",
-        "le",
-        "lgamma",
-        "log",
-        "log1p",
-        "logistic",
-        "lt",
-        "max",
-        "min",
-        "mul",
-        "ne",
-        "neg",
-        "nextafter",
-        "not",
-        "or",
-        "pow",
-        "real",
-        "reduce_precision",
-        "rem",
-        "round",
-        "rsqrt",
-        "shift_left",
-        "shift_right_arithmetic",
-        "shift_right_logical",
-        "sign",
-        "sin",
-        "sinh",
-        "sqrt",
-        "square",
-        "sub",
-        "tan",
-        "tanh",
-        "xor",
-    )
-)
+_ELEMENTWISE = """
+    abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp
+    conj convert_element_type cos cosh digamma div eq erf erf_inv erfc exp exp2
+    expm1 floor ge gt imag integer_pow is_finite le lgamma log log1p logistic lt
+    max min mul ne neg nextafter not or pow real reduce_precision rem round
+    rsqrt shift_left shift_right_arithmetic shift_right_logical sign sin sinh
+    sqrt square sub tan tanh xor
+"""
 
-# A `name` is what `checkpoint_name` leaves.
+# `name` is the primitive of `jax.ad_checkpoint.checkpoint_name`.
 _IDENTITIES = (
     "copy",
     "name",
@@ -266,7 +209,7 @@ _IDENTITIES = (
 )
 
 RULES: dict[str, Callable[..., list[Spread]]] = {
-    **dict.fromkeys(_ELEMENTWISE, _elementwise),
+    **dict.fromkeys(_ELEMENTWISE.split(), _elementwise),
     **dict.fromkeys(_IDENTITIES, _identity),
     **{
         name: functools.partial(move, data, bind_same)

@@ -1,4 +1,8 @@
-"""Sets of arrays: what each element depends on, and the range it stays in."""
+"""A `Spread` stands for all the arrays a value can be as the input varies.
+
+It says for each element which input steps it depends on and the range it stays in.
+Every operation may widen a range or add a dependence, and never the reverse.
+"""
 
 from typing import Any, NamedTuple
 
@@ -6,23 +10,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tdjax._influence.rounding import EXACT_INTEGERS, extremes, rounded
-
 
 class Spread(NamedTuple):
-    """All the arrays a value can be as the input varies.
+    """What is known of each element of a value.
 
-    `steps` is bool, `(in_steps, *shape)`: element e depends on input step j. `low` and
-    `high` bound each element, NaN where nothing is known. An element with
-    `low == high` is a constant and depends on nothing, whatever it was computed from:
-    that is how a mask cuts a path. `far` marks the elements that a constant may have
-    put beyond `bound`: what is computed from them is not taken to stay within it.
+    Attributes:
+      steps: `(in_steps, *shape)`, bool: whether element e depends on input step j.
+      low: `(*shape)`, float64, the lower end of each element's range.
+      high: the upper end. If `low == high` the element is a constant and depends on
+        nothing: this is how a mask cuts a path.
+
+    A float without a known range lies within `bound`, or anywhere if it was computed
+    from a constant beyond `bound`. NaN ends stand for complex numbers and random keys,
+    which have no order, and for integers that may have any value.
     """
 
     steps: np.ndarray
     low: np.ndarray
     high: np.ndarray
-    far: np.ndarray
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -43,88 +48,117 @@ class Spread(NamedTuple):
         return np.logical_or.reduce(self.flat_steps, axis=1)
 
     def take(self, i: int) -> "Spread":
-        return Spread(self.steps[:, i], self.low[i], self.high[i], self.far[i])
+        return Spread(self.steps[:, i], self.low[i], self.high[i])
+
+    def far(self, bound: float) -> Any:
+        """Which elements may lie beyond the bound."""
+        return (self.low < -bound) | (self.high > bound)
 
 
 def spread(dtype, steps, low, high, far, bound: float) -> Spread:
-    """A `Spread` as `dtype` rounds it. NaN ranges become the dtype's, unless far."""
+    """Rounds the range as `dtype` does, and cuts it to the bound except where `far`."""
     steps = np.asarray(steps)
     low, high, far = (np.broadcast_to(v, steps.shape[1:]) for v in (low, high, far))
     with np.errstate(all="ignore"):
-        low, high = rounded(dtype, low, high)
-    undefined = np.isnan(low) | np.isnan(high)
-    least, most = extremes(dtype, bound)
-    unbounded = far & jnp.issubdtype(dtype, jnp.floating)
-    low = np.where(undefined, np.where(unbounded, np.nan, least), low)
-    high = np.where(undefined, np.where(unbounded, np.nan, most), high)
-    far = (far | (low > bound) | (high < -bound)) & ~((low >= -bound) & (high <= bound))
-    return Spread(steps & (low != high), low, high, far)
+        low, high = _rounded(dtype, low, high)
+    if jnp.issubdtype(dtype, jnp.floating):
+        most = np.where(far, np.inf, bound)
+        inside = (low != high) & (low < most) & (high > -most)
+        low = np.where(inside | np.isnan(low), np.fmax(low, -most), low)
+        high = np.where(inside | np.isnan(high), np.fmin(high, most), high)
+    if dtype == np.bool_:
+        low, high = np.nan_to_num(low, nan=0.0), np.nan_to_num(high, nan=1.0)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        low, high = np.where(far, -np.inf, np.nan), np.where(far, np.inf, np.nan)
+    return Spread(steps & (low != high), low, high)
+
+
+def _rounded(dtype, low, high):
+    """The range after rounding to `dtype`; NaN where an integer may wrap around.
+
+    Floats are rounded outwards, so that the range holds whether or not XLA fuses
+    operations and keeps their excess precision.
+    """
+    if jnp.issubdtype(dtype, jnp.integer):
+        info = jnp.iinfo(dtype)
+        # Ranges are float64, in which integers are exact up to 2**53.
+        fits = (low >= max(info.min, -(2.0**53))) & (high <= min(info.max, 2.0**53))
+        return np.where(fits, low, np.nan), np.where(fits, high, np.nan)
+    if jnp.issubdtype(dtype, jnp.floating):
+        return -_upwards(dtype, -low), _upwards(dtype, high)
+    return low, high
+
+
+def _upwards(dtype, x):
+    """At least what `x` becomes in `dtype`, exact, rounded or flushed to zero."""
+    info = jnp.finfo(dtype)
+    nearest = x.astype(dtype).astype(np.float64)
+    exact = (nearest == x) & ((dtype != np.float64) | (np.trunc(x) == x))
+    above = x + 3 * float(info.eps) * abs(x)
+    above = np.where(above > float(info.max), np.inf, above)
+    flushed = np.where(x > 0, float(info.tiny), 0.0)
+    return np.where(abs(x) < float(info.tiny), flushed, np.where(exact, x, above))
 
 
 def unknown(dtype, steps, far, bound: float) -> Spread:
-    """Of values with no range of their own."""
+    """A `Spread` whose range is not known."""
     return spread(dtype, steps, np.nan, np.nan, far, bound)
 
 
 def as_spread(value: Any, timesteps: int, bound: float) -> Spread:
-    """A known value depends on nothing."""
+    """Makes a `Spread` of a known value, which depends on nothing."""
     if isinstance(value, Spread):
         return value
+    dtype = jnp.result_type(value)
     steps = np.zeros((timesteps, *np.shape(value)), bool)
-    if jax.dtypes.issubdtype(jnp.result_type(value), jax.dtypes.extended):
-        return unknown(jnp.result_type(value), steps, False, bound)
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+        return unknown(dtype, steps, False, bound)
     number = np.asarray(value)
     number = number.astype(complex if np.iscomplexobj(number) else float)
-    known = _ordered(number, jnp.issubdtype(jnp.result_type(value), jnp.integer))
-    return Spread(steps, known, known, ~(abs(number) <= bound))
-
-
-def _ordered(number, is_integer: bool) -> np.ndarray:
-    """Complex numbers have no order, and large integers aren't exact as floats."""
+    far = ~(abs(number) <= bound)
     if np.iscomplexobj(number):
-        return np.full(number.shape, np.nan)
-    return np.where(is_integer & (abs(number) > EXACT_INTEGERS), np.nan, number)
+        return unknown(dtype, steps, far, bound)
+    exact = ~jnp.issubdtype(dtype, jnp.integer) | (abs(number) <= 2.0**53)
+    known = np.where(exact, number, np.nan)
+    lost = np.isnan(known) & bool(jnp.issubdtype(dtype, jnp.floating))
+    return Spread(steps, np.where(lost, -np.inf, known), np.where(lost, np.inf, known))
 
 
 def as_spreads(values, bound: float) -> list[Spread]:
-    """All of them; at least one is a `Spread` and tells the number of steps."""
+    """All values as spreads; at least one already is, and has the number of steps."""
     timesteps = next(len(x.steps) for x in values if isinstance(x, Spread))
     return [as_spread(x, timesteps, bound) for x in values]
 
 
 def union(spreads: list[Spread]) -> Spread:
-    """Any of several arrays of one shape."""
+    """A value that may be any of several."""
     return Spread(
         np.any([x.steps for x in spreads], axis=0),
         np.min([x.low for x in spreads], axis=0),
         np.max([x.high for x in spreads], axis=0),
-        np.any([x.far for x in spreads], axis=0),
     )
 
 
 def stack(spreads: list[Spread]) -> Spread:
-    """Along a new first axis, as a loop collects its results."""
-    return Spread(
-        np.stack([x.steps for x in spreads], axis=1),
-        np.stack([x.low for x in spreads]),
-        np.stack([x.high for x in spreads]),
-        np.stack([x.far for x in spreads]),
-    )
+    """Stacks on a new first axis, as a loop collects its results."""
+    steps, low, high = zip(*spreads)
+    return Spread(np.stack(steps, axis=1), np.stack(low), np.stack(high))
 
 
 def everything(eqn, args, bound: float) -> list[Spread]:
     """Every output element depends on what any input element depends on."""
     args = as_spreads(args, bound)
     steps = np.any([x.any_steps for x in args], axis=0)
-    far = any_far(args)
+    far = any_far(args, bound)
     outs = [v.aval for v in eqn.outvars]
     return [unknown(v.dtype, same_everywhere(steps, v.shape), far, bound) for v in outs]
 
 
 def same_everywhere(steps, shape) -> np.ndarray:
+    """`(in_steps,)` repeated for every element of `shape`."""
     steps = steps.reshape(-1, *(1,) * len(shape))
     return np.broadcast_to(steps, (len(steps), *shape))
 
 
-def any_far(spreads: list[Spread]) -> bool:
-    return any(x.far.any() for x in spreads)
+def any_far(spreads: list[Spread], bound: float) -> bool:
+    return any(x.far(bound).any() for x in spreads)

@@ -21,33 +21,28 @@ def step_influence(
     The sparsity pattern of the Jacobian of `fun` is carried through its program, rule
     by rule, for all inputs of `x`'s shape and dtype at once (Griewank and Walther
     2008, "Evaluating Derivatives", chapter 7). No derivative is evaluated at a point,
-    so none can be zero there by chance: a relu that is closed at `x`, a step that `x`
-    happens to mask and a gate that is saturated all count as paths. Parameters and
-    other constants enter with their values: a weight of zero is no path, nor is a
-    constant mask.
+    so a closed relu, a saturated gate or a masked step at `x` still counts as a path.
+    Parameters and other constants enter with their values: a weight of zero is no
+    path, nor is a constant mask.
 
-    What it guarantees:
-
-    * **False is certain.** Output step i does not change, whatever input step j is, as
-      long as the inputs and what is computed from them stay finite and within `bound`.
-      The bound counts where a value is compared, clipped or the larger or smaller of
-      two (a mask of large negative numbers in attention): `x**2 > 2e6` is false within
+    * **False is certain.** Input step j cannot change output step i, as long as the
+      inputs and what is computed from them stay finite and within `bound`. The bound
+      matters in comparisons, `max`, `min` and clipping: `x**2 > 2e6` is false within
       a bound of 1e6. Integers may have any value of their dtype.
-    * **True is a path**: a chain of operations with non-zero coefficients. It is not a
-      dependence only where paths cancel (`x - x`), where a value computed from `x`
-      cannot leave a range (`relu(-x**2)`), or behind an operation without a rule of
-      its own, for which every output is taken to depend on every input.
+    * **True is a path**: a chain of operations with non-zero coefficients. The output
+      may still not depend on the input where paths cancel (`x - x`), where a value
+      computed from `x` stays in a range (`relu(-x**2)`), or behind an operation
+      without a rule, for which every output depends on every input.
 
     Args:
       fun: a function from `(batch, time, ...)` to `(batch, time, ...)` that JAX can
         trace. The number of steps may change. Random keys it closes over are constants.
       x: an example input `(batch, time, ...)`, or its `jax.ShapeDtypeStruct`; only its
         shape and dtype count. Small sizes give the same answer sooner.
-      bound: the magnitude that floats computed from `x` are taken to stay within, in
-        every comparison, `max` and `min`. A mask adds or substitutes constants far
-        beyond it, as -1e9 or `jnp.finfo(jnp.float32).min`, and what is computed from
-        those may lie beyond it too. For float16, whose largest value is 65504, or a
-        mask of -1e4, give a smaller one.
+      bound: floats computed from `x` are taken to stay within plus and minus this.
+        Masks work because their constants lie far beyond it, such as -1e9 or
+        `jnp.finfo(jnp.float32).min`. Give a smaller one for float16 (whose largest
+        value is 65504) or for a mask of -1e4.
 
     Returns:
       A bool NumPy array `(out_steps, in_steps)`: `[i, j]` is whether output step i

@@ -1,4 +1,4 @@
-"""One lowering under test: its program, its numbers, its time and its memory."""
+"""Candidates: the lowerings to try, their programs, and how results are compared."""
 
 import dataclasses
 import math
@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tdjax._steps.lowering import Lowering
+from tdjax._steps.lowering import METHODS, Lowering
 
 OPTIONS = ("method", "chunk_size", "unroll", "remat")
 # A straight line of more blocks than this takes too long to compile to be tried.
 _LONGEST_LINE = 32
-# The largest deviation from the reference, relative to its largest value. What is
-# summed in another order differs by the square root of the number of terms.
+# The largest deviation from the reference, relative to its largest value. Another order
+# of summation causes errors that grow with the square root of the number of terms.
 _TOLERANCES = {"float64": 1e-10, "float32": 2e-4, "float16": 5e-3, "bfloat16": 3e-2}
 # Matrix units may round the factors of float32 products to 10 bits, or to 7.
 _MATRIX_UNIT_TOLERANCE = 3e-2
@@ -23,23 +23,23 @@ _MATRIX_UNIT_TOLERANCE = 3e-2
 
 @dataclasses.dataclass
 class Candidate:
-    """What is known of one lowering.
+    """A lowering and what was measured of it.
 
     Attributes:
-      options: `method`, `chunk_size`, `unroll` and `remat` of `time_distributed`.
-      blocks: in how many blocks they cut the steps.
-      verdict: `"measured"`; `"behind"`, for one that was too slow to be measured as
+      lowering: how the steps are compiled.
+      blocks: the number of blocks of steps.
+      verdict: `"measured"`; `"behind"` for one that was too slow to be measured as
         often as the others; or why it was refused or not tried.
-      compile_seconds: tracing and compilation.
+      compile_seconds: the time of tracing and compilation.
       run_seconds: the time of one call, the median of all measurements.
       spread: the lower and upper quartiles of `run_seconds`.
-      temporary_bytes: memory for temporaries, from the compiled program's analysis;
-        inputs and outputs are not in it.
+      temporary_bytes: the compiled program's memory for temporaries, without inputs
+        and outputs.
       deviation: the largest difference from the reference, relative to the largest
         value of the result where it occurs.
     """
 
-    options: dict[str, Any]
+    lowering: Lowering
     blocks: int = 1
     verdict: str = "not tried"
     compile_seconds: float | None = None
@@ -48,66 +48,133 @@ class Candidate:
     temporary_bytes: int | None = None
     deviation: float | None = None
 
-    def as_json(self) -> dict[str, Any]:
-        """The fields; JSON has no infinite deviation, so that one is None."""
-        fields = dataclasses.asdict(self)
-        if self.deviation is not None and not math.isfinite(self.deviation):
-            fields["deviation"] = None
-        return fields
+    @property
+    def options(self) -> dict[str, Any]:
+        """Its `method`, `chunk_size`, `unroll` and `remat`."""
+        return {name: getattr(self.lowering, name) for name in OPTIONS}
 
     @property
     def measured(self) -> bool:
         """Whether it agrees with the reference and was timed."""
         return self.verdict == "measured"
 
+    def as_json(self) -> dict[str, Any]:
+        """The fields as JSON has them; an infinite deviation is None."""
+        names = [field.name for field in dataclasses.fields(self)][1:]
+        fields = {"options": self.options} | {
+            name: getattr(self, name) for name in names
+        }
+        if self.deviation is not None and not math.isfinite(self.deviation):
+            fields["deviation"] = None
+        return fields
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Candidate":
+        """Reads what `as_json` wrote, field by field: it may come from anywhere."""
+        if set(fields["options"]) != set(OPTIONS):
+            raise ValueError(f"a candidate has the options {fields['options']}")
+        spread = fields["spread"]
+        candidate = cls(
+            Lowering(**fields["options"]),
+            _number(int, fields["blocks"]),
+            str(fields["verdict"]),
+            _number(float, fields["compile_seconds"]),
+            _number(float, fields["run_seconds"]),
+            spread and (_number(float, spread[0]), _number(float, spread[1])),
+            _number(int, fields["temporary_bytes"]),
+            _number(float, fields["deviation"]),
+        )
+        if candidate.measured and candidate.run_seconds is None:
+            raise ValueError("a candidate was measured and has no time")
+        return candidate
+
     def __str__(self):
-        plain = make_options()
-        # By their text: True == 1, and means another thing.
+        plain = Candidate(Lowering()).options
+        # Compared by their text: True == 1, and means another thing.
         shown = {k: v for k, v in self.options.items() if repr(v) != repr(plain[k])}
-        shown = {"method": self.options["method"], **shown}
+        shown = {"method": self.lowering.method, **shown}
         return ", ".join(f"{k}={v!r}" for k, v in shown.items())
 
 
-def default_options(timesteps: int, with_remat: bool) -> list[dict[str, Any]]:
-    """The lowerings to try, the likely ones first; the first is the reference."""
+def _number(kind: type, value: Any) -> Any:
+    if value is None:
+        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < 1e300:
+        raise ValueError(f"a candidate holds {value!r:.40} in the place of a number")
+    return kind(value)
+
+
+def list_candidates(
+    base: Lowering, timesteps: int, with_remat: bool, given: Any
+) -> list[Candidate]:
+    """The candidates: the reference, `base` itself, then those given or the default.
+
+    What `base` fixes besides the four options (`axis_name`, say) all of them have.
+    """
+    if given is None:
+        lowerings = _default_lowerings(base, timesteps, with_remat)
+    else:
+        lowerings = [_given_lowering(base, options) for options in given]
+    # Compared by their text: True == 1, and means another thing.
+    lowerings = {repr(x): x for x in (_change(base), base, *lowerings)}.values()
+    blocks = lambda size: math.ceil(timesteps / (size or timesteps))
+    return [Candidate(x, blocks(x.chunk_size)) for x in lowerings]
+
+
+def _default_lowerings(
+    base: Lowering, timesteps: int, with_remat: bool
+) -> list[Lowering]:
+    """The lowerings to try, the likely ones first."""
     # A few large blocks first: they compile fast, and are often nearly the best.
     sizes = [timesteps // n for n in (4, 8, 2, 16, 64)] + [1]
     sizes = [size for size in dict.fromkeys(sizes) if 0 < size < timesteps]
-    options = [make_options(method) for method in ("vmap", "fold")]
+    options: list[dict[str, Any]] = [{"method": method} for method in METHODS]
     remats = []
     for size in sizes:
         # A block of one step is the same program under every method.
         for method in ("fold", "vmap") if size > 1 else ("vmap",):
+            block = {"method": method, "chunk_size": size}
             if math.ceil(timesteps / size) <= _LONGEST_LINE:
-                options.append(make_options(method, size, unroll=True))
-            options.append(make_options(method, size))
-            remats.append(make_options(method, size, remat=True))
-    return [*options, *(remats if with_remat else [])]
+                options.append({**block, "unroll": True})
+            options.append(block)
+            remats.append({**block, "remat": True})
+    options += remats if with_remat else []
+    return [_change(base, **each) for each in options if _is_possible(base, each)]
 
 
-def options_from(given: Any) -> dict[str, Any]:
-    """The options of one of the user's `candidates`."""
-    if not isinstance(given, Mapping) or not set(given) <= set(OPTIONS):
+def _is_possible(base: Lowering, options: dict[str, Any]) -> bool:
+    """Named time axes need vmap, and `axis_name` all steps at once."""
+    if options["method"] != "vmap":
+        return base.axis_name is None and base.spmd_axis_name is None
+    return "chunk_size" not in options or base.axis_name is None
+
+
+def _given_lowering(base: Lowering, options: Any) -> Lowering:
+    """One of the user's `candidates`."""
+    if not isinstance(options, Mapping) or not set(options) <= set(OPTIONS):
         raise TypeError(
             f"candidates must be mappings with the keys {', '.join(OPTIONS)}, got "
-            f"{given!r}."
+            f"{options!r}."
         )
-    return make_options(**given)
+    return _change(base, **options)
 
 
-def make_options(
+def _change(
+    base: Lowering,
     method: Any = "vmap",
     chunk_size: int | None = None,
     unroll: int | bool = 1,
     remat: bool = False,
-) -> dict[str, Any]:
-    """The options of one candidate, checked as `time_distributed` checks them."""
-    Lowering(method, chunk_size, unroll, remat)
-    return dict(zip(OPTIONS, (method, chunk_size, unroll, remat)))
+) -> Lowering:
+    """`base` with other options; without arguments, the reference."""
+    return dataclasses.replace(
+        base, method=method, chunk_size=chunk_size, unroll=unroll, remat=remat
+    )
 
 
 def compile_candidate(candidate: Candidate, run: Callable, args) -> Any:
-    """The compiled program; notes what it costs."""
+    """Compiles a candidate and notes the time and memory that it takes."""
     start = time.perf_counter()
     program = jax.jit(run).lower(*args).compile()
     candidate.compile_seconds = time.perf_counter() - start
@@ -118,7 +185,7 @@ def compile_candidate(candidate: Candidate, run: Callable, args) -> Any:
 
 
 def timed(program, args, calls: int = 1) -> tuple[float, Any]:
-    """Seconds of one call, and the result of the last."""
+    """Seconds per call, and the result of the last call."""
     y = None
     start = time.perf_counter()
     for _ in range(calls):
@@ -130,7 +197,7 @@ def timed(program, args, calls: int = 1) -> tuple[float, Any]:
 def with_gradient(reference: Callable, argnums: list[int], args: tuple) -> tuple:
     """`(differentiate, args)`: `differentiate(apply)` gives results and gradients.
 
-    The cotangents are random and come as an argument, so that XLA can leave out no
+    The cotangents are random and passed as an argument, so that XLA can leave out no
     part of the backward pass.
     """
     floats, _ = _split_floats(jax.tree.leaves(jax.eval_shape(reference, *args)))
@@ -179,7 +246,7 @@ def _merge(leaves, floats) -> list:
 
 @jax.jit
 def deviations(got, want):
-    """Of each leaf, the largest difference relative to the largest finite value."""
+    """For each leaf, the largest difference relative to its largest finite value."""
     return jax.tree.map(_deviation, got, want)
 
 

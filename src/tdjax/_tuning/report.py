@@ -1,18 +1,15 @@
-"""How the tuner shows its work: a bar while it runs, a table of what it found."""
+"""How the tuner shows its work: a bar while it runs, a table of the results."""
 
 import contextlib
-import importlib.util
 from typing import Any
 
-from tdjax._tuning.candidates import OPTIONS, Candidate
+from tdjax._tuning.candidates import Candidate
 
 
 @contextlib.contextmanager
 def progress_bar(total: int):
-    """Yields `report(candidate)`, which moves a bar; silent where Rich is missing."""
-    if importlib.util.find_spec("rich") is None:
-        yield lambda candidate: None
-        return
+    """Yields `report(candidate)`, which moves a bar on a terminal."""
+    # Imported here: `import tdjax` is to load as little as it can.
     from rich.console import Console
     from rich.progress import Progress
 
@@ -25,7 +22,7 @@ def progress_bar(total: int):
 
 
 def rich_table(candidates: list[Candidate], best: Candidate, title: str) -> Any:
-    """A `rich.table.Table`: the chosen first, then by time, then the refused."""
+    """A `rich.table.Table`: the chosen lowering, the others by time, the refused."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
@@ -34,37 +31,37 @@ def rich_table(candidates: list[Candidate], best: Candidate, title: str) -> Any:
     for name in ("time", "ratio", "memory", "compile", "deviation"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", overflow="fold")
-    order = lambda each: (each is not best, not each.measured, each.run_seconds or 1e9)
-    tried = [each for each in candidates if each.verdict != "no time left"]
-    for each in sorted(tried, key=order):
-        verdict = "chosen" if each is best else each.verdict
-        style = "bold" if each is best else "" if each.measured else "dim"
-        table.add_row(*_cells(each, best), verdict, style=style)
+    order = lambda c: (c is not best, not c.measured, c.run_seconds or 1e9)
+    tried = [c for c in candidates if c.verdict != "no time left"]
+    for candidate in sorted(tried, key=order):
+        verdict = "chosen" if candidate is best else candidate.verdict
+        style = "bold" if candidate is best else "" if candidate.measured else "dim"
+        table.add_row(*_cells(candidate, best), verdict, style=style)
     left = len(candidates) - len(tried)
     if left:
-        table.caption = f"No time was left for {left} more; budget= gives more."
+        table.caption = f"{left} more were not tried; a larger budget= gives them time."
     return table
 
 
-def _cells(each: Candidate, best: Candidate) -> list[str]:
+def _cells(candidate: Candidate, best: Candidate) -> list[str]:
     ratio = lambda seconds: f"{seconds / best.run_seconds:.2f}"
     show = lambda value, text: "" if value is None else text(value)
-    method, size, unroll, remat = (each.options[name] for name in OPTIONS)
+    lowering = candidate.lowering
     return [
-        method,
-        "all" if size is None else str(size),
-        str(unroll),
-        "yes" if remat else "no",
-        show(each.run_seconds, format_seconds),
-        show(each.run_seconds, ratio),
-        show(each.temporary_bytes, format_bytes),
-        show(each.compile_seconds, format_seconds),
-        show(each.deviation, lambda deviation: f"{deviation:.0e}"),
+        lowering.method,
+        "all" if lowering.chunk_size is None else str(lowering.chunk_size),
+        str(lowering.unroll),
+        "yes" if lowering.remat else "no",
+        show(candidate.run_seconds, format_seconds),
+        show(candidate.run_seconds, ratio),
+        show(candidate.temporary_bytes, format_bytes),
+        show(candidate.compile_seconds, format_seconds),
+        show(candidate.deviation, lambda deviation: f"{deviation:.0e}"),
     ]
 
 
 def format_seconds(seconds: float) -> str:
-    """With the unit that suits it."""
+    """Seconds as text, with a unit that suits them."""
     if seconds >= 1:
         return f"{seconds:.3g} s"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"

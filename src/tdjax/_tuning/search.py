@@ -1,4 +1,8 @@
-"""The order of the search: try each lowering once, then time the good ones in turn."""
+"""The search: try each lowering once, then time the good ones in turn.
+
+The first candidate with `method="vmap"` that fits the memory is the reference: results
+of all others are compared with its results. What is far behind is dropped early.
+"""
 
 import collections
 import dataclasses
@@ -6,10 +10,11 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
+from tdjax._steps.lowering import Lowering
 from tdjax._tuning.candidates import (
     Candidate,
     compile_candidate,
@@ -20,23 +25,23 @@ from tdjax._tuning.candidates import (
     widen,
 )
 
-# A candidate this many times behind the best is not measured again: at first, and
-# once there are enough measurements to tell.
+# A candidate that is this many times slower than the best is dropped: in the first
+# rounds, and once there are enough measurements to tell.
 _FAR_BEHIND = 1.5
 _BEHIND = 1.15
 # Of candidates this close to the fastest, the one with the least memory is taken.
 _AS_GOOD = 1.02
 _MOST_ROUNDS = 13
 _SHORTEST_MEASUREMENT = 5e-3  # seconds
-# What part of the time left a run may take to be made twice before the turns.
+# A run that takes less than this part of the time left is repeated before the rounds.
 _SHORT_RUN = 0.03
-# What part of the budget may be spent before the candidates are timed in turn.
+# The part of the budget that may be spent before the candidates are timed in turn.
 _FOR_TRIALS = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What the search may use: seconds, bytes, and deviation from the reference."""
+    """Limits of the search: seconds, bytes, and deviation from the reference."""
 
     budget: int | float
     memory_limit: int | None = None
@@ -48,70 +53,79 @@ class Limits:
         return self.start + part * self.budget - time.perf_counter()
 
 
+class _Contender(NamedTuple):
+    """A candidate that is still in the race: its program, and the times of its runs."""
+
+    candidate: Candidate
+    program: Any
+    seconds: list[float]
+
+
 @dataclasses.dataclass
 class _Search:
-    """What is known so far: the results of the reference, and how near is near."""
+    """The state of a search.
 
-    program_of: Callable[[dict], Callable]
+    `reference` are the results of the reference, None before it has run; `tolerances`
+    are the deviations allowed in each of them.
+    """
+
+    program_of: Callable[[Lowering], Callable]
     args: tuple
     limits: Limits
-    want: Any = None
-    allowed: list[float] = dataclasses.field(default_factory=list)
-    running: list[tuple[Candidate, Any, list[float]]] = dataclasses.field(
-        default_factory=list
-    )
+    reference: Any = None
+    tolerances: list[float] = dataclasses.field(default_factory=list)
+    contenders: list[_Contender] = dataclasses.field(default_factory=list)
 
     def best_seconds(self) -> float:
-        return min((min(times) for _, _, times in self.running), default=math.inf)
+        return min((min(c.seconds) for c in self.contenders), default=math.inf)
 
 
 def measure_all(
     candidates: Iterable[Candidate],
-    program_of: Callable[[dict], Callable],
+    program_of: Callable[[Lowering], Callable],
     args: tuple,
     limits: Limits,
     report: Callable[[Candidate], None],
 ) -> None:
-    """Measures in place; `program_of(options)` is the function to compile.
-
-    The first candidate with `method="vmap"` that fits the memory is the reference.
-    """
+    """Measures in place; `program_of(lowering)` is the function to compile."""
     search = _Search(program_of, args, limits)
     waiting = collections.deque(candidates)
-    compiled: list[Candidate] = []
+    tried: list[Candidate] = []
     while waiting:
         candidate = waiting.popleft()
-        can_compare = search.want is not None or candidate.options["method"] == "vmap"
-        if not can_compare and any(c.options["method"] == "vmap" for c in waiting):
+        can_compare = search.reference is not None or _may_be_reference(candidate)
+        if not can_compare and any(map(_may_be_reference, waiting)):
             waiting.append(candidate)
             continue
         if not can_compare:
             candidate.verdict = "no reference fits the memory limit"
-        elif compiled and _expected(candidate, compiled, search) > limits.left(
-            _FOR_TRIALS
-        ):
+        elif tried and _expected(candidate, tried, search) > limits.left(_FOR_TRIALS):
             candidate.verdict = "no time left"
         else:
             _try(candidate, search)
-            compiled.append(candidate)
+            tried.append(candidate)
         report(candidate)
-    search.want = None
+    search.reference = None
     _take_turns(search)
 
 
+def _may_be_reference(candidate: Candidate) -> bool:
+    return candidate.lowering.method == "vmap"
+
+
 def choose(candidates: Iterable[Candidate]) -> Candidate:
-    """The fastest; of those as good as it, the one with the least memory."""
-    measured = [each for each in candidates if each.measured]
-    seconds = lambda each: each.run_seconds or 0.0
+    """The fastest; of those that are as good, the one with the least memory."""
+    measured = [candidate for candidate in candidates if candidate.measured]
+    seconds = lambda candidate: candidate.run_seconds or 0.0
     fastest = min(map(seconds, measured))
-    good = [each for each in measured if seconds(each) <= _AS_GOOD * fastest]
-    return min(good, key=lambda each: each.temporary_bytes or 0)
+    good = [c for c in measured if seconds(c) <= _AS_GOOD * fastest]
+    return min(good, key=lambda candidate: candidate.temporary_bytes or 0)
 
 
-def _expected(candidate: Candidate, compiled: list[Candidate], search) -> float:
-    """Seconds of compilation and of two runs, from those of the others."""
-    fastest = min(each.compile_seconds or 0.0 for each in compiled)
-    blocks = candidate.blocks if candidate.options["unroll"] is True else 1
+def _expected(candidate: Candidate, tried: list[Candidate], search: _Search) -> float:
+    """Seconds that compilation and two runs may take, judged by the others."""
+    fastest = min(other.compile_seconds or 0.0 for other in tried)
+    blocks = candidate.blocks if candidate.lowering.unroll is True else 1
     # Code that is repeated compiles faster than the first of its kind.
     seconds = fastest * (1.2 + blocks / 8)
     best = search.best_seconds()
@@ -119,33 +133,34 @@ def _expected(candidate: Candidate, compiled: list[Candidate], search) -> float:
 
 
 def _try(candidate: Candidate, search: _Search) -> None:
-    """Compiles, checks and times one candidate; notes a verdict."""
+    """Compiles, checks and times one candidate, and notes the verdict."""
     try:
-        run = search.program_of(candidate.options)
+        run = search.program_of(candidate.lowering)
         program = compile_candidate(candidate, run, search.args)
-        if _over(candidate.temporary_bytes, search.limits.memory_limit):
+        if _exceeds(candidate.temporary_bytes, search.limits.memory_limit):
             candidate.verdict = "over the memory limit"
             return
-        seconds, y = timed(program, search.args)
+        seconds, results = timed(program, search.args)
     except Exception as error:
-        # Whatever XLA or fun raises for one lowering, others may still do.
-        if search.want is None and not _is_exhausted(error):
+        # XLA and fun may raise anything for one lowering; others may still work.
+        if search.reference is None and not _is_out_of_memory(error):
             raise
         candidate.verdict = f"failed: {type(error).__name__}: {_first_line(error)}"
         return
-    if search.want is None:
-        search.want, search.allowed = y, _allowed(y, run, search)
-    _compare(candidate, y, search)
-    del y
-    if candidate.verdict == "measured":
+    if search.reference is None:
+        search.reference = results
+        search.tolerances = _tolerances(results, run, search)
+    _compare(candidate, results, search)
+    del results
+    if candidate.measured:
         _time_once_more(candidate, program, seconds, search)
 
 
-def _over(used: int | None, limit: int | None) -> bool:
+def _exceeds(used: int | None, limit: int | None) -> bool:
     return used is not None and limit is not None and used > limit
 
 
-def _is_exhausted(error: Exception) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     return "RESOURCE_EXHAUSTED" in str(error)
 
 
@@ -153,81 +168,87 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0]
 
 
-def _compare(candidate: Candidate, y, search: _Search) -> None:
+def _compare(candidate: Candidate, results, search: _Search) -> None:
     shapes = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
-    if shapes(y) != shapes(search.want):
+    if shapes(results) != shapes(search.reference):
         candidate.verdict = "other shapes than the reference"
         return
-    found = [float(each) for each in jax.tree.leaves(deviations(y, search.want))]
-    candidate.deviation = max(found, default=0.0)
-    agrees = all(each <= limit for each, limit in zip(found, search.allowed))
+    errors = _errors(results, search.reference)
+    candidate.deviation = max(errors, default=0.0)
+    agrees = all(error <= limit for error, limit in zip(errors, search.tolerances))
     candidate.verdict = "measured" if agrees else "other numbers than the reference"
 
 
-def _allowed(y, run: Callable, search: _Search) -> list[float]:
-    """The deviation to allow, for each result of the reference `y`."""
+def _errors(results, reference) -> list[float]:
+    return [float(x) for x in jax.tree.leaves(deviations(results, reference))]
+
+
+def _tolerances(reference, run: Callable, search: _Search) -> list[float]:
+    """The deviation to allow in each result of the reference."""
     if search.limits.tolerance is not None:
-        return [search.limits.tolerance] * len(jax.tree.leaves(y))
-    by_dtype = default_tolerance(y)
-    if not any(x.dtype.itemsize == 2 for x in jax.tree.leaves(y) if is_float(x)):
+        return [search.limits.tolerance] * len(jax.tree.leaves(reference))
+    by_dtype = default_tolerance(reference)
+    floats = [x for x in jax.tree.leaves(reference) if is_float(x)]
+    if not any(x.dtype.itemsize == 2 for x in floats):
         return by_dtype
     try:
-        exact = jax.jit(run)(*widen(search.args))
-        own = [float(each) for each in jax.tree.leaves(deviations(y, exact))]
+        errors = _errors(reference, jax.jit(run)(*widen(search.args)))
     except Exception:
         return by_dtype  # fun takes no other dtype
-    # A sum in half precision may be off by more than that. Two programs that are each
-    # as far from the truth as the reference is differ by twice as much at most.
-    return [max(limit, 2 * error) for limit, error in zip(by_dtype, own)]
+    # A sum in half precision may be further off than `by_dtype`. Two programs that are
+    # each as far from the truth as the reference differ by twice as much at most.
+    return [max(limit, 2 * error) for limit, error in zip(by_dtype, errors)]
 
 
 def _time_once_more(candidate, program, first: float, search: _Search) -> None:
-    """The first run was a warm-up; a long one matters less, and costs more."""
+    """Repeats a short run, in which the warm-up matters most."""
     seconds = first
     if first < _SHORT_RUN * search.limits.left():
-        # The least of a few: one alone may have been disturbed.
-        few = 3 if first < 0.1 * _SHORT_RUN * search.limits.left() else 1
+        # The least of three: a single run may have been disturbed.
+        repeats = 3 if first < 0.1 * _SHORT_RUN * search.limits.left() else 1
         calls = _calls(first)
-        seconds = min(timed(program, search.args, calls)[0] for _ in range(few))
+        seconds = min(timed(program, search.args, calls)[0] for _ in range(repeats))
     candidate.run_seconds = seconds
     if seconds > 2 * _FAR_BEHIND * search.best_seconds():
         candidate.verdict = "behind"
         return
-    search.running.append((candidate, program, [seconds]))
+    search.contenders.append(_Contender(candidate, program, [seconds]))
 
 
 def _calls(seconds: float) -> int:
+    """How many calls make a measurement that is long enough."""
     return max(1, math.ceil(_SHORTEST_MEASUREMENT / max(seconds, 1e-6)))
 
 
 def _take_turns(search: _Search) -> None:
-    for done in range(_MOST_ROUNDS if search.running else 0):
+    """Times the contenders in rounds, one measurement of each per round."""
+    for done in range(_MOST_ROUNDS if search.contenders else 0):
         if done >= 2:
             _drop_the_slow(search, _FAR_BEHIND if done < 5 else _BEHIND)
-        left = search.limits.left()
-        calls = [_calls(min(times)) for _, _, times in search.running]
-        if sum(n * min(t) for n, (_, _, t) in zip(calls, search.running)) > left:
+        calls = [_calls(min(c.seconds)) for c in search.contenders]
+        round_seconds = [n * min(c.seconds) for n, c in zip(calls, search.contenders)]
+        if sum(round_seconds) > search.limits.left():
             break
-        for n, (_, program, times) in zip(calls, search.running):
-            times.append(timed(program, search.args, n)[0])
-    for candidate, _, times in search.running:
-        _summarise(candidate, times)
+        for n, contender in zip(calls, search.contenders):
+            contender.seconds.append(timed(contender.program, search.args, n)[0])
+    for contender in search.contenders:
+        _summarise(contender)
 
 
-def _drop_the_slow(search: _Search, times_behind: float) -> None:
-    typical = lambda times: statistics.median(times[1:])
-    limit = times_behind * min(typical(times) for _, _, times in search.running)
-    for candidate, _, times in search.running:
-        if typical(times) > limit:
-            _summarise(candidate, times)
-            candidate.verdict = "behind"
-    search.running = [each for each in search.running if each[0].measured]
+def _drop_the_slow(search: _Search, times_slower: float) -> None:
+    typical = lambda contender: statistics.median(contender.seconds[1:])
+    limit = times_slower * min(map(typical, search.contenders))
+    for contender in search.contenders:
+        if typical(contender) > limit:
+            _summarise(contender)
+            contender.candidate.verdict = "behind"
+    search.contenders = [c for c in search.contenders if c.candidate.measured]
 
 
-def _summarise(candidate: Candidate, times: list[float]) -> None:
-    # The first was not taken in turn with the others.
-    times = times[1:] or times
-    candidate.run_seconds = statistics.median(times)
-    if len(times) > 1:
-        low, _, high = statistics.quantiles(times, n=4, method="inclusive")
-        candidate.spread = (low, high)
+def _summarise(contender: _Contender) -> None:
+    # The first measurement was not taken in turn with the others.
+    seconds = contender.seconds[1:] or contender.seconds
+    contender.candidate.run_seconds = statistics.median(seconds)
+    if len(seconds) > 1:
+        low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        contender.candidate.spread = (low, high)

@@ -7,8 +7,8 @@ from keras import layers
 
 from tdjax._keras.modules import layers as flax_layers
 from tdjax._keras.modules import normalization
-from tdjax._keras.modules.activations import activation
 from tdjax._keras.registry import Variables, refuse, register_rule, where
+from tdjax._keras.rules.activations import activation
 
 Converted = tuple[nn.Module, Variables]
 

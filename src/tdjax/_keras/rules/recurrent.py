@@ -5,7 +5,6 @@ from typing import Any
 import flax.linen as nn
 import keras
 
-from tdjax._keras.modules.activations import activation
 from tdjax._keras.modules.recurrent import GRU, LSTM, Recurrent, SimpleRNN
 from tdjax._keras.modules.recurrent_wrappers import Bidirectional, StackedRNN
 from tdjax._keras.registry import (
@@ -16,6 +15,7 @@ from tdjax._keras.registry import (
     register_rule,
     where,
 )
+from tdjax._keras.rules.activations import activation
 from tdjax._keras.rules.layers import dtypes
 
 _MODULES: dict[type, type[Recurrent]] = {

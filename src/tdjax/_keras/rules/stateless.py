@@ -8,8 +8,9 @@ import numpy as np
 from keras import layers
 
 from tdjax._keras.modules import merging, stateless
-from tdjax._keras.modules.activations import Activation, activation
+from tdjax._keras.modules.activations import Activation
 from tdjax._keras.registry import refuse, register_rule, where
+from tdjax._keras.rules.activations import activation
 from tdjax._keras.rules.layers import Converted, require_channels_last
 
 

@@ -1,0 +1,81 @@
+"""The arguments of `autotune` that say how to search, and their checks."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from tdjax._checks import describe
+from tdjax._tuning.candidates import is_float
+from tdjax._tuning.search import Limits
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The fields are arguments of `tdjax.autotune`."""
+
+    argnums: int | Sequence[int] | None
+    budget: int | float
+    memory_limit: int | None
+    tolerance: int | float | None
+    candidates: Sequence[Mapping[str, Any]] | None
+    cache: str | os.PathLike[str] | None
+
+    def __post_init__(self):
+        for name in ("budget", "memory_limit", "tolerance"):
+            value = getattr(self, name)
+            if value is not None or name == "budget":
+                _require_positive(name, value)
+        self.folder()
+
+    def limits(self) -> Limits:
+        """The limits of a search that starts now."""
+        return Limits(self.budget, self.memory_limit, self.tolerance)
+
+    def folder(self) -> Path | None:
+        """The folder of the cache."""
+        if self.cache is None:
+            return None
+        is_path = isinstance(self.cache, str | os.PathLike)
+        path = os.fsdecode(self.cache) if is_path else ""
+        if not path or "\0" in path:
+            raise TypeError(f"cache must be the path of a folder, got {self.cache!r}.")
+        if os.path.exists(path) and not os.path.isdir(path):
+            raise ValueError(
+                f"cache must be a folder, with a file for each result, got {path!r}, "
+                "which is not one. Give another path; the folder need not exist."
+            )
+        return Path(path)
+
+    def positions(self, args: tuple) -> list[int]:
+        """The arguments to differentiate by, counted from the front."""
+        if self.argnums is None:
+            return []
+        argnums = self.argnums if isinstance(self.argnums, Sequence) else [self.argnums]
+        if not argnums:
+            raise ValueError("argnums must name an argument; None is for no gradient.")
+        for i in argnums:
+            is_int = isinstance(i, int) and not isinstance(i, bool)
+            if not is_int or not -len(args) <= i < len(args):
+                raise ValueError(
+                    f"argnums must be positions of the {len(args)} argument(s), got "
+                    f"{self.argnums!r}."
+                )
+        positions = sorted({i % len(args) for i in argnums})
+        for i in positions:
+            if not any(map(is_float, jax.tree.leaves(args[i]))):
+                raise ValueError(
+                    f"argnums={self.argnums!r} must point at floating point arguments, "
+                    f"got {describe(args[i])} at {i}."
+                )
+        return positions
+
+
+def _require_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {describe(value)}.")
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value!r}.")

@@ -1,0 +1,210 @@
+"""The folder of results: what is found again, and what it survives."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import jax.numpy as jnp
+import pytest
+
+import tdjax
+from helpers import assert_trees_close, normal
+from tdjax._steps.lowering import Lowering
+from tdjax._tuning import cache
+from tdjax._tuning.candidates import Candidate
+from tdjax._tuning.result import Tuning
+
+QUICK = {
+    "budget": 60.0,
+    "candidates": [{"method": "fold"}, {"chunk_size": 2}, {"chunk_size": 1}],
+}
+X = normal(0, 3, 6, 4)
+
+
+@pytest.fixture
+def params(key):
+    return tdjax.init_dense(key, 4, 5)
+
+
+def tune_dense(params, **options):
+    options = {**QUICK, **options}
+    return tdjax.autotune(tdjax.dense, params, X, in_axes=(None, 1), **options)
+
+
+def test_results_are_found_again_for_the_same_question_only(params, tmp_path):
+    folder = tmp_path / "some" / "cache"
+    first = tune_dense(params, cache=folder)
+    again = tune_dense(params, cache=folder)
+    assert not first.from_cache
+    assert again.from_cache
+    assert again.candidates == first.candidates
+    assert again.options == first.options
+    assert_trees_close(again.tuned(params, X), tdjax.dense(params, X))
+    gradient = tune_dense(params, cache=folder, argnums=0)
+    other = tdjax.autotune(jnp.sin, X, cache=folder, **QUICK)
+    longer = tdjax.autotune(jnp.sin, jnp.tile(X, (1, 2, 1)), cache=folder, **QUICK)
+    assert not any(each.from_cache for each in (gradient, other, longer))
+    assert tune_dense(params, cache=folder).from_cache
+    assert len(list(folder.iterdir())) == 4
+
+
+def test_an_entry_is_a_saved_result(params, tmp_path):
+    result = tune_dense(params, cache=tmp_path)
+    (entry,) = tmp_path.iterdir()
+    assert Tuning.from_json(entry.read_text()).candidates == result.candidates
+
+
+def damage(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+DAMAGES = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "binary": lambda path: path.write_bytes(b"\xff\x00\x80"),
+    "empty": lambda path: path.write_bytes(b""),
+    "foreign": lambda path: path.write_text('{"entries": []}'),
+    "a list": lambda path: path.write_text("[1, 2]"),
+    "deep": lambda path: path.write_text("[" * 10**5),
+    "no options": lambda path: damage(
+        path, lambda e: e["candidates"][0].pop("options")
+    ),
+    "bad method": lambda path: damage(
+        path, lambda e: e["candidates"][0]["options"].update(method="magic")
+    ),
+    "bad time": lambda path: damage(
+        path, lambda e: e["candidates"][0].update(run_seconds="quick")
+    ),
+    "negative": lambda path: damage(
+        path, lambda e: e["candidates"][0].update(run_seconds=-1.0)
+    ),
+    "a bool": lambda path: damage(
+        path, lambda e: e["candidates"][0].update(run_seconds=True)
+    ),
+    "NaN": lambda path: damage(
+        path, lambda e: e["candidates"][0].update(run_seconds=float("nan"))
+    ),
+    "huge": lambda path: damage(
+        path, lambda e: e["candidates"][0].update(run_seconds=10**400)
+    ),
+    "other": lambda path: damage(path, lambda e: e["about"].update(jax="0.0")),
+    "nothing measured": lambda path: damage(path, lambda e: e["candidates"].clear()),
+    "no entry": lambda path: damage(path, lambda e: e.pop("candidates")),
+}
+
+
+@pytest.fixture
+def entry(params, tmp_path):
+    tune_dense(params, candidates=[], cache=tmp_path)
+    (path,) = tmp_path.iterdir()
+    return path
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_or_foreign_entry_is_ignored_with_a_warning(params, entry, name):
+    DAMAGES[name](entry)
+    short = {"candidates": [], "cache": entry.parent}
+    with pytest.warns(UserWarning, match=r"cache entry '.*json' is ignored: "):
+        result = tune_dense(params, **short)
+    assert not result.from_cache
+    assert tune_dense(params, **short).from_cache  # it has been mended
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "large", "folder"])
+def test_what_is_no_entry_neither_hangs_nor_fills_the_memory(params, entry, kind):
+    entry.unlink()
+    if kind == "pipe":
+        os.mkfifo(entry)
+    elif kind == "device":
+        entry.symlink_to("/dev/zero")
+    elif kind == "large":
+        entry.touch()
+        os.truncate(entry, 2**40)
+    else:
+        entry.mkdir()
+    with pytest.warns(UserWarning) as warned:
+        result = tune_dense(params, candidates=[], cache=entry.parent)
+    assert "is ignored: it is " in str(warned[0].message)
+    assert result.best.measured
+    assert entry.is_dir() == (kind == "folder")
+
+
+def test_a_file_as_cache_is_refused_before_any_work(params, tmp_path, user_errors):
+    file = tmp_path / "cache.json"
+    file.write_text("{}")
+    os.mkfifo(tmp_path / "pipe")
+    link = tmp_path / "link"
+    link.symlink_to(file)
+    for path in (file, tmp_path / "pipe", link):
+        with pytest.raises(ValueError, match=r"cache must be a folder.*Give another"):
+            tune_dense(params, cache=path)
+    assert file.read_text() == "{}"
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_link_to_a_folder_is_followed(params, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    tune_dense(params, candidates=[], cache=tmp_path / "link")
+    assert tune_dense(params, candidates=[], cache=tmp_path / "real").from_cache
+
+
+def test_a_folder_that_cannot_be_made_is_no_crash_of_the_search(params, tmp_path):
+    nowhere = tmp_path / "nowhere"
+    nowhere.symlink_to(tmp_path / "missing" / "target")
+    with pytest.warns(UserWarning, match="can't be written"):
+        result = tune_dense(params, candidates=[], cache=nowhere)
+    assert result.best.measured
+
+
+def stored(about):
+    candidate = Candidate(
+        Lowering(),
+        verdict="measured",
+        compile_seconds=1.0,
+        run_seconds=1.0,
+        temporary_bytes=0,
+        deviation=0.0,
+    )
+    return Tuning(None, [candidate], about)
+
+
+def _store(folder, number):
+    for i in range(20):
+        cache.store(folder, stored({"process": number, "entry": i}))
+        cache.store(folder, stored({"entry": i}))
+
+
+def test_processes_share_a_folder_and_lose_nothing(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_store, args=(tmp_path, i)) for i in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    for i in range(20):
+        assert cache.load(tmp_path, {"entry": i})
+        for number in range(3):
+            assert cache.load(tmp_path, {"process": number, "entry": i})
+    assert len(list(tmp_path.iterdir())) == 80
+
+
+def _store_for_ever(folder):
+    while True:
+        cache.store(folder, stored({"entry": 0, "padding": "x" * 10**6}))
+
+
+def test_a_killed_writer_leaves_no_damaged_entry(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    writer = context.Process(target=_store_for_ever, args=(tmp_path,))
+    writer.start()
+    while not list(tmp_path.glob("*.json")):
+        time.sleep(0.01)
+    time.sleep(0.05)
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.join()
+    assert cache.load(tmp_path, {"entry": 0, "padding": "x" * 10**6})
