@@ -1,16 +1,21 @@
 """A softmax over a large vocabulary and its gradient, a block of logits at a time.
 
-Steps are rows. Rows go in chunks, and so may the words: a block of logits is
-`(chunk_size, vocab_chunk_size)`, and no more of them exist at once.
+In: a `Head` (options and block sizes), params `{"kernel": (features, words), "bias":
+(words,)}`, hidden `(rows, features)` and labels `(rows,)`; a row is one step. Out: the
+losses `(rows,)` or their weighted sum, differentiable by params and hidden. Rows go in
+chunks, and so may the words: a block of logits is `(chunk_size, vocab_chunk_size)`,
+and no more of them exist at once.
 
-* Losses alone need the normaliser, a log of a sum of exponentials, which can be summed
-  word chunk after word chunk with a running maximum (Milakov and Gimelshein 2018,
+* `_losses_only`: the losses need only the log of a sum of exponentials. It is summed
+  over the chunks of words with a running maximum (Milakov and Gimelshein 2018,
   https://arxiv.org/abs/1805.02867).
-* Gradients of a weighted sum of losses are computed along with the losses, while the
-  logits are there (Hsu et al. 2024, https://arxiv.org/abs/2410.10989): nothing is left
-  for the backward pass but to scale them. With the words in chunks the logits are made
-  twice, first for the normaliser (Wijmans et al. 2024,
+* `_losses_and_gradients`: the gradients of a weighted sum of losses are computed along
+  with the losses, while the logits exist (Hsu et al. 2024,
+  https://arxiv.org/abs/2410.10989). The backward pass only scales them. With words in
+  chunks the logits are made twice, first for the log of the sum (Wijmans et al. 2024,
   https://arxiv.org/abs/2411.09009).
+
+Names: `d_x` is the gradient of the loss by `x`.
 """
 
 import functools
@@ -20,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 Params = dict[str, Any]
-ONE_A_ROW: dict[str, Any] = {
+ONE_PER_ROW: dict[str, Any] = {
     "mode": "drop",
     "unique_indices": True,
     "indices_are_sorted": True,
@@ -28,11 +33,11 @@ ONE_A_ROW: dict[str, Any] = {
 
 
 class Head(NamedTuple):
-    """What is computed: the loss of one step, and the sizes of the blocks.
+    """The options of the loss of one step, and the sizes of the blocks.
 
-    With logits z and the label y, `lse(z) - (1 - label_smoothing) * z[y] -
+    The loss of logits z and the label y is `lse(z) - (1 - label_smoothing) * z[y] -
     label_smoothing * mean(z) + z_loss * lse(z) ** 2`, where `lse` is the log of the sum
-    of exponentials.
+    of exponentials. The forward sizes are those of the losses without gradients.
     """
 
     label_smoothing: float
@@ -48,7 +53,7 @@ class Head(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def weighted_loss(head: Head, params: Params, hidden, labels, weights):
     """The sum of `weights * losses`; its gradients are made in the forward pass."""
-    return _weighted_sum(weights, _forward(head, params, hidden, labels))
+    return _weighted_sum(weights, _losses_only(head, params, hidden, labels))
 
 
 def _weighted_loss_forward(head, params, hidden, labels, weights):
@@ -60,17 +65,17 @@ def _weighted_loss_forward(head, params, hidden, labels, weights):
 def _weighted_loss_backward(head, residuals, cotangent):
     gradients, losses, like = residuals
     scale = lambda gradient, x: (cotangent * gradient).astype(x.dtype)
-    of_params, of_hidden = jax.tree.map(scale, gradients, like)
-    return of_params, of_hidden, None, cotangent * losses
+    d_params, d_hidden = jax.tree.map(scale, gradients, like)
+    return d_params, d_hidden, None, cotangent * losses
 
 
 def _weighted_sum(weights, losses):
-    # A step that does not count may have an infinite loss: its label may be banned.
+    # A step without weight may have an infinite loss, if a bias bans its label.
     return jnp.sum(jnp.where(weights == 0, 0, weights * losses))
 
 
 def _empty(x):
-    """What remembers a dtype, and no more."""
+    """An empty array that remembers a dtype."""
     return jnp.zeros((0,), x.dtype)
 
 
@@ -78,13 +83,13 @@ weighted_loss.defvjp(_weighted_loss_forward, _weighted_loss_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def losses_of_steps(head: Head, params: Params, hidden, labels):
-    """The loss of every step; the backward pass makes the logits again."""
-    return _forward(head, params, hidden, labels)
+def losses_per_step(head: Head, params: Params, hidden, labels):
+    """The losses `(rows,)`; the backward pass makes the logits again."""
+    return _losses_only(head, params, hidden, labels)
 
 
 def _losses_forward(head, params, hidden, labels):
-    return _forward(head, params, hidden, labels), (params, hidden, labels)
+    return _losses_only(head, params, hidden, labels), (params, hidden, labels)
 
 
 def _losses_backward(head, residuals, cotangents):
@@ -94,173 +99,189 @@ def _losses_backward(head, residuals, cotangents):
     return *jax.tree.map(cast, gradients, (params, hidden)), None
 
 
-losses_of_steps.defvjp(_losses_forward, _losses_backward)
+losses_per_step.defvjp(_losses_forward, _losses_backward)
 
 
-def _forward(head: Head, params: Params, hidden, labels):
-    """`(steps,)` losses without gradients."""
+def _losses_only(head: Head, params: Params, hidden, labels):
+    """The losses `(rows,)`, without gradients."""
     words, size = _words(params), head.forward_vocab_chunk_size
 
-    def of_rows(rows):
+    def chunk_losses(rows):
         hidden, labels = rows
-        return _losses(head, _sums(head, params, hidden, labels, size), words)
+        return _losses(head, _normalizer(head, params, hidden, labels, size), words)
 
     rows = _in_chunks((hidden, labels), head.forward_chunk_size)
-    chunked = jax.lax.map(of_rows, rows)
+    chunked = jax.lax.map(chunk_losses, rows)
     return _join(chunked, labels.shape[0])
 
 
 def _losses_and_gradients(head: Head, params: Params, hidden, labels, weights):
-    """Losses, and the gradients of their weighted sum by params and hidden.
+    """`(losses, (d_params, d_hidden))`, the gradients of the weighted sum of losses.
 
-    Weights are brought to at most 1 before they meet half-precision gradients of
-    logits, where a mean over many steps would leave nothing of small probabilities. A
-    float16 gradient is left wide, so that a scaled loss finds what it has to save.
+    Weights are scaled to at most 1 before they meet gradients in half precision, where
+    the small weights of a mean over many steps would underflow. A float16 gradient
+    stays in float32, so that loss scaling can still save its small values.
     """
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(weights), initial=0))
     largest = jnp.where(largest > 0, largest, 1)
     relative = weights / largest
-    # The kernel's gradient is (words, features) here: a label is a row to add to.
+    # Transposed, (words, features), so that a label is a row to add to.
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x.T, dtype=weights.dtype), params)
 
-    def of_rows(sums, rows):
-        sums, of_hidden, losses = _add_gradients(head, params, sums, *rows)
-        return sums, (of_hidden, losses)
+    def add_chunk(d_params, rows):
+        d_params, d_hidden, losses = _add_gradients(head, params, d_params, *rows)
+        return d_params, (d_hidden, losses)
 
     rows = _in_chunks((hidden, labels, relative), head.chunk_size)
-    # Under a second derivative, keep no chunk's logits either.
-    body = jax.checkpoint(of_rows, prevent_cse=False)
-    sums, chunked = jax.lax.scan(body, zeros, rows)
-    of_hidden, losses = (_join(each, labels.shape[0]) for each in chunked)
+    # Under a second derivative too, no chunk's logits are kept.
+    body = jax.checkpoint(add_chunk, prevent_cse=False)
+    d_transposed, chunked = jax.lax.scan(body, zeros, rows)
+    d_hidden, losses = (_join(chunks, labels.shape[0]) for chunks in chunked)
 
     def scale(gradient, x):
         small_range = x.dtype == jnp.float16
         return (largest * gradient).astype(gradient.dtype if small_range else x.dtype)
 
-    of_params = jax.tree.map(lambda total, x: scale(total.T, x), sums, params)
-    return losses, (of_params, scale(of_hidden, hidden))
+    d_params = jax.tree.map(lambda d, x: scale(d.T, x), d_transposed, params)
+    return losses, (d_params, scale(d_hidden, hidden))
 
 
-def _add_gradients(head: Head, params, sums, hidden, labels, weights):
-    """Adds what a chunk of rows gives to the gradients of params.
+def _add_gradients(head: Head, params, d_params, hidden, labels, weights):
+    """`(d_params, d_hidden, losses)` of a chunk of rows, added to `d_params`.
 
-    Returns the sums, the gradient by the rows of `hidden`, and their losses.
+    `d_params` is transposed, as in `_losses_and_gradients`.
     """
     words, size = _words(params), head.vocab_chunk_size
     if size >= words:
         block = _block(head, params, hidden, labels, 0, words)
-        exponentials, found = _found(head, block)
-        of_logits = _of_logits(head, block, exponentials, found, labels, words)
-        sums, of_hidden = _products(params, sums, hidden, *of_logits, weights, 0)
-        return sums, of_hidden, _losses(head, found, words)
+        exponentials, normalizer = _normalizer_of_block(head, block)
+        d_logits = _d_logits(head, block, exponentials, normalizer, labels, words)
+        d_params, d_hidden = _d_products(
+            params, d_params, hidden, *d_logits, weights, 0
+        )
+        return d_params, d_hidden, _losses(head, normalizer, words)
 
-    found = _sums(head, params, hidden, labels, size)
+    normalizer = _normalizer(head, params, hidden, labels, size)
 
-    def of_words(carry, start, count):
-        sums, of_hidden = carry
-        block = _block(head, params, hidden, labels - start, start, count)
-        exponentials = jnp.exp(block.logits - found.shift[:, None])
-        of_logits = _of_logits(head, block, exponentials, found, labels - start, words)
-        sums, more = _products(params, sums, hidden, *of_logits, weights, start)
-        return sums, of_hidden + more
+    def add_words(carry, start, count):
+        d_params, d_hidden = carry
+        local = labels - start
+        block = _block(head, params, hidden, local, start, count)
+        exponentials = jnp.exp(block.logits - normalizer.shift[:, None])
+        d_logits = _d_logits(head, block, exponentials, normalizer, local, words)
+        d_params, part = _d_products(
+            params, d_params, hidden, *d_logits, weights, start
+        )
+        return d_params, d_hidden + part
 
-    start = (sums, jnp.zeros(hidden.shape, weights.dtype))
-    sums, of_hidden = _over_words(of_words, start, words, size)
-    return sums, of_hidden, _losses(head, found, words)
+    start = (d_params, jnp.zeros(hidden.shape, weights.dtype))
+    d_params, d_hidden = _over_words(add_words, start, words, size)
+    return d_params, d_hidden, _losses(head, normalizer, words)
 
 
 class Block(NamedTuple):
-    """`(rows, words)` logits, and the logit of each row's label, or NaN.
+    """A block of logits.
 
-    `slope` is that of the logits by what the soft cap was applied to, or None.
+    Attributes:
+      logits: `(rows, words)`.
+      slope: the derivative of the soft cap there, or None without one.
+      label_logits: `(rows,)`, the logit of each row's label, NaN if it is elsewhere.
     """
 
     logits: Any
     slope: Any
-    picked: Any
+    label_logits: Any
 
 
-class Found(NamedTuple):
-    """Of each row: the sum of `exp(logits - shift)`, the label's logit, and their sum.
+class Normalizer(NamedTuple):
+    """What the loss needs to know of each row's logits, all `(rows,)`.
 
-    Not the log of the sum alone: at logits of 1e5 it has lost the digits that tell one
-    half from one third.
+    The sum and its shift are kept apart: at logits of 1e5 the log of the sum alone has
+    lost the digits that tell one half from one third.
+
+    Attributes:
+      shift: the largest logit.
+      exponential_sum: the sum of `exp(logits - shift)`.
+      label_logits: the label's logit.
+      logit_sum: the sum of the logits, for label smoothing.
     """
 
     shift: Any
-    sums: Any
-    picked: Any
-    total: Any
+    exponential_sum: Any
+    label_logits: Any
+    logit_sum: Any
 
     @property
-    def normaliser(self):
+    def log(self):
         """The log of the sum of the logits' exponentials."""
-        return jnp.log(self.sums) + self.shift
+        return jnp.log(self.exponential_sum) + self.shift
 
 
 def _block(head: Head, params: Params, hidden, labels, start, count: int) -> Block:
-    """Of `count` words from `start`, from where `labels` count too."""
+    """The block of `count` words from `start`; `labels` count from `start` too."""
     params = {name: _slice(x, start, count) for name, x in params.items()}
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     products = jnp.matmul(hidden, params["kernel"], preferred_element_type=wide)
-    picked = _at_labels(products, labels).get(mode="fill", fill_value=jnp.nan)
+    label_logits = _at_labels(products, labels).get(mode="fill", fill_value=jnp.nan)
     bias = params.get("bias")
     if bias is None:
-        return Block(*_cap(head, products), _cap(head, picked)[0])
-    # Once the labels' products are taken, the bias can be added in place.
-    products, picked = jax.lax.optimization_barrier((products, picked))
-    picked = picked + bias.at[labels].get(mode="clip")
-    return Block(*_cap(head, products + bias), _cap(head, picked)[0])
+        return Block(*_cap(head, products), _cap(head, label_logits)[0])
+    # After the labels' products are taken, XLA can add the bias in place.
+    barrier = jax.lax.optimization_barrier
+    products, label_logits = barrier((products, label_logits))
+    label_logits = label_logits + bias.at[labels].get(mode="clip")
+    return Block(*_cap(head, products + bias), _cap(head, label_logits)[0])
 
 
 def _cap(head: Head, logits):
-    """`(logits, slope)`."""
+    """`(logits, slope)` after the soft cap."""
     if head.logits_soft_cap is None:
         return logits, None
     bounded = jnp.tanh(logits / head.logits_soft_cap)
     return head.logits_soft_cap * bounded, 1 - bounded**2
 
 
-def _found(head: Head, block: Block) -> tuple[Any, Found]:
-    """Of all words at once, with the exponentials."""
+def _normalizer_of_block(head: Head, block: Block) -> tuple[Any, Normalizer]:
+    """`(exponentials, normalizer)` of a block that has all words."""
     logits = block.logits
     shift = _finite(jax.lax.stop_gradient(logits.max(-1)))
     exponentials = jnp.exp(logits - shift[:, None])
     sums = exponentials.sum(-1)
-    total = _add_sum(head, jnp.zeros_like(sums), block)
-    return exponentials, Found(shift, sums, block.picked, total)
+    logit_sum = _add_sum(head, jnp.zeros_like(sums), block)
+    return exponentials, Normalizer(shift, sums, block.label_logits, logit_sum)
 
 
-def _sums(head: Head, params, hidden, labels, size: int) -> Found:
-    """Likewise, with words in chunks of `size`."""
+def _normalizer(head: Head, params, hidden, labels, size: int) -> Normalizer:
+    """The same, with the words in chunks of `size`."""
     words, rows = _words(params), hidden.shape[0]
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
 
-    def of_words(carry, start, count):
-        largest, sums, picked, total = carry
+    def add_words(carry, start, count):
+        largest, sums, label_logits, logit_sum = carry
         block = _block(head, params, hidden, labels - start, start, count)
         larger = jnp.maximum(largest, jax.lax.stop_gradient(block.logits.max(-1)))
         shift = _finite(larger)
         sums *= jnp.exp(largest - shift)
         sums += jnp.exp(block.logits - shift[:, None]).sum(-1)
         inside = (labels >= start) & (labels < start + count)
-        picked = jnp.where(inside, block.picked, picked)
-        return larger, sums, picked, _add_sum(head, total, block)
+        label_logits = jnp.where(inside, block.label_logits, label_logits)
+        return larger, sums, label_logits, _add_sum(head, logit_sum, block)
 
     zeros = jnp.zeros(rows, wide)
-    # A label that is no word leaves NaN.
+    # A label outside the vocabulary leaves NaN.
     carry = (zeros - jnp.inf, zeros, zeros + jnp.nan, zeros)
-    largest, sums, picked, total = _over_words(of_words, carry, words, size)
-    return Found(_finite(largest), sums, picked, total)
+    largest, *rest = _over_words(add_words, carry, words, size)
+    return Normalizer(_finite(largest), *rest)
 
 
 def _finite(largest):
-    """A shift by minus infinity, where every word is banned by its bias, is none."""
+    """Zero in the place of minus infinity, where a bias bans every word."""
     return jnp.where(jnp.isneginf(largest), 0, largest)
 
 
-def _add_sum(head: Head, total, block: Block):
-    return total + block.logits.sum(-1) if head.label_smoothing else total
+def _add_sum(head: Head, logit_sum, block: Block):
+    """Only label smoothing needs the sum of the logits."""
+    return logit_sum + block.logits.sum(-1) if head.label_smoothing else logit_sum
 
 
 def _at_labels(x, labels):
@@ -269,41 +290,43 @@ def _at_labels(x, labels):
     return x.at[jnp.arange(x.shape[0]), inside]
 
 
-def _losses(head: Head, found: Found, words: int):
-    losses = found.normaliser - (1 - head.label_smoothing) * found.picked
+def _losses(head: Head, normalizer: Normalizer, words: int):
+    losses = normalizer.log - (1 - head.label_smoothing) * normalizer.label_logits
     if head.label_smoothing:
-        losses -= head.label_smoothing / words * found.total
-    return losses + head.z_loss * found.normaliser**2 if head.z_loss else losses
+        losses -= head.label_smoothing / words * normalizer.logit_sum
+    return losses + head.z_loss * normalizer.log**2 if head.z_loss else losses
 
 
-def _of_logits(head: Head, block: Block, of_logits, found: Found, labels, words):
-    """The losses' gradients by the logits, as `(gradients, scale of each row)`.
+def _d_logits(head: Head, block: Block, exponentials, normalizer, labels, words):
+    """`(d_logits, scale)`: the gradients by the logits are `scale[:, None] * d_logits`.
 
-    Plain cross-entropy leaves the division of the exponentials to smaller arrays.
+    Plain cross-entropy leaves the division by the sum to `scale`, a smaller array.
     """
     is_plain = not (head.label_smoothing or head.z_loss or head.logits_soft_cap)
     if is_plain and not head.is_half:
-        of_logits = _at_labels(of_logits, labels).add(-found.sums, **ONE_A_ROW)
-        return of_logits, 1 / found.sums
-    share = (1 + 2 * head.z_loss * found.normaliser) / found.sums
-    of_logits *= share[:, None]
-    of_logits -= head.label_smoothing / words
-    of_label = head.label_smoothing - 1
-    of_logits = _at_labels(of_logits, labels).add(of_label, **ONE_A_ROW)
-    return of_logits if block.slope is None else of_logits * block.slope, 1.0
+        sums = normalizer.exponential_sum
+        d_logits = _at_labels(exponentials, labels).add(-sums, **ONE_PER_ROW)
+        return d_logits, 1 / sums
+    share = (1 + 2 * head.z_loss * normalizer.log) / normalizer.exponential_sum
+    d_logits = exponentials * share[:, None]
+    d_logits -= head.label_smoothing / words
+    d_label = head.label_smoothing - 1
+    d_logits = _at_labels(d_logits, labels).add(d_label, **ONE_PER_ROW)
+    return d_logits if block.slope is None else d_logits * block.slope, 1.0
 
 
-def _products(params: Params, sums, hidden, of_logits, scale, weights, start):
-    """The gradients by a block's columns of params, added, and by hidden."""
+def _d_products(params: Params, d_params, hidden, d_logits, scale, weights, start):
+    """`(d_params, d_hidden)` of a block, added to `d_params` at its words."""
     scale = (weights * scale)[:, None]
-    product = functools.partial(jnp.matmul, preferred_element_type=of_logits.dtype)
-    narrow = of_logits.astype(hidden.dtype)
+    product = functools.partial(jnp.matmul, preferred_element_type=d_logits.dtype)
+    narrow = d_logits.astype(hidden.dtype)
     parts = {"kernel": product(narrow.T, (hidden * scale).astype(hidden.dtype))}
     if "bias" in params:
-        parts["bias"] = jnp.matmul(scale[:, 0], of_logits)
-    sums = jax.tree.map(functools.partial(_add_at, start=start), sums, parts)
-    kernel = _slice(params["kernel"], start, of_logits.shape[1])
-    return sums, product(narrow, kernel.T) * scale
+        parts["bias"] = jnp.matmul(scale[:, 0], d_logits)
+    add = functools.partial(_add_at, start=start)
+    d_params = jax.tree.map(add, d_params, parts)
+    kernel = _slice(params["kernel"], start, d_logits.shape[1])
+    return d_params, product(narrow, kernel.T) * scale
 
 
 def _words(params: Params) -> int:
@@ -311,7 +334,7 @@ def _words(params: Params) -> int:
 
 
 def _over_words(body, carry, words: int, size: int):
-    """`body(carry, start, count)` over the vocabulary, the rest last."""
+    """Runs `carry = body(carry, start, count)` over the words in chunks."""
     whole = words // size
     if whole:
         carry = jax.lax.fori_loop(0, whole, lambda i, c: body(c, i * size, size), carry)
@@ -335,8 +358,8 @@ def _add_at(whole, part, start):
 def _in_chunks(rows, size: int):
     """(rows, ...) -> (chunks, size, ...), padded with zeros.
 
-    A chunk has every n-th row: where rows are sharded over devices, each then has a
-    part of every chunk.
+    A chunk has every n-th row, so that each device has a part of every chunk where
+    rows are sharded over devices.
     """
 
     def chunk(x):

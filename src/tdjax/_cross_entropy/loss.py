@@ -15,7 +15,7 @@ from tdjax._checks import (
     require_params,
     require_positive_int,
 )
-from tdjax._cross_entropy.blocks import Head, losses_of_steps, weighted_loss
+from tdjax._cross_entropy.blocks import Head, losses_per_step, weighted_loss
 from tdjax._masks import over_trailing_axes, require_mask_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -137,7 +137,7 @@ def linear_cross_entropy(
     head = Head(float(label_smoothing), float(z_loss), cap, *sizes, is_half)
     rows = params, jnp.reshape(hidden, (steps, features)), labels
     if reduction == "none":
-        losses = jnp.where(valid, losses_of_steps(head, *rows), 0)
+        losses = jnp.where(valid, losses_per_step(head, *rows), 0)
         return jnp.reshape(losses, hidden.shape[:-1])
     weights = valid.astype(jnp.promote_types(hidden.dtype, jnp.float32))
     if reduction == "mean":
