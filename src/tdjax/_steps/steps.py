@@ -1,12 +1,13 @@
 """Which steps are computed, and how their results go back: the common interface."""
 
 import copy
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 from tdjax._steps.axes import Inputs
 from tdjax._steps.lowering import Lowering, distribute
 
 
+@runtime_checkable
 class Steps(Protocol):
     """What `AllSteps`, `MaskedSteps` and `PackedSteps` offer.
 
@@ -29,7 +30,7 @@ class Steps(Protocol):
         """Zeros where masked, in values that a layer has sown: time first."""
         ...
 
-    def with_inputs(self, inputs: Inputs) -> Self:
+    def with_inputs(self, inputs: Inputs) -> "Steps":
         """The same steps, with other inputs."""
         steps = copy.copy(self)
         steps.inputs = inputs
