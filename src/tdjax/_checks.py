@@ -90,14 +90,9 @@ def refuse_module(fun: Any) -> None:
     is_class = isinstance(fun, type)
     for base in (fun if is_class else type(fun)).__mro__:
         if base.__name__ == "Module" and base.__module__ in FLAX_MODULES:
-            got, wrapper = describe(fun), FLAX_MODULES[base.__module__]
-            wrapper += ".TimeDistributed"
-            if is_class:
-                got, wrapper = (
-                    f"the class {fun.__name__}",
-                    f"{wrapper}({fun.__name__}(...))",
-                )
+            instance = f"({fun.__name__}(...))" if is_class else ""
             raise TypeError(
-                f"fun must be a function of arrays, got {got}. Use {wrapper} for a "
-                "Flax module."
+                f"fun must be a function of arrays, got {describe(fun)}. Use "
+                f"{FLAX_MODULES[base.__module__]}.TimeDistributed{instance} for a Flax "
+                "module."
             )

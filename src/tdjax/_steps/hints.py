@@ -11,21 +11,17 @@ from tdjax._checks import describe, is_array, leaves_by_path
 from tdjax._steps.axes import Inputs, batch_size
 from tdjax._steps.lowering import Lowering
 
-# Flax's errors about a module used across a JAX transform, and the module's adapter.
-# By name: Flax is not imported here.
-FLAX_ERRORS = {"TraceContextError": "tdjax.nnx", "JaxTransformError": "tdjax.linen"}
-
 
 def add_hints(
     error: Exception, fun, args: tuple, kwargs: dict, inputs: Inputs, lowering: Lowering
 ) -> None:
     """Adds notes to an error that was raised while `fun` ran over all steps."""
-    name = type(error).__name__
-    if type(error).__module__ == "flax.errors" and name in FLAX_ERRORS:
+    # Known by its name: Flax is not imported here.
+    if type(error).__name__ == "TraceContextError":
         error.add_note(
             "It seems that fun closes over a Flax module. Wrap the module instead: use "
-            f"{FLAX_ERRORS[name]}.TimeDistributed, which keeps what it writes and "
-            "gives each step its own noise."
+            "tdjax.nnx.TimeDistributed, which keeps what it writes and gives each step "
+            "its own noise."
         )
     if not isinstance(error, TypeError | ValueError):
         return
