@@ -21,7 +21,6 @@ from tdjax._influence.spread import (
     stack,
     union,
 )
-from tdjax._jaxprs import CALLS_AND_CUSTOM_DERIVATIVES
 
 
 def evaluate(jaxpr, consts, args, bound: float) -> list[Any]:
@@ -35,8 +34,9 @@ def _evaluate_equation(eqn, args, bound: float) -> list[Any]:
     if not any(isinstance(x, Spread) for x in args):
         return _jaxprs.bind(eqn, args)
     run = functools.partial(_run, bound=bound)
-    if name in CALLS_AND_CUSTOM_DERIVATIVES:
-        return run(eqn.params[CALLS_AND_CUSTOM_DERIVATIVES[name]], args)
+    calls = _jaxprs.CALLS_AND_CUSTOM_DERIVATIVES
+    if calls.get(name) in eqn.params:
+        return run(eqn.params[calls[name]], args)
     if name in _CONTROL_FLOW:
         return _CONTROL_FLOW[name](eqn, args, run, bound)
     return RULES.get(name, everything)(eqn, args, bound)

@@ -137,6 +137,11 @@ def time_size(inputs: Inputs) -> Any:
     return inputs.mapped[0].shape[position(inputs.mapped_axes[0])]
 
 
+def step_shape(x, axis: int) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of one step, without the time axis."""
+    return jax.ShapeDtypeStruct((*x.shape[:axis], *x.shape[axis + 1 :]), x.dtype)
+
+
 def batch_size(x, axis: int) -> Any:
     """The size of axis 0 without the time axis."""
     return x.shape[1 if axis == 0 else 0]

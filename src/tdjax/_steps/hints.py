@@ -5,10 +5,8 @@ which arguments were mapped over time and which were shared, and why a Flax modu
 inside `fun` needs an adapter.
 """
 
-import numpy as np
-
 from tdjax._checks import describe, is_array, leaves_by_path
-from tdjax._steps.axes import Inputs, batch_size
+from tdjax._steps.axes import Inputs, batch_size, step_shape
 from tdjax._steps.lowering import Lowering
 
 
@@ -32,29 +30,29 @@ def add_hints(
         )
     names = [f"args{path}" for path in leaves_by_path(args)]
     error.add_note(_note_of_steps(names, inputs))
-    if lowering.method == "fold" or lowering.capacity is not None:
-        shared = [
-            *zip(names, inputs.leaves, inputs.axes),
-            *((f"kwargs{path}", x, None) for path, x in leaves_by_path(kwargs).items()),
-        ]
-        _add_note_of_batches(error, shared, inputs, lowering)
+    shared = [(name, x) for name, x, axis in zip(names, *inputs[:2]) if axis is None]
+    shared += [(f"kwargs{path}", x) for path, x in leaves_by_path(kwargs).items()]
+    if lowering.capacity is not None:
+        _add_note_of_batch(error, f"capacity={lowering.capacity}", shared, inputs)
+    elif lowering.method == "fold":
+        _add_note_of_batch(error, "method='fold'", shared, inputs)
 
 
 def _note_of_steps(names: list[str], inputs: Inputs) -> str:
     """What one step is; it shows where an axis of parameters was taken as time."""
-    steps = []
-    for name, x, axis in zip(names, inputs.leaves, inputs.axes):
-        if isinstance(axis, int):
-            step = f"{x.dtype}[{','.join(map(str, np.delete(x.shape, axis)))}]"
-            steps.append(f"{name} {step} (axis {axis} of {describe(x)} is time)")
+    steps = [
+        f"{name} {describe(step_shape(x, axis))} (axis {axis} of {describe(x)} is time)"
+        for name, x, axis in zip(names, inputs.leaves, inputs.axes)
+        if isinstance(axis, int)
+    ]
     return (
         f"One step is {', '.join(steps[:4])}{', ...' if steps[4:] else ''}. Give None "
         "in in_axes to what every step shares, such as parameters."
     )
 
 
-def _add_note_of_batches(error, arrays, inputs: Inputs, lowering: Lowering) -> None:
-    """Names shared arrays that seem to have a batch axis, which steps are part of."""
+def _add_note_of_batch(error, option: str, shared: list, inputs: Inputs) -> None:
+    """Names the shared arrays that seem to have a batch axis."""
     batches = [
         batch_size(x, axis)
         for x, axis in zip(inputs.mapped, inputs.mapped_axes)
@@ -62,21 +60,13 @@ def _add_note_of_batches(error, arrays, inputs: Inputs, lowering: Lowering) -> N
     ]
     names = [
         f"{name} {describe(x)}"
-        for name, x, axis in arrays
-        if axis is None and is_array(x) and x.shape[:1] == tuple(batches[:1])
+        for name, x in shared
+        if is_array(x) and x.shape[:1] in [(batch,) for batch in batches]
     ]
-    if not names:
-        return
-    if lowering.capacity is not None:
-        option, batch = (
-            f"capacity={lowering.capacity}",
-            "the valid steps of all examples",
+    if names:
+        error.add_note(
+            f"With {option}, the rows that fun gets are steps of all examples, but "
+            f"{', '.join(names)} is shared by all steps as it is and seems to have a "
+            "batch axis. Repeat it over time (jnp.broadcast_to) and pass it as a "
+            "positional argument that in_axes maps."
         )
-    else:
-        option, batch = "method='fold'", "all steps of all examples"
-    error.add_note(
-        f"With {option} the batch that fun sees is {batch}. {', '.join(names)} is "
-        "shared by all steps and seems to have a batch axis of its own. Repeat it over "
-        "time (jnp.broadcast_to) and pass it as a positional argument that in_axes "
-        "maps."
-    )

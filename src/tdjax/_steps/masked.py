@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from tdjax._checks import describe
 from tdjax._masks import over_trailing_axes
@@ -23,6 +22,7 @@ from tdjax._steps.axes import (
     batch_size,
     map_results,
     output_position,
+    step_shape,
     time_back,
 )
 from tdjax._steps.lowering import Lowering, distribute
@@ -109,8 +109,7 @@ def zeros_unless(valid, x):
 def require_batch(option: str, y, time_axis: int, batch: Any) -> None:
     """Refuses a result that has no such batch beside its time axis."""
     if y.ndim < 2 or batch_size(y, time_axis) != batch:
-        shape = np.delete(y.shape, time_axis)
-        raise batch_error(option, jax.ShapeDtypeStruct(shape, y.dtype))
+        raise batch_error(option, step_shape(y, time_axis))
 
 
 def batch_error(option: str, step) -> ValueError:

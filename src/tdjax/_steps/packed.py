@@ -72,24 +72,16 @@ class PackedSteps(Steps):
 
     def run(self, call, out_axes, lowering: Lowering):
         # Time stays next to the batch until the results are unpacked, so that no block
-        # is transposed. Errors speak of the caller's axes all the same.
+        # is transposed. The errors still speak of the caller's axes.
         call = functools.partial(call_and_check, call, _check_result, out_axes)
-        next_to_batch = jax.tree.map(
-            lambda axis: 1 if isinstance(axis, int) else axis,
-            out_axes,
-            is_leaf=lambda node: node is None,
-        )
-        results = distribute(call, self.inputs, next_to_batch, lowering)
+        is_none = lambda node: node is None
+        packed_axes = jax.tree.map(_packed_axis, out_axes, is_leaf=is_none)
+        results = distribute(call, self.inputs, packed_axes, lowering)
         return map_results(self._unpack, results, out_axes)
 
     def hide(self, results, out_axes):
-        return map_results(self._unpack_on, results, out_axes)
-
-    def _unpack_on(self, y, axis: Axis):
-        """`_unpack`, of a result with its time on `axis`."""
-        if not isinstance(axis, int):
-            return y
-        return self._unpack(batch_first(y, output_position(axis, y.ndim)), axis)
+        packed = map_results(_time_next_to_batch, results, out_axes)
+        return map_results(self._unpack, packed, out_axes)
 
     def _unpack(self, y, axis: Axis):
         """(1, capacity, ...) -> (batch, time, ...), zeros at masked steps."""
@@ -124,6 +116,16 @@ class PackedSteps(Steps):
     def hide_sown(self, sown):
         """Zeros in the rows that are not used."""
         return zeros_unless(self.weights, sown)
+
+
+def _packed_axis(axis: Axis) -> Axis:
+    return 1 if isinstance(axis, int) else axis
+
+
+def _time_next_to_batch(y, axis: Axis):
+    if not isinstance(axis, int):
+        return y
+    return batch_first(y, output_position(axis, y.ndim))
 
 
 def _check_result(y, axis: Axis) -> None:

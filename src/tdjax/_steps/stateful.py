@@ -127,7 +127,7 @@ def first_steps(args: tuple, in_axes: Any) -> tuple:
 
 
 def make_lowering(options: Any) -> Lowering:
-    """From the fields of an adapter module."""
+    """The lowering that the fields of an adapter module ask for."""
     names = Lowering.__dataclass_fields__
     return Lowering(**{name: getattr(options, name) for name in names})
 

@@ -29,8 +29,9 @@ def time_distributed(
 
     For every step t, `y[:, t] = fun(x[:, t])`. Arguments and results are any pytrees.
     Time is axis 1 unless `in_axes` and `out_axes` say otherwise. Calls nest: each level
-    takes one axis. Call the result under `jax.jit`; compile time does not grow with the
-    number of steps, except with `unroll=True`.
+    takes one axis. Call the result under `jax.jit`: outside of it, a loop is compiled
+    at each call. Compile time does not grow with the number of steps, except with
+    `unroll=True`.
 
     `method="vmap"` is this definition, and the reference. `method="fold"` merges batch
     and time into one axis and calls `fun` once, which is often faster, but **wrong**
@@ -38,9 +39,10 @@ def time_distributed(
     lowering is fastest depends on `fun` and on the device: `tdjax.autotune` measures.
     See docs/guide.md#methods.
 
-    Called with `mask`, bool, `(batch, time)`, masked steps give zeros and no gradient,
-    even if they contain NaN or infinity. With `capacity` only the valid steps are
-    computed. See docs/guide.md#masks and docs/guide.md#packing.
+    Called with `mask`, bool, `(batch, time)` for any `in_axes`, masked steps give zeros
+    and no gradient, even if they contain NaN or infinity. With `capacity` only valid
+    steps are computed; like `"fold"`, this is wrong where `fun` mixes examples. See
+    docs/guide.md#masks and docs/guide.md#packing.
 
     Args:
       fun: a function of positional arguments that are pytrees of arrays. Keyword
@@ -63,7 +65,7 @@ def time_distributed(
       spmd_axis_name: the mesh axis over which time is sharded, as in `jax.vmap`. It
         needs `method="vmap"`.
       capacity: compute the valid steps only, at most this many. Steps beyond the
-        capacity become NaN.
+        capacity become NaN (integers: the lowest or highest value).
 
     Returns:
       A function of the same arguments, each with a time axis, and of `mask`.
