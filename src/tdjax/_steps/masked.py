@@ -30,7 +30,7 @@ from tdjax._steps.steps import Steps
 
 
 class MaskedSteps(Steps):
-    """All steps are computed, and masked ones hidden on both sides."""
+    """All steps, with stand-ins in the masked ones and zeros in their results."""
 
     def __init__(self, inputs: Inputs, mask):
         self.mask = mask
@@ -86,7 +86,7 @@ class MaskedSteps(Steps):
 
 
 def _is_kept(x) -> bool:
-    """Random keys have no zero; bools of (batch, time) are masks."""
+    """Whether it gets no stand-ins: random keys have no zero, bools may be masks."""
     is_mask = x.dtype == jnp.bool_ and x.ndim <= 2
     return is_mask or jnp.issubdtype(x.dtype, jax.dtypes.extended)
 

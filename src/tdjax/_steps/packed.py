@@ -33,7 +33,7 @@ from tdjax._steps.steps import Steps
 
 
 class PackedSteps(Steps):
-    """Only the valid steps are computed: as `capacity` steps of a batch of one."""
+    """Only the valid steps, as `capacity` steps of a batch of one."""
 
     def __init__(self, inputs: Inputs, mask, capacity: int):
         self.mask, self.capacity = mask, capacity
@@ -41,8 +41,7 @@ class PackedSteps(Steps):
         self.size = flat.shape[0]
         places = jnp.nonzero(flat, size=capacity, fill_value=self.size)[0]
         self.weights = places < self.size
-        # Unused rows get distinct places beyond the end: they read zeros and write
-        # nothing.
+        # Unused rows read zeros and write nothing: each has a place beyond the end.
         self.places = jnp.where(self.weights, places, self.size + jnp.arange(capacity))
         self.inputs = inputs.replace(self._pack)
 
