@@ -28,6 +28,15 @@ def normal(seed, *shape, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
+BAD = [np.nan, np.inf, -np.inf, 3e38]
+
+
+def spoil(x, mask, bad=None):
+    """`bad` in every masked step, by default all of `BAD` in turn."""
+    bad = jnp.resize(jnp.array(BAD, x.dtype), x.shape) if bad is None else bad
+    return jnp.where(mask.reshape(*mask.shape, *[1] * (x.ndim - 2)), x, bad)
+
+
 def x64():
     """A context in which float64 stays float64."""
     if hasattr(jax, "enable_x64"):

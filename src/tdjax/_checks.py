@@ -1,4 +1,4 @@
-"""Checks of arguments, and the words their errors share."""
+"""Checks of arguments, and what their errors share."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,11 +22,17 @@ def is_array(value: Any) -> bool:
 
 
 def is_concrete(value: Any) -> bool:
-    """Whether its numbers can be looked at, as they can't be inside `jit`."""
+    """Whether its values can be read now; inside `jit` they can't."""
     if not is_array(value) or isinstance(value, Tracer | jax.ShapeDtypeStruct):
         return False
-    # An array of several processes has numbers that this one lacks.
+    # This process may hold only a part of the array.
     return getattr(value, "is_fully_addressable", True)
+
+
+def leaves_by_path(tree: Any) -> dict[str, Any]:
+    """The leaves by their paths, as errors show them: `['params']['kernel']`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
 def require_array(name: str, value: Any, min_rank: int, layout: str) -> None:
@@ -80,10 +86,13 @@ FLAX_MODULES = {"flax.linen.module": "tdjax.linen", "flax.nnx.module": "tdjax.nn
 
 
 def refuse_module(fun: Any) -> None:
-    """A module's variables need an adapter; known by name, Flax stays unimported."""
-    for base in (fun if isinstance(fun, type) else type(fun)).__mro__:
+    """A module's variables need an adapter. Found by name: Flax is not imported."""
+    is_class = isinstance(fun, type)
+    for base in (fun if is_class else type(fun)).__mro__:
         if base.__name__ == "Module" and base.__module__ in FLAX_MODULES:
+            instance = f"({fun.__name__}(...))" if is_class else ""
             raise TypeError(
                 f"fun must be a function of arrays, got {describe(fun)}. Use "
-                f"{FLAX_MODULES[base.__module__]}.TimeDistributed for a Flax module."
+                f"{FLAX_MODULES[base.__module__]}.TimeDistributed{instance} for a Flax "
+                "module."
             )

@@ -1,7 +1,25 @@
-"""Running a jaxpr one equation at a time, with a rule for each."""
+"""Runs a jaxpr one equation at a time, with a rule for each.
+
+A jaxpr goes in with a value for each of its inputs, and the values of its outputs come
+out. `env` maps the variables to the values that are known so far.
+"""
 
 from collections.abc import Callable
 from typing import Any
+
+# Primitives that only call a program, and the parameter that holds it. (Not shard_map:
+# its program sees other shapes.)
+CALLS = {
+    "jit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "checkpoint": "jaxpr",
+    "remat2": "jaxpr",
+}
+# With those that call a program whose derivative is given.
+CALLS_AND_CUSTOM_DERIVATIVES = CALLS | {
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+}
 
 
 def evaluate(jaxpr, consts, args, run_equation: Callable) -> list[Any]:
@@ -13,7 +31,7 @@ def evaluate(jaxpr, consts, args, run_equation: Callable) -> list[Any]:
 
 
 def evaluate_equations(eqns, env: dict, run_equation: Callable | None = None) -> None:
-    """Runs equations in their order, on the values of `env`, and adds the results."""
+    """Runs equations in their order, on the values in `env`, and adds the results."""
     for eqn in eqns:
         with eqn.ctx.manager:
             outs = (run_equation or bind)(eqn, read(env, eqn.invars))
@@ -32,7 +50,7 @@ def is_literal(atom) -> bool:
 def bind(eqn, args) -> list[Any]:
     """Lets JAX evaluate one equation."""
     params = eqn.primitive.get_bind_params(eqn.params)
-    # Before JAX 0.10 it returned the functions among the parameters separately.
+    # Before JAX 0.10 the functions among the parameters came separately.
     subfuns, params = params if isinstance(params, tuple) else ((), params)
     outs = eqn.primitive.bind(*subfuns, *args, **params)
     return list(outs) if eqn.primitive.multiple_results else [outs]

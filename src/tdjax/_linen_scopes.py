@@ -10,7 +10,7 @@ from flax.core import DenyList, FrozenDict, Scope, lift
 from flax.core.scope import in_filter
 from flax.linen import module as flax_module
 
-from tdjax._steps.stateful import distribute_stateful, make_lowering
+from tdjax._steps.stateful import LayerState, distribute_stateful, make_lowering
 
 
 def adopt(layer: nn.Module, scope: Scope) -> nn.Module:
@@ -43,7 +43,7 @@ def lift_over_time(call, options, mask, kwargs):
     lowering = make_lowering(options)
     if initializing and mask is None:
         lowering = dataclasses.replace(lowering, capacity=None)
-    how = lowering, options.share_rng, _is_in(options.variable_carry or False)
+    is_carried = _is_in(options.variable_carry or False)
     # Initialisation leaves the state as the one plain call left it, but layers may
     # want to write to all of it.
     written = True if initializing else DenyList(("params",))
@@ -59,9 +59,8 @@ def lift_over_time(call, options, mask, kwargs):
                     inner.rng_counters.update(counter)
                 return call(scope, *args, **kwargs), repack(scope)
 
-            y, after = distribute_stateful(
-                step, variables, rngs, args, mask, *axes, *how
-            )
+            state = LayerState(variables, rngs, options.share_rng, is_carried)
+            y, after = distribute_stateful(step, state, args, mask, *axes, lowering)
             return y, () if initializing else after
 
         return lift.pack(over_time, (True,), (written,), (True,))(scopes, args)

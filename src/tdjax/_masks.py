@@ -1,4 +1,4 @@
-"""Lengths and masks: which steps of a sequence are there, and means over those."""
+"""Masks: which steps of a sequence are valid, and the mean over those."""
 
 from typing import Any
 
@@ -16,8 +16,7 @@ def lengths_to_mask(
 
     Args:
       lengths: `(batch,)`, integers from 0 to `timesteps`. Inside `jit`, where values
-        can't be looked at, a length below 0 counts as 0 and one above `timesteps` as
-        `timesteps`.
+        can't be checked, lengths outside of this range are clipped to it.
       timesteps: the number of steps of the padded sequences.
 
     Returns:
@@ -25,8 +24,8 @@ def lengths_to_mask(
 
     Raises:
       TypeError: if `lengths` is not an array of integers, or `timesteps` not an int.
-      ValueError: if `lengths` is not `(batch,)`, or holds a number below 0 or above
-        `timesteps`.
+      ValueError: if `lengths` does not have the shape `(batch,)`, or has a value
+        below 0 or above `timesteps`.
 
     Example:
       >>> import jax.numpy as jnp, tdjax
@@ -49,14 +48,15 @@ def masked_mean(
     mask: Bool[Array | np.ndarray, "..."],
     axis: Any = None,
 ) -> Num[Array, "..."]:
-    """The mean over valid entries; 0, and not NaN, where there are none.
+    """The mean over the valid entries; 0, not NaN, where there are none.
 
-    What is masked has no part in the mean or in its gradient, were it NaN or infinite.
+    A masked entry affects neither the mean nor its gradient, even if it is NaN or
+    infinite.
 
     Args:
-      values: `(batch, time, ...)`, the losses or scores of the steps.
-      mask: bool, with the leading axes of `values`: `(batch, time)`, say. Axes that it
-        lacks are averaged over in full.
+      values: `(batch, time, ...)`, such as the loss of each step.
+      mask: bool, True at the valid entries. Its shape is that of the leading axes of
+        `values`, such as `(batch, time)`; the axes after these are not masked.
       axis: the axis or axes to average over, as in `jnp.mean`; all by default.
 
     Returns:
@@ -86,19 +86,20 @@ def masked_mean(
     valid = jnp.broadcast_to(over_trailing_axes(mask, values.ndim), values.shape)
     kept = jnp.where(valid, values, jnp.zeros((), values.dtype))
     count = jnp.maximum(jnp.sum(valid, axis=axis), 1)
-    # `jnp.mean` sums half precision in single; so does this.
+    # Like `jnp.mean`, sum half precision in float32.
     dtype = jnp.mean(jnp.zeros((1,), values.dtype)).dtype
     wide = jnp.promote_types(dtype, jnp.float32)
     return (jnp.sum(kept, axis=axis, dtype=wide) / count).astype(dtype)
 
 
 def require_mask_dtype(mask: Any) -> None:
-    """Refuses numbers, which could be meant as weights or as lengths."""
+    """Refuses numbers, which may be meant as 0 and 1, as weights or as lengths."""
     require_array("mask", mask, 0, "(batch, time)")
     if mask.dtype != jnp.bool_:
         raise TypeError(
-            f"mask must be bool, True at the valid steps, got {describe(mask)}. "
-            "tdjax.lengths_to_mask makes one of lengths."
+            f"mask must be bool, True at the valid steps, got {describe(mask)}. Write "
+            "mask.astype(bool) if it holds 0 and 1, or tdjax.lengths_to_mask(lengths, "
+            "timesteps) if it holds lengths."
         )
 
 
@@ -109,7 +110,7 @@ def over_trailing_axes(mask, rank: int):
 
 def _check_timesteps(timesteps: Any) -> None:
     is_int = isinstance(timesteps, int | np.integer) and not isinstance(timesteps, bool)
-    # A symbolic size of `jax.export` is neither, and allowed.
+    # A symbolic size of `jax.export` is allowed too.
     if not is_int and not hasattr(timesteps, "dimension_as_value"):
         raise TypeError(f"timesteps must be an int, got {describe(timesteps)}.")
     if is_int and timesteps < 0:

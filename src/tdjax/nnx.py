@@ -22,7 +22,7 @@ from tdjax._dense import (
     init_per_step_dense,
     per_step_dense,
 )
-from tdjax._steps.stateful import distribute_stateful, make_lowering
+from tdjax._steps.stateful import LayerState, distribute_stateful, make_lowering
 from tdjax._tuning.autotune import Subject, tune
 from tdjax._tuning.result import Tuning
 from tdjax._tuning.settings import Settings
@@ -137,14 +137,12 @@ class TimeDistributed(nnx.Module):
 
         y, after = distribute_stateful(
             step,
-            state,
-            keys,
+            LayerState(state, keys, self.share_rng),
             args,
             mask,
             self.in_axes,
             self.out_axes,
             make_lowering(self),
-            self.share_rng,
         )
         nnx.update(self.layer, _changed(state, after))
         return y

@@ -26,19 +26,6 @@ from tdjax._influence.spread import (
     union,
 )
 
-# Primitives that only call a program. (Not shard_map: its program sees other shapes.)
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "checkpoint": "jaxpr",
-    "remat2": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
-}
-
 
 def evaluate(jaxpr, consts, args, bound: float) -> list[Any]:
     """Runs `jaxpr` on known values and spreads."""
@@ -51,8 +38,9 @@ def _evaluate_equation(eqn, args, bound: float) -> list[Any]:
     if not any(isinstance(x, Spread) for x in args):
         return _jaxprs.bind(eqn, args)
     run = functools.partial(_run, bound=bound)
-    if name in _CALLS and _CALLS[name] in eqn.params:
-        return run(eqn.params[_CALLS[name]], args)
+    calls = _jaxprs.CALLS_AND_CUSTOM_DERIVATIVES
+    if calls.get(name) in eqn.params:
+        return run(eqn.params[calls[name]], args)
     if name in _CONTROL_FLOW:
         return _CONTROL_FLOW[name](eqn, args, run, bound)
     return RULES.get(name, everything)(eqn, args, bound)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from tdjax._checks import describe
+from tdjax._checks import describe, leaves_by_path
 from tdjax._keras import rules as rules  # registers every rule
 from tdjax._keras.file import load
 from tdjax._keras.registry import Variables, convert_layer
@@ -106,7 +106,10 @@ def from_flax(variables: Mapping[str, Any], model: Any) -> None:
             "variables must be a dict of collections, {'params': ...}, got "
             f"{describe(variables)}. to_flax returns (module, variables)."
         )
-    targets, values = _by_path(tree), _by_path(nn.meta.unbox(dict(variables)))
+    targets, values = (
+        leaves_by_path(tree),
+        leaves_by_path(nn.meta.unbox(dict(variables))),
+    )
     _check_paths(targets, values)
     for path, target in targets.items():
         if tuple(target.shape) != np.shape(values[path]):
@@ -172,11 +175,6 @@ def _value(variable: Any) -> jax.Array:
     return jnp.asarray(keras.ops.convert_to_numpy(variable.value))
 
 
-def _by_path(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-
-
 def _check_paths(targets: dict[str, Any], values: dict[str, Any]) -> None:
     missing = [path for path in targets if path not in values]
     extra = [path for path in values if path not in targets]
@@ -206,7 +204,7 @@ def _hint(targets: dict[str, Any], values: dict[str, Any]) -> str:
 def _refuse_shared(tree: Variables) -> None:
     """A weight in two places of the tree would go its own way in each."""
     places: dict[int, str] = {}
-    for path, variable in _by_path(tree).items():
+    for path, variable in leaves_by_path(tree).items():
         other = places.setdefault(id(variable), path)
         if other != path:
             raise ValueError(
@@ -236,7 +234,7 @@ def _warn_of_training(model: Any) -> None:
 def _warn_of_penalties(model: Any, tree: Variables) -> None:
     found = [
         f"{kind} of {path}"
-        for path, variable in _by_path(tree).items()
+        for path, variable in leaves_by_path(tree).items()
         for kind in ("regularizer", "constraint")
         if getattr(variable, kind, None) is not None
     ]

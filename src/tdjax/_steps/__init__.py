@@ -5,9 +5,11 @@ A call goes through the modules in this order:
 1. `transform` (functions) and `stateful` (Flax layers with state and random keys) are
    the entrances.
 2. `axes` pairs each array of the arguments with its time axis.
-3. `masked` and `packed` say which steps are computed and what a masked step sees.
-4. `lowering` compiles the steps: `"vmap"` or `"fold"`, in blocks and loops.
+3. `selection` chooses the steps to compute: all of them (`steps`), all but hidden where
+   masked (`masked`), or only the valid ones (`packed`).
+4. `lowering` compiles the steps: by `vmap` or `fold`, at once or in the `loops`.
 
-`carried` runs what goes from step to step, such as Keras' running statistics.
-`cpu_convolution` rewrites convolutions in compiled loops on a CPU.
+`carried` runs state that goes from step to step, such as Keras' running statistics.
+`cpu_convolution` rewrites convolutions in compiled loops on a CPU. `hints` adds notes
+to errors.
 """

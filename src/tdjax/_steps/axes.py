@@ -1,5 +1,6 @@
 """Time axes of pytrees: prefixes, positions, slices, and the merging of blocks."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,11 +10,11 @@ from tdjax._checks import describe, is_array
 
 
 class PerStep:
-    """An axis spec for adapters: time first, and no batch axis behind it.
+    """The time axis of what adapters add: time first, and no batch axis behind it.
 
     Random keys go in and layer state comes out this way. `vmap` maps it as axis 0.
-    `fold` calls the function once a block, so it takes the block's first entry in,
-    and gives every step of the block the same entry out.
+    `fold` calls the function once per block: it passes in the block's first entry,
+    and copies what comes out to every step of the block.
     """
 
     def __init__(self, name: str):
@@ -28,9 +29,14 @@ PER_STEP = PerStep("PER_STEP")
 PER_STEP_OR_BATCH = PerStep("PER_STEP_OR_BATCH")
 Axis = int | None | PerStep
 
+_SHARE = (
+    "Give it None in in_axes if every step shares it: in_axes=(None, 1) shares the "
+    "first of two arguments."
+)
+
 
 class Inputs(NamedTuple):
-    """Positional arguments, flattened, with one time axis a leaf."""
+    """Positional arguments, flattened, with the time axis of each leaf."""
 
     leaves: list[Any]
     axes: list[Axis]
@@ -44,17 +50,23 @@ class Inputs(NamedTuple):
     def mapped_axes(self) -> list[Axis]:
         return [axis for axis in self.axes if axis is not None]
 
+    def replace(self, change: Callable) -> "Inputs":
+        """The inputs with `change(leaf, axis) -> (leaf, axis)` applied to each leaf."""
+        leaves, axes = zip(*map(change, self.leaves, self.axes))
+        return Inputs([*leaves], [*axes], self.treedef)
+
     def rebuild(self, mapped) -> Any:
         """The arguments, with `mapped` in place of the leaves that have a time axis."""
-        fill = iter(mapped)
+        mapped = iter(mapped)
         leaves = [
-            x if axis is None else next(fill) for x, axis in zip(self.leaves, self.axes)
+            x if axis is None else next(mapped)
+            for x, axis in zip(self.leaves, self.axes)
         ]
         return jax.tree.unflatten(self.treedef, leaves)
 
 
 def flatten_inputs(args: tuple, in_axes: Any) -> Inputs:
-    """Pairs every leaf of `args` with its axis, and checks that the leaf has it."""
+    """Pairs each leaf of `args` with its time axis, and checks that the leaf has it."""
     if not args:
         raise ValueError(
             "in_axes must give at least one positional argument an axis to map over, "
@@ -71,7 +83,7 @@ def flatten_inputs(args: tuple, in_axes: Any) -> Inputs:
     paths, treedef = jax.tree_util.tree_flatten_with_path(args)
     names = ["args" + jax.tree_util.keystr(path) for path, _ in paths]
     leaves = [leaf for _, leaf in paths]
-    axes = [positive_axis(*each) for each in zip(names, leaves, axes)]
+    axes = list(map(positive_axis, names, leaves, axes))
     _check_same_timesteps(names, leaves, axes)
     return Inputs(leaves, axes, treedef)
 
@@ -94,20 +106,28 @@ def broadcast_axes(name: str, prefix: Any, tree: Any, tree_name: str) -> list[Ax
     return axes
 
 
+def map_results(change: Callable, results: Any, out_axes: Any) -> Any:
+    """Maps `change(leaf, axis)` over results, with axes from a pytree prefix."""
+    axes = broadcast_axes("out_axes", out_axes, results, "the results")
+    leaves, treedef = jax.tree.flatten(results)
+    return jax.tree.unflatten(treedef, map(change, leaves, axes))
+
+
 def positive_axis(name: str, x: Any, axis: Axis) -> Axis:
-    """The axis counted from the front, once it is sure that `x` has it."""
+    """The axis counted from the front, after checking that `x` has it."""
     if not isinstance(axis, int):
         return axis
     if not is_array(x):
         raise TypeError(
             f"{name} is mapped over axis {axis} and must be an array, got "
-            f"{describe(x)}. Convert numbers and lists of them with jnp.asarray; give "
-            "None in in_axes to what every step shares."
+            f"{describe(x)}. Convert numbers and lists of them with jnp.asarray. "
+            f"{_SHARE}"
         )
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(
             f"{name} is mapped over axis {axis} and must have that axis, got "
-            f"{describe(x)}. Give it None in in_axes if every step shares it."
+            f"{describe(x)}. {_SHARE} One sequence without a batch, (time, ...), has "
+            "in_axes=0."
         )
     return axis % x.ndim
 
@@ -117,18 +137,43 @@ def time_size(inputs: Inputs) -> Any:
     return inputs.mapped[0].shape[position(inputs.mapped_axes[0])]
 
 
+def step_shape(x, axis: int) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of one step, without the time axis."""
+    return jax.ShapeDtypeStruct((*x.shape[:axis], *x.shape[axis + 1 :]), x.dtype)
+
+
+def batch_size(x, axis: int) -> Any:
+    """The size of axis 0 without the time axis."""
+    return x.shape[1 if axis == 0 else 0]
+
+
 def position(axis: Axis) -> int:
     """The axis as a number; what goes per step has time first."""
     return axis if isinstance(axis, int) else 0
 
 
+def output_position(axis: Axis, rank: int) -> int:
+    """Where time is in a result that has `rank` axes, time included."""
+    return position(axis) % rank
+
+
+def batch_first(x, axis: int):
+    """(batch, time, ...), from an array with time on `axis`."""
+    return jnp.moveaxis(x, axis, 1)
+
+
+def time_back(x, axis: int):
+    """The inverse of `batch_first`."""
+    return jnp.moveaxis(x, 1, axis)
+
+
 def slice_steps(x, axis: Axis, start, stop):
-    """The steps from `start` to `stop`, time axis kept."""
+    """The steps from `start` to `stop`; the time axis stays."""
     return jax.lax.slice_in_dim(x, start, stop, axis=position(axis))
 
 
 def first_step(x, axis: Axis):
-    """The first step, time axis gone; zeros if there are no steps."""
+    """The first step, without the time axis; zeros if there are no steps."""
     axis = position(axis)
     if x.shape[axis] == 0:
         return jnp.zeros((*x.shape[:axis], *x.shape[axis + 1 :]), x.dtype)
@@ -143,28 +188,20 @@ def blocks_first(x, axis: Axis, size: int):
 
 
 def join_blocks(x, axis: Axis):
-    """(n, ..., size, ...) -> (..., n * size, ...); a shared result is the first's."""
+    """(n, ..., size, ...) -> (..., n * size, ...); of a shared result, the first."""
     if axis is None:
         return x[0]
     axis = output_position(axis, x.ndim - 1)
-    shape = (
-        *x.shape[1 : axis + 1],
-        x.shape[0] * x.shape[axis + 1],
-        *x.shape[axis + 2 :],
-    )
-    return jnp.reshape(jnp.moveaxis(x, 0, axis), shape)
+    x = jnp.moveaxis(x, 0, axis)
+    steps = x.shape[axis] * x.shape[axis + 1]
+    return jnp.reshape(x, (*x.shape[:axis], steps, *x.shape[axis + 2 :]))
 
 
 def concatenate_blocks(blocks: list, axis: Axis):
-    """Blocks one after the other in time; a shared result is the first's."""
+    """Blocks one after the other in time; of a shared result, the first."""
     if axis is None:
         return blocks[0]
     return jnp.concatenate(blocks, output_position(axis, blocks[0].ndim))
-
-
-def output_position(axis: Axis, rank: int) -> int:
-    """Where time is in a result that has `rank` axes, time included."""
-    return position(axis) % rank
 
 
 def _check_axis(name: str, axis: Any) -> None:
@@ -174,22 +211,21 @@ def _check_axis(name: str, axis: Any) -> None:
 
 
 def _check_same_timesteps(names, leaves, axes) -> None:
-    sizes = {
-        name: (describe(x), position(axis), x.shape[position(axis)])
-        for name, x, axis in zip(names, leaves, axes)
-        if axis is not None
-    }
-    if not sizes:
+    """Refuses different sizes; the error names the first array of each size."""
+    arrays: dict[Any, str] = {}
+    for name, x, axis in zip(names, leaves, axes):
+        if axis is not None:
+            size = x.shape[position(axis)]
+            text = f"{name} {describe(x)} has {size} on axis {position(axis)}"
+            arrays.setdefault(size, text)
+    if not arrays:
         raise ValueError(
             "in_axes must give at least one array an axis to map over; got None for "
             "every argument, or arguments without arrays."
         )
-    if len({size for _, _, size in sizes.values()}) > 1:
-        listing = "; ".join(
-            f"{name} {shape} has {size} on axis {axis}"
-            for name, (shape, axis, size) in sizes.items()
-        )
+    if len(arrays) > 1:
         raise ValueError(
             f"in_axes must point at time axes of one size, got different sizes: "
-            f"{listing}."
+            f"{'; '.join(arrays.values())}. Give None in in_axes to what every step "
+            "shares: in_axes=(None, 1) shares the first of two arguments."
         )

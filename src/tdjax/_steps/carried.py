@@ -1,10 +1,16 @@
-"""State that goes from step to step, for the price of that state alone.
+"""State that goes from step to step, at the cost of that state alone.
 
-A loop over steps would be right, and slow: of a layer with running statistics, only
-their update depends on the step before. So one step is traced, and its equations are
-sorted by what they depend on: on nothing that changes, on the step's inputs, or on what
-the step before has written. The first run once, the second over all steps at once by
-any lowering, and the last in a compiled loop.
+A loop over all of the layer would be right, but slow: of a layer with running
+statistics, only their update depends on the step before. So one step is traced, and its
+equations are sorted by what they depend on:
+
+1. *fixed* equations depend on nothing that changes, and run once;
+2. *early* equations depend on the step's inputs, and run over all steps at once, by any
+   lowering;
+3. *late* equations depend on what the step before wrote, and run in a compiled loop,
+   which gets the values it needs from the early ones.
+
+Results are early or late likewise, and are put back into their order at the end.
 """
 
 from typing import Any
@@ -16,47 +22,53 @@ from tdjax._checks import describe
 from tdjax._jaxprs import evaluate_equations, is_literal, read
 from tdjax._steps.axes import (
     PER_STEP,
+    Axis,
+    Inputs,
     broadcast_axes,
     first_step,
+    map_results,
     output_position,
     time_size,
 )
 from tdjax._steps.lowering import Lowering, check_out_axis
+from tdjax._steps.steps import Steps
 
 
-def distribute_carried(call, carried, steps, out_axes, lowering: Lowering):
+def distribute_carried(
+    call, carried, steps: Steps, out_axes, lowering: Lowering
+) -> tuple[Any, Any]:
     """Runs `y, carried = call(carried, mapped)` over all steps, one after the other.
 
     Returns `(y, carried)`: the results of all steps, and the state after the last one.
     Steps without a valid example leave the state as it is.
     """
-    program = _Step(call, carried, steps.inputs) if carried else None
-    if program is None or not program.written:
+    step = _SortedStep(call, carried, steps.inputs) if carried else None
+    if step is None or not step.written:
         run = lambda mapped: call(carried, mapped)[0]
         return steps.run(run, out_axes, lowering), carried
-    axes = broadcast_axes("out_axes", out_axes, program.y, "the results")
-    jax.tree.map(check_out_axis, jax.tree.leaves(program.y), axes)
-    early_axes, late_axes = program.early(axes), program.late(axes)
+    map_results(check_out_axis, step.y, out_axes)
+    axes = broadcast_axes("out_axes", out_axes, step.y, "the results")
+    early_axes, late_axes = step.early(axes), step.late(axes)
     if any(axis is None for axis in late_axes):
         raise ValueError(
             "out_axes=None is for a result that is the same at every step, got one "
             "that depends on state that goes from step to step."
         )
-    early, handed_on = steps.run(program.run_early, (early_axes, PER_STEP), lowering)
-    timesteps = time_size(steps.inputs)
-    after, late = program.run_late(handed_on, steps.weights, timesteps)
+    early, for_loop = steps.run(step.run_early, (early_axes, PER_STEP), lowering)
+    after, late = step.run_late(for_loop, steps.weights, time_size(steps.inputs))
     late = steps.hide([*map(_move_time, late, late_axes)], late_axes)
-    return program.join(early, late), program.join_state(after)
+    return step.join(early, late), step.join_state(after)
 
 
-def _move_time(y, axis):
+def _move_time(y, axis: Axis):
+    """From axis 0, where a loop stacks its results."""
     return jnp.moveaxis(y, 0, output_position(axis, y.ndim))
 
 
-class _Step:
-    """The equations of one step, sorted."""
+class _SortedStep:
+    """The equations of one step: fixed ones evaluated, early and late ones apart."""
 
-    def __init__(self, call, carried, inputs):
+    def __init__(self, call, carried, inputs: Inputs):
         one_step = lambda mapped: [*map(first_step, mapped, inputs.mapped_axes)]
         step = jax.eval_shape(one_step, inputs.mapped)
         program, (self.y, _) = jax.make_jaxpr(call, return_shape=True)(carried, step)
@@ -78,33 +90,37 @@ class _Step:
             if (old.aval.shape, old.aval.dtype) != (new.aval.shape, new.aval.dtype):
                 raise ValueError(
                     "State that goes from step to step must keep its shape and dtype, "
-                    f"got {describe(old.aval)} that a step makes {describe(new.aval)}."
+                    f"got {describe(old.aval)} that becomes {describe(new.aval)} in a "
+                    "step."
                 )
 
     def _sort(self, eqns):
-        by_step, self.late_vars = set(self.inputs), set(self.before)
+        """Sorts the equations, and finds the values that the late ones need."""
+        early_vars, self.late_vars = set(self.inputs), set(self.before)
         fixed: list[Any] = []
         self.early_eqns, self.late_eqns = [], []
         for eqn in eqns:
-            uses = set(_variables(eqn.invars))
-            kind = fixed
-            if uses & self.late_vars:
-                kind = self.late_eqns
+            operands = set(_variables(eqn.invars))
+            if operands & self.late_vars:
+                self.late_eqns.append(eqn)
                 self.late_vars.update(eqn.outvars)
-            elif uses & by_step:
-                kind = self.early_eqns
-                by_step.update(eqn.outvars)
-            kind.append(eqn)
+            elif operands & early_vars:
+                self.early_eqns.append(eqn)
+                early_vars.update(eqn.outvars)
+            else:
+                fixed.append(eqn)
         evaluate_equations(fixed, self.fixed)
-        wanted = [v for eqn in self.late_eqns for v in eqn.invars] + self.after
-        self.handed_on = [v for v in dict.fromkeys(_variables(wanted)) if v in by_step]
+        needed = [v for eqn in self.late_eqns for v in eqn.invars] + self.after
+        self.for_loop = [
+            v for v in dict.fromkeys(_variables(needed)) if v in early_vars
+        ]
 
-    def early(self, per_result) -> list:
-        """Of something for each result, that of those that need no step before."""
-        return [x for x, v in zip(per_result, self.results) if not self._is_late(v)]
+    def early(self, items) -> list:
+        """Of `items`, one for each result: those of the early results."""
+        return [x for x, v in zip(items, self.results) if not self._is_late(v)]
 
-    def late(self, per_result) -> list:
-        return [x for x, v in zip(per_result, self.results) if self._is_late(v)]
+    def late(self, items) -> list:
+        return [x for x, v in zip(items, self.results) if self._is_late(v)]
 
     def _is_late(self, atom) -> bool:
         return not is_literal(atom) and atom in self.late_vars
@@ -113,15 +129,15 @@ class _Step:
         """`(results, what the loop needs of this step)`."""
         env = self.fixed | dict(zip(self.inputs, mapped, strict=True))
         evaluate_equations(self.early_eqns, env)
-        return read(env, self.early(self.results)), read(env, self.handed_on)
+        return read(env, self.early(self.results)), read(env, self.for_loop)
 
-    def run_late(self, handed_on, weights, timesteps):
+    def run_late(self, for_loop, weights, timesteps):
         """`(state after the last step, results)`, time first."""
 
         def body(state, step):
             values, weight = step
             env = self.fixed | dict(zip(self.before, state, strict=True))
-            env |= dict(zip(self.handed_on, values, strict=True))
+            env |= dict(zip(self.for_loop, values, strict=True))
             evaluate_equations(self.late_eqns, env)
             after = read(env, self.after)
             if weight is not None:
@@ -130,7 +146,7 @@ class _Step:
 
         state = [self.carried[i] for i in self.written]
         weights = None if weights is None else jnp.asarray(weights)
-        return jax.lax.scan(body, state, (handed_on, weights), timesteps)
+        return jax.lax.scan(body, state, (for_loop, weights), timesteps)
 
     def join(self, early, late):
         """The results, in their order."""
@@ -139,6 +155,7 @@ class _Step:
         return jax.tree.unflatten(jax.tree.structure(self.y), leaves)
 
     def join_state(self, after):
+        """All of the state, with what the steps wrote."""
         leaves = dict(enumerate(self.carried)) | dict(zip(self.written, after))
         return jax.tree.unflatten(self.structure, [*leaves.values()])
 

@@ -1,10 +1,14 @@
 """Convolutions that stay fast inside a compiled loop on CPU.
 
-XLA's fast convolution on CPU needs `(batch, space, features)` images and
-`(space, in, out)` kernels. XLA transposes any other order into this one, but only
-outside of loops (jax-ml/jax issue 12868); inside, a plain nest of loops computes the
-convolution, 10 to 20 times slower. JAX's gradients of a convolution have such an order
-whatever order the user has. So the transposes are written here.
+XLA's fast convolution on a CPU needs images in the order `(batch, space, features)` and
+kernels in the order `(space, in, out)`. XLA transposes other orders into these, but not
+inside a loop (jax-ml/jax issue 12868). There it falls back to code that is 10 to 20
+times slower. The gradients that JAX makes of a convolution always have such an order,
+even if the convolution itself has not. So the transposes are written out here.
+
+A function of one pytree goes in. Its program is traced and run equation by equation
+(`_run`), with each convolution replaced by `_convolve`, which transposes its operands,
+convolves in the fast order, and has derivatives that do the same.
 """
 
 import functools
@@ -15,23 +19,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from tdjax._jaxprs import bind, evaluate, open_program
-
-# Primitives that only call a program, and the parameter that holds it.
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "checkpoint": "jaxpr",
-    "remat2": "jaxpr",
-}
+from tdjax._jaxprs import CALLS, bind, evaluate, open_program
 
 
 def with_transposed_convolutions(fun):
     """`fun`, a function of one pytree, with the same results and faster gradients.
 
-    Convolutions inside of `fun`'s own loops, branches and custom derivatives, and
-    grouped ones, stay as they are.
+    These stay as they are: grouped convolutions, and those inside of `fun`'s own loops,
+    branches and functions with custom derivatives.
     """
 
     @functools.wraps(fun)
@@ -61,7 +56,7 @@ def _is_convolution(eqn) -> bool:
 
 
 def _programs(eqn) -> list[Any]:
-    program = eqn.params.get(_CALLS.get(eqn.primitive.name))
+    program = eqn.params.get(CALLS.get(eqn.primitive.name))
     return [] if program is None else [open_program(program)[0]]
 
 
@@ -74,7 +69,7 @@ def _run_equation(eqn, args) -> list[Any]:
         return [_convolve(eqn.params, *args)]
     if not any(map(_has_convolution, _programs(eqn))):
         return bind(eqn, args)
-    run = functools.partial(_run, eqn.params[_CALLS[eqn.primitive.name]])
+    run = functools.partial(_run, eqn.params[CALLS[eqn.primitive.name]])
     if "policy" in eqn.params:
         options = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
         run = jax.checkpoint(run, **options)
@@ -82,7 +77,7 @@ def _run_equation(eqn, args) -> list[Any]:
 
 
 def _convolve(params, x, kernel):
-    """The convolution of `params`, in the order that XLA's fast one needs."""
+    """The convolution of `params`, computed in the order that is fast."""
     lhs_spec, rhs_spec, out_spec = params["dimension_numbers"]
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
     numbers = ("precision", "preferred_element_type")
@@ -96,11 +91,11 @@ def _convolve(params, x, kernel):
 
 
 def _channels_last(options, x, kernel):
-    """A convolution whose derivatives, once JAX transposes them, are channels-last.
+    """A convolution whose gradients are in the fast order too.
 
-    Reverse mode computes the transpose of the tangent. A convolution with its kernel
-    in `(space, out, in)` order is one whose transpose reads it in the fast order, and
-    likewise below for the kernel's tangent.
+    Reverse mode transposes the tangent that is written here. So the tangent has its
+    kernel in the order `(space, out, in)`, which the transpose turns into the fast one;
+    the tangent of the kernel does likewise.
     """
     rank = x.ndim
     space = tuple(range(1, rank - 1))
@@ -119,7 +114,7 @@ def _channels_last(options, x, kernel):
         (x, kernel), (dx, dkernel) = primals, tangents
         y = apply(x, kernel)
         dy = jnp.zeros_like(y)
-        # A convolution of zeros would be computed: leave it out.
+        # XLA would compute a convolution of zeros: leave it out.
         if not isinstance(dx, SymbolicZero):
             swapped = jnp.swapaxes(kernel, before, last)
             dy += convolve(dx, swapped, image, (before, last, *front), image)

@@ -1,11 +1,20 @@
-"""What the Flax adapters share: options as fields, random keys and state over steps."""
+"""Flax layers over time: random keys, and the variables that a layer writes to.
 
-from typing import Any
+An adapter gives a function of one step, `step(variables, keys, *args) -> (y,
+variables)`, and a `LayerState`. Each step starts with the variables from before all
+steps, except for those that are carried from step to step, and gets keys of its own.
+What the steps write is sorted into two kinds: *changed* variables, of which one value
+is kept, and *new* ones, such as sown values, which are stacked over time.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from tdjax._checks import describe
+from tdjax._checks import describe, leaves_by_path
 from tdjax._masks import masked_mean
 from tdjax._steps.axes import (
     PER_STEP,
@@ -17,62 +26,61 @@ from tdjax._steps.axes import (
 )
 from tdjax._steps.carried import distribute_carried
 from tdjax._steps.lowering import Lowering
-from tdjax._steps.masked import PackedSteps, select_steps
+from tdjax._steps.selection import select_steps
+
+
+class LayerState(NamedTuple):
+    """What a layer holds before the first step, and how the steps share it."""
+
+    variables: Any
+    keys: Any
+    share_rng: bool = False
+    # By the path of a variable: whether each step starts with what the last one wrote.
+    is_carried: Callable[[Any], bool] = lambda path: False
 
 
 def distribute_stateful(
-    step,
-    before,
-    keys,
-    args,
-    mask,
-    in_axes,
-    out_axes,
-    lowering,
-    share_rng,
-    is_carried=lambda path: False,
-):
-    """Runs `step(before, keys, *args) -> (y, state)` over all steps.
+    step, layer: LayerState, args, mask, in_axes, out_axes, lowering: Lowering
+) -> tuple[Any, Any]:
+    """Runs `step(variables, keys, *args) -> (y, variables)` over all steps.
 
-    Returns `(y, state)`, where the state is that after all steps: what was in
-    `before` keeps its shape, floats (running statistics) moved by the mean over steps,
-    anything else (counters, keys) as the last step left it. What is new (sown values)
-    is stacked, time first. What no step wrote to is the very object of `before`, of
-    which no copies are made. Each step gets keys of its own, unless `share_rng`. Steps
-    without a valid example move no running statistics.
-
-    State of which `is_carried(path)` goes from step to step instead.
+    Returns `(y, variables)`, those after all steps. Variables keep their shapes: floats
+    (running statistics) move by the mean over steps, anything else (counters, keys) is
+    what the last step wrote. New ones are stacked, time first. Steps without a valid
+    example move nothing. What no step writes to stays the same object, not a copy.
     """
-    if share_rng and jax.tree.leaves(keys):
+    if layer.share_rng and jax.tree.leaves(layer.keys):
         check_share_rng(lowering)
     steps = select_steps(flatten_inputs(args, in_axes), mask, lowering)
-    if not share_rng:
-        keys = _split_keys(keys, time_size(steps.inputs))
-    steps.inputs = _with_keys(steps.inputs, keys, None if share_rng else PER_STEP)
-
-    leaves = jax.tree_util.tree_leaves_with_path(before)
+    steps = steps.with_inputs(_with_keys(steps.inputs, layer))
     carried = {
-        jax.tree_util.keystr(path): leaf for path, leaf in leaves if is_carried(path)
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(layer.variables)
+        if layer.is_carried(path)
     }
-
-    def call(carried, mapped):
-        step_keys, step_args = steps.inputs.rebuild(mapped)
-        start = _replace(before, carried)
-        y, state = step(start, step_keys, *step_args)
-        found = _by_path(state)
-        after = {path: found.get(path, leaf) for path, leaf in carried.items()}
-        kept, new = _split_state(start, _replace(state, carried))
-        _refuse_new_carried(new, is_carried)
-        return (y, kept, new), after
-
+    call = functools.partial(_call_step, step, layer, steps.inputs)
     axes = (out_axes, PER_STEP, PER_STEP_OR_BATCH)
     results = distribute_carried(call, carried, steps, axes, lowering)
-    (y, kept, new), carried = results
-    if isinstance(steps, PackedSteps):
-        _refuse_statistics(kept, lowering.capacity)
+    (y, changed, new), carried = results
+    if lowering.capacity is not None:
+        _refuse_statistics(changed, lowering.capacity)
     new = jax.tree.map(steps.hide_sown, new)
-    before = _replace(before, carried)
-    return y, _join_state(before, _after_steps(before, kept, steps.weights), new)
+    before = _replace(layer.variables, carried)
+    changed = _after_steps(before, changed, steps.weights)
+    return y, _join(before, changed, new)
+
+
+def _call_step(step, layer: LayerState, inputs: Inputs, carried, mapped):
+    """One step: `((y, changed, new), carried)`."""
+    keys, args = inputs.rebuild(mapped)
+    before = _replace(layer.variables, carried)
+    y, after = step(before, keys, *args)
+    written = leaves_by_path(after)
+    # Carried variables are returned on their own, so here they count as unchanged.
+    changed, new = _split(before, _replace(after, carried))
+    _refuse_new_carried(new, layer.is_carried)
+    after = {path: written.get(path, leaf) for path, leaf in carried.items()}
+    return (y, changed, new), after
 
 
 def _refuse_new_carried(new, is_carried) -> None:
@@ -80,11 +88,13 @@ def _refuse_new_carried(new, is_carried) -> None:
         if is_carried(path):
             raise ValueError(
                 "State that goes from step to step must be there before the first "
-                f"step, got none at {jax.tree_util.keystr(path)}. Make it by `init`."
+                f"step, got none at {jax.tree_util.keystr(path)}. Create it with "
+                "`init`."
             )
 
 
 def check_share_rng(lowering: Lowering) -> None:
+    """Refuses the lowerings under which steps can't share their noise."""
     if lowering.method == "fold":
         raise ValueError(
             "share_rng=True needs method='vmap': with method='fold' the layer draws "
@@ -98,15 +108,15 @@ def check_share_rng(lowering: Lowering) -> None:
         )
 
 
-def _refuse_statistics(kept, capacity: int) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(kept):
+def _refuse_statistics(changed, capacity: int) -> None:
+    for path, leaf in leaves_by_path(changed).items():
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             step = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
             raise ValueError(
                 f"capacity={capacity} needs a layer that treats examples "
                 f"independently, got one that writes {describe(step)} to its state at "
-                f"{jax.tree_util.keystr(path)}, a statistic over examples. Call the "
-                "layer for inference, or leave capacity out."
+                f"{path}, a statistic over examples. Call the layer for inference, or "
+                "leave capacity out."
             )
 
 
@@ -117,25 +127,19 @@ def first_steps(args: tuple, in_axes: Any) -> tuple:
 
 
 def make_lowering(options: Any) -> Lowering:
-    """From the fields of an adapter module."""
+    """The lowering that the fields of an adapter module ask for."""
     names = Lowering.__dataclass_fields__
     return Lowering(**{name: getattr(options, name) for name in names})
 
 
-def _split_keys(keys, timesteps):
-    return jax.tree.map(lambda key: jax.random.split(key, timesteps), keys)
-
-
-def _with_keys(inputs: Inputs, keys, axis) -> Inputs:
-    leaves, treedef = jax.tree.flatten(keys)
-    axes = [axis] * len(leaves)
+def _with_keys(inputs: Inputs, layer: LayerState) -> Inputs:
+    """The inputs `(keys, args)`: keys for each step, or the same for all."""
+    keys, treedef = jax.tree.flatten(layer.keys)
+    if not layer.share_rng:
+        keys = [jax.random.split(key, time_size(inputs)) for key in keys]
+    axes = [None if layer.share_rng else PER_STEP] * len(keys)
     both = jax.tree_util.treedef_tuple((treedef, inputs.treedef))
-    return Inputs([*leaves, *inputs.leaves], [*axes, *inputs.axes], both)
-
-
-def _by_path(tree) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    return Inputs([*keys, *inputs.leaves], [*axes, *inputs.axes], both)
 
 
 def _replace(tree, leaves: dict[str, Any]):
@@ -145,9 +149,12 @@ def _replace(tree, leaves: dict[str, Any]):
     )
 
 
-def _split_state(before, state) -> tuple[Any, Any]:
-    """What was there and has changed, and what is new; None stands for all else."""
-    known = _by_path(before)
+def _split(before, after) -> tuple[Any, Any]:
+    """`(changed, new)`: what has a place in `before`, and what has none.
+
+    Both have the structure of `after`, with None for all other leaves.
+    """
+    known = leaves_by_path(before)
 
     def kind(path, leaf) -> str:
         old = known.get(jax.tree_util.keystr(path))
@@ -157,28 +164,30 @@ def _split_state(before, state) -> tuple[Any, Any]:
         return "changed" if fits else "new"
 
     pick = lambda wanted: jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if kind(path, leaf) == wanted else None, state
+        lambda path, leaf: leaf if kind(path, leaf) == wanted else None, after
     )
     return pick("changed"), pick("new")
 
 
-def _join_state(before, changed, new):
-    known = _by_path(before)
+def _join(before, changed, new):
+    """The variables after all steps, from the two parts of `_split`."""
+    known = leaves_by_path(before)
 
-    def either(path, a, b):
-        if a is None and b is None:
+    def choose(path, changed, new):
+        if changed is None and new is None:
             return known.get(jax.tree_util.keystr(path))
-        return b if a is None else a
+        return new if changed is None else changed
 
     return jax.tree_util.tree_map_with_path(
-        either, changed, new, is_leaf=lambda node: node is None
+        choose, changed, new, is_leaf=lambda node: node is None
     )
 
 
-def _after_steps(before, kept, weights):
-    known = _by_path(before)
+def _after_steps(before, changed, weights):
+    """One value for each changed variable, from those of all steps."""
+    known = leaves_by_path(before)
     after = lambda path, x: _after(known[jax.tree_util.keystr(path)], x, weights)
-    return jax.tree_util.tree_map_with_path(after, kept)
+    return jax.tree_util.tree_map_with_path(after, changed)
 
 
 def _after(before, stacked, weights):

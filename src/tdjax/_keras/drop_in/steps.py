@@ -13,8 +13,8 @@ from keras.src import backend
 from tdjax._steps.axes import PER_STEP, flatten_inputs, time_size
 from tdjax._steps.carried import distribute_carried
 from tdjax._steps.lowering import Lowering
-from tdjax._steps.masked import AllSteps
 from tdjax._steps.stateful import first_steps
+from tdjax._steps.steps import AllSteps
 
 # Since then Keras divides what an activity regulariser adds by the batch size.
 _BY_EXAMPLE = tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 14)

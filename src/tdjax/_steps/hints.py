@@ -1,0 +1,72 @@
+"""Notes on the errors of a call: what was probably meant, and how to write it.
+
+`fun` and JAX raise errors in their own terms. `add_hints` adds what they can't know:
+which arguments were mapped over time and which were shared, and why a Flax module
+inside `fun` needs an adapter.
+"""
+
+from tdjax._checks import describe, is_array, leaves_by_path
+from tdjax._steps.axes import Inputs, batch_size, step_shape
+from tdjax._steps.lowering import Lowering
+
+
+def add_hints(
+    error: Exception, fun, args: tuple, kwargs: dict, inputs: Inputs, lowering: Lowering
+) -> None:
+    """Adds notes to an error that was raised while `fun` ran over all steps."""
+    # Known by its name: Flax is not imported here.
+    if type(error).__name__ == "TraceContextError":
+        error.add_note(
+            "It seems that fun closes over a Flax module. Wrap the module instead: use "
+            "tdjax.nnx.TimeDistributed, which keeps what it writes and gives each step "
+            "its own noise."
+        )
+    if not isinstance(error, TypeError | ValueError):
+        return
+    if isinstance(fun, type):
+        error.add_note(
+            f"fun is the class {fun.__name__}: calling it makes an instance. Pass an "
+            "instance or a function."
+        )
+    names = [f"args{path}" for path in leaves_by_path(args)]
+    error.add_note(_note_of_steps(names, inputs))
+    shared = [(name, x) for name, x, axis in zip(names, *inputs[:2]) if axis is None]
+    shared += [(f"kwargs{path}", x) for path, x in leaves_by_path(kwargs).items()]
+    if lowering.capacity is not None:
+        _add_note_of_batch(error, f"capacity={lowering.capacity}", shared, inputs)
+    elif lowering.method == "fold":
+        _add_note_of_batch(error, "method='fold'", shared, inputs)
+
+
+def _note_of_steps(names: list[str], inputs: Inputs) -> str:
+    """What one step is; it shows where an axis of parameters was taken as time."""
+    steps = [
+        f"{name} {describe(step_shape(x, axis))} (axis {axis} of {describe(x)} is time)"
+        for name, x, axis in zip(names, inputs.leaves, inputs.axes)
+        if isinstance(axis, int)
+    ]
+    return (
+        f"One step is {', '.join(steps[:4])}{', ...' if steps[4:] else ''}. Give None "
+        "in in_axes to what every step shares, such as parameters."
+    )
+
+
+def _add_note_of_batch(error, option: str, shared: list, inputs: Inputs) -> None:
+    """Names the shared arrays that seem to have a batch axis."""
+    batches = [
+        batch_size(x, axis)
+        for x, axis in zip(inputs.mapped, inputs.mapped_axes)
+        if isinstance(axis, int) and x.ndim > 1
+    ]
+    names = [
+        f"{name} {describe(x)}"
+        for name, x in shared
+        if is_array(x) and x.shape[:1] in [(batch,) for batch in batches]
+    ]
+    if names:
+        error.add_note(
+            f"With {option}, the rows that fun gets are steps of all examples, but "
+            f"{', '.join(names)} is shared by all steps as it is and seems to have a "
+            "batch axis. Repeat it over time (jnp.broadcast_to) and pass it as a "
+            "positional argument that in_axes maps."
+        )
