@@ -517,7 +517,7 @@ def test_dtype_and_param_dtype_are_as_in_flax(key, x, layer):
         (
             lambda key, x: TimeDistributed(nn.relu),
             TypeError,
-            "layer must be a flax.linen",
+            "layer must be an instance of flax.linen.Module",
         ),
         (
             lambda key, x: TimeDistributed(nn.Dense(2), chunk_size=0),

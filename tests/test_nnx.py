@@ -346,7 +346,7 @@ class Calls(nnx.Module):
         (
             lambda x: TimeDistributed(nnx.relu),
             TypeError,
-            "layer must be a flax.nnx.Module",
+            "layer must be an instance of flax.nnx.Module",
         ),
         (
             lambda x: TimeDistributed(batch_norm(), method="loop"),

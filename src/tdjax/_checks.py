@@ -82,17 +82,50 @@ def require_params(
     return kernel, bias
 
 
-FLAX_MODULES = {"flax.linen.module": "tdjax.linen", "flax.nnx.module": "tdjax.nnx"}
+# The base classes of layers, known by name: no framework is imported here.
+_ADAPTERS = {
+    ("flax.linen.module", "Module"): "tdjax.linen",
+    ("flax.nnx.module", "Module"): "tdjax.nnx",
+    ("keras.src.layers.layer", "Layer"): "tdjax.keras",
+}
+
+
+def _adapter_of(layer: Any) -> str | None:
+    """The adapter for a layer or a class of layers, None for anything else."""
+    kind = layer if isinstance(layer, type) else type(layer)
+    names = [(base.__module__, base.__name__) for base in kind.__mro__]
+    return next((_ADAPTERS[name] for name in names if name in _ADAPTERS), None)
 
 
 def refuse_module(fun: Any) -> None:
-    """A module's variables need an adapter. Found by name: Flax is not imported."""
-    is_class = isinstance(fun, type)
-    for base in (fun if is_class else type(fun)).__mro__:
-        if base.__name__ == "Module" and base.__module__ in FLAX_MODULES:
-            instance = f"({fun.__name__}(...))" if is_class else ""
-            raise TypeError(
-                f"fun must be a function of arrays, got {describe(fun)}. Use "
-                f"{FLAX_MODULES[base.__module__]}.TimeDistributed{instance} for a Flax "
-                "module."
-            )
+    """Refuses a layer as a function: its variables need an adapter."""
+    adapter = _adapter_of(fun)
+    if adapter is not None:
+        instance = f"({fun.__name__}(...))" if isinstance(fun, type) else ""
+        raise TypeError(
+            f"fun must be a function of arrays, got {describe(fun)}. Use "
+            f"{adapter}.TimeDistributed{instance} for it."
+        )
+
+
+def require_layer(name: str, layer: Any, module_class: type, adapter: str) -> None:
+    """Refuses what is not an instance of the adapter's module class."""
+    if isinstance(layer, module_class):
+        return
+    home = _adapter_of(layer)
+    framework = adapter.removeprefix("tdjax.")
+    if isinstance(layer, list | tuple):
+        call = (
+            "nnx.Sequential(*layers)" if framework == "nnx" else "nn.Sequential(layers)"
+        )
+        remedy = f"Make one layer of several with {call}."
+    elif home == adapter:
+        remedy = f"Give an instance, {layer.__name__}(...), in place of the class."
+    elif home is not None:
+        remedy = f"Use {home} for it."
+    else:
+        remedy = "Use tdjax.time_distributed for a function."
+    raise TypeError(
+        f"{name} must be an instance of flax.{framework}.Module, got "
+        f"{describe(layer)}. {remedy}"
+    )

@@ -1,4 +1,11 @@
-"""How a Linen module shares the scope of its wrapper, and is lifted over time."""
+"""How a Linen layer shares the scope of its wrapper, and is lifted over time.
+
+A scope holds the variables and random streams of one module. The layer gets its
+wrapper's own scope (`adopt`), so that its variables have the names and initial values
+that they have without a wrapper. In a call, `flax.core.lift.pack` opens the scope into
+plain variables and keys and builds scopes of them again, which makes the layer a pure
+function that `distribute_stateful` can run over all steps.
+"""
 
 import dataclasses
 import weakref
@@ -14,7 +21,7 @@ from tdjax._steps.stateful import LayerState, distribute_stateful, make_lowering
 
 
 def adopt(layer: nn.Module, scope: Scope) -> nn.Module:
-    """Binds `layer` to the scope of its wrapper; once only, if modules share it."""
+    """Binds `layer` to `scope`; a layer that modules share is bound only once."""
     if layer.parent is None:
         clones, outside = _clones(scope.root), layer._id
         if outside in clones:
@@ -27,25 +34,25 @@ def adopt(layer: nn.Module, scope: Scope) -> nn.Module:
 
 
 def _clones(root: Scope):
-    """Where Flax keeps its clones of modules that were made outside."""
+    """Where Flax keeps the clones of modules that were made outside of others."""
     if hasattr(flax_module, "_caches"):
         return flax_module._caches.setdefault(root, weakref.WeakValueDictionary())
-    # Flax 0.12.12 has moved them.
+    # From Flax 0.12.12 on.
     if not hasattr(root, "_submodule_adoption_cache"):
         root._submodule_adoption_cache = weakref.WeakValueDictionary()  # pyright: ignore
     return root._submodule_adoption_cache  # pyright: ignore
 
 
 def lift_over_time(call, options, mask, kwargs):
-    """A function of scopes and one step, lifted as Flax lifts: to all steps."""
+    """Lifts `call(scope, *args)`, a function of one step, to all steps."""
     initializing = options.is_initializing()
     axes = thaw(options.in_axes), thaw(options.out_axes)
     lowering = make_lowering(options)
     if initializing and mask is None:
         lowering = dataclasses.replace(lowering, capacity=None)
     is_carried = _is_in(options.variable_carry or False)
-    # Initialisation leaves the state as the one plain call left it, but layers may
-    # want to write to all of it.
+    # While initialising, a layer may write to any variable; what it writes is dropped,
+    # since the plain call has made the variables already.
     written = True if initializing else DenyList(("params",))
 
     def lifted(scopes, *args):
@@ -54,7 +61,7 @@ def lift_over_time(call, options, mask, kwargs):
         def over_time(scope_fn, repack, variables, rngs, args):
             def step(variables, rngs, *args):
                 scope = scope_fn(variables, rngs)
-                # Every block draws as the first: the counters start where they were.
+                # Each block counts its random draws from the same start.
                 for inner, counter in zip(jax.tree.leaves(scope), counters):
                     inner.rng_counters.update(counter)
                 return call(scope, *args, **kwargs), repack(scope)
@@ -69,7 +76,7 @@ def lift_over_time(call, options, mask, kwargs):
 
 
 def _is_in(collections):
-    """Whether a variable, by its path, is in one of some collections."""
+    """A test of whether a variable, by its path, is in one of some collections."""
 
     def is_in(path) -> bool:
         keys = (k.key for k in path if isinstance(k, jax.tree_util.DictKey))
@@ -79,7 +86,7 @@ def _is_in(collections):
 
 
 def lift_one_step(call, axis_name):
-    """A function of scopes, lifted to one step of an axis with that name."""
+    """Lifts a function of scopes to one step of a time axis with a name."""
 
     def over_one_step(scope_fn, repack, variables, rngs, args, kwargs):
         def step():
@@ -99,7 +106,7 @@ def call_layer(layer, *args, **kwargs):
 
 
 def thaw(axes: Any) -> Any:
-    """Linen freezes the dicts of its attributes; a prefix must have the user's own."""
+    """Undoes the freezing of attributes by Linen, so that axes are plain pytrees."""
     if isinstance(axes, dict | FrozenDict):
         return {key: thaw(value) for key, value in axes.items()}
     if type(axes) in (tuple, list):

@@ -1,4 +1,4 @@
-"""Flax Linen modules: any layer over time, and the Dense family."""
+"""Flax Linen: `TimeDistributed` for any layer, and the Dense family."""
 
 import functools
 import os
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax.errors import CallCompactUnboundModuleError
 from flax.linen.dtypes import promote_dtype
 
-from tdjax._checks import describe, require_array
+from tdjax._checks import describe, require_array, require_layer
 from tdjax._dense import (
     Initializer,
     default_bias_init,
@@ -23,6 +23,7 @@ from tdjax._dense import (
     per_step_dense,
 )
 from tdjax._linen_scopes import adopt, call_layer, lift_one_step, lift_over_time, thaw
+from tdjax._steps.hints import add_layer_hint
 from tdjax._steps.stateful import first_steps, make_lowering
 from tdjax._tuning.autotune import Subject, tune
 from tdjax._tuning.result import Tuning
@@ -38,49 +39,34 @@ def __dir__() -> list[str]:
 class TimeDistributed(nn.Module):
     """Applies `layer` to every time step, with the same parameters at each.
 
-    The variables are those of `layer`, no more: the same tree, shapes and initial
-    values as without the wrapper, so checkpoints go from one to the other. So a name
-    belongs to `layer`, as in `TimeDistributed(nn.Dense(5, name="head"))`, and a layer
-    that several modules share has one set of variables. Methods, axes and chunks are
-    those of `tdjax.time_distributed`.
+    The variables are those of `layer`: the same tree, shapes and initial values as
+    without the wrapper, so checkpoints fit both. A name belongs to `layer`, as in
+    `TimeDistributed(nn.Dense(5, name="head"))`, and a layer that several modules share
+    has one set of variables. Methods, axes and chunks are those of
+    `tdjax.time_distributed`.
 
-    * **Randomness**: each step draws its own noise from each stream (dropout), or all
-      steps the same with `share_rng=True` (only with `method="vmap"`).
-    * **State**: what `layer` writes to variables is kept. `batch_stats` work under
-      every method: `"vmap"` normalises each step by its own statistics over the batch
-      and moves the running ones by the mean over steps; `"fold"` normalises by
-      statistics over batch and time together; with `chunk_size`, over batch and the
-      chunk's steps. Integer state is the last step's. What `layer` sows is stacked,
-      time first.
-    * **Carried state**: each step starts with what the step before has written to the
-      collections of `variable_carry`: `"batch_stats"` for running statistics that move
-      step after step, as in Keras. Only what depends on them runs in a loop. It needs
-      `method="vmap"`.
-    * **Masks**: the call takes `mask`, bool, `(batch, time)`: zeros at masked steps and
-      no gradient, as in `tdjax.time_distributed`. Steps that no example has don't move
-      running statistics. A layer that mixes the examples of a batch, as `BatchNorm` in
-      training, sees copies of a valid step at the masked ones; wrap a module that takes
-      the mask as an input, one slice a step, and hands it on: `def __call__(self, x,
-      mask)`, called with `(x, mask, mask=mask)`. What is sown is zero where masked.
-    * **Packing**: with `capacity=n` the layer computes the valid steps only. It must
-      treat examples independently; one that writes statistics is refused. What is sown
-      is that of the packed steps, `(n, ...)`.
+    Each step draws its own noise (docs/guide.md#randomness), and what `layer` writes to
+    its variables is kept (docs/guide.md#state). Called with `mask`, bool, `(batch,
+    time)`, masked steps give zeros and no gradient (docs/guide.md#masks); with
+    `capacity` only valid steps are computed (docs/guide.md#packing).
 
     Attributes:
-      layer: the module to apply, or one that is already part of the surrounding module.
+      layer: the module to apply, or one that is part of the surrounding module.
       in_axes: the time axis of the positional arguments of the call.
       out_axes: the time axis of the results.
       method: `"vmap"` or `"fold"`.
       chunk_size: steps per block, or None for all in one.
-      unroll: how the loop over blocks is compiled, if there is more than one.
+      unroll: how the loop over blocks is compiled.
       remat: recompute activations in the backward pass.
       axis_name: a name for the time axis, as `nn.BatchNorm(axis_name=...)` takes to
-        normalise over all steps with `method="vmap"`. `init` calls `layer` with a time
+        normalise over all steps under `"vmap"`. `init` then calls `layer` with a time
         axis of one step.
       spmd_axis_name: the mesh axis over which time is sharded.
-      share_rng: whether all steps draw the same noise.
-      capacity: compute the valid steps only, at most so many.
-      variable_carry: the collections that go from step to step, as in `nn.scan`.
+      share_rng: whether all steps draw the same noise; needs `"vmap"`.
+      capacity: compute the valid steps only, at most this many.
+      variable_carry: the collections that go from step to step, as in `nn.scan`;
+        `"batch_stats"` moves running statistics step by step, as Keras does. It needs
+        `"vmap"`.
 
     Raises:
       TypeError: if `layer` is not a Linen module.
@@ -112,16 +98,11 @@ class TimeDistributed(nn.Module):
 
     def __post_init__(self):
         layer = self.layer
-        if not isinstance(layer, nn.Module):
-            raise TypeError(
-                f"layer must be a flax.linen.Module, got {describe(layer)}. Use "
-                "tdjax.time_distributed for a function."
-            )
+        require_layer("layer", layer, nn.Module, "tdjax.linen")
         make_lowering(self)
         _check_carry(self)
-        # Linen would give `layer` a scope of its own below this one, with other names
-        # and other initial values. Hide it until there is a scope to share; a module
-        # with a name is not adopted.
+        # Linen would adopt `layer` and give it a scope below this one, with other names
+        # and other initial values. So hide it until there is a scope to share.
         object.__setattr__(self, "layer", None)
         super().__post_init__()
         if self.scope is not None and layer.scope is None:
@@ -135,14 +116,19 @@ class TimeDistributed(nn.Module):
         """
         if self.scope is None:
             raise CallCompactUnboundModuleError()
-        if self.is_initializing():
-            self._init_layer(*first_steps(args, thaw(self.in_axes)), **kwargs)
         lift = nn.transforms.lift_transform
-        over_time = lift(lift_over_time, call_layer, self, mask, kwargs)
-        return over_time(self.layer, *args)
+        in_axes = thaw(self.in_axes)
+        try:
+            if self.is_initializing():
+                self._init_layer(*first_steps(args, in_axes), **kwargs)
+            over_time = lift(lift_over_time, call_layer, self, mask, kwargs)
+            return over_time(self.layer, *args)
+        except Exception as error:
+            add_layer_hint(error, args, in_axes)
+            raise
 
     def _init_layer(self, *args, **kwargs):
-        """One plain call makes the variables as they are without a wrapper."""
+        """Makes the variables by one plain call, as without a wrapper."""
         call = call_layer
         if self.axis_name is not None:
             # The layer may need the name: give it a time axis of one step.
@@ -164,7 +150,7 @@ def _check_carry(options: TimeDistributed) -> None:
 
 
 class _SequenceDense(nn.Module):
-    """What the layers over whole sequences share: their fields and parameters."""
+    """The fields and parameters of `FlattenDense` and `PerStepDense`."""
 
     features: int
     use_bias: bool = True
@@ -207,17 +193,11 @@ class FlattenDense(_SequenceDense):
 
     Attributes:
       features: output features of each step.
-      use_bias: whether there is a bias.
-      dtype: dtype of the computation, by default that of JAX's promotion of input and
-        parameters.
-      param_dtype: dtype of the parameters.
-      kernel_init: initializer of the kernel.
-      bias_init: initializer of the bias.
+      use_bias, dtype, param_dtype, kernel_init, bias_init: as in `nn.Dense`.
 
     Raises:
       TypeError: if `features` is not an int.
-      ValueError: if the input is not `(..., timesteps, in_features)` with the steps and
-        features of the kernel.
+      ValueError: if the input has other steps or features than the kernel.
 
     Example:
       >>> import jax, jax.numpy as jnp, tdjax
@@ -234,7 +214,7 @@ class FlattenDense(_SequenceDense):
 
 
 class PerStepDense(_SequenceDense):
-    """Dense with weights of its own for each step.
+    """Dense with separate weights for each step.
 
     Parameters: `kernel` `(timesteps, in_features, features)` and `bias`
     `(timesteps, features)`. The number of steps is fixed by the first input. See
@@ -242,18 +222,12 @@ class PerStepDense(_SequenceDense):
 
     Attributes:
       features: output features of each step.
-      use_bias: whether there is a bias.
-      dtype: dtype of the computation, by default that of JAX's promotion of input and
-        parameters.
-      param_dtype: dtype of the parameters.
-      kernel_init: initializer of the kernel; by default each step's is what `nn.Dense`
-        would have.
-      bias_init: initializer of the bias.
+      use_bias, dtype, param_dtype, kernel_init, bias_init: as in `nn.Dense`. By default
+        each step's kernel starts as that of a `nn.Dense`.
 
     Raises:
       TypeError: if `features` is not an int.
-      ValueError: if the input is not `(..., timesteps, in_features)` with the steps and
-        features of the kernel.
+      ValueError: if the input has other steps or features than the kernel.
 
     Example:
       >>> import jax, jax.numpy as jnp, tdjax
@@ -320,10 +294,7 @@ def autotune(
       >>> result.tuned.apply(variables, x).shape
       (2, 4, 5)
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(
-            f"module must be an instance of flax.linen.Module, got {describe(module)}."
-        )
+    require_layer("module", module, nn.Module, "tdjax.linen")
     is_wrapped = isinstance(module, TimeDistributed)
     over_time = module if is_wrapped else TimeDistributed(module)
     make = lambda lowering: over_time.clone(**vars(lowering))

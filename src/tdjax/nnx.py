@@ -1,4 +1,4 @@
-"""Flax NNX modules: any layer over time, and the Dense family."""
+"""Flax NNX: `TimeDistributed` for any layer, and the Dense family."""
 
 import functools
 import os
@@ -12,6 +12,7 @@ from flax import nnx
 from tdjax._checks import (
     describe,
     require_array,
+    require_layer,
     require_positive_int,
 )
 from tdjax._dense import (
@@ -22,6 +23,7 @@ from tdjax._dense import (
     init_per_step_dense,
     per_step_dense,
 )
+from tdjax._steps.hints import add_layer_hint
 from tdjax._steps.stateful import LayerState, distribute_stateful, make_lowering
 from tdjax._tuning.autotune import Subject, tune
 from tdjax._tuning.result import Tuning
@@ -37,29 +39,15 @@ def __dir__() -> list[str]:
 class TimeDistributed(nnx.Module):
     """Applies `layer` to every time step, with the same parameters at each.
 
-    `layer` stays the object it is, with its variables; the methods, axes and chunks are
-    those of `tdjax.time_distributed`. It can be called any number of times, under
-    `nnx.jit` or not, in training and in inference.
+    `layer` is kept by reference, with its variables; methods, axes and chunks are those
+    of `tdjax.time_distributed`. It can be called any number of times, under `nnx.jit`
+    or not, in training and in inference.
 
-    * **Randomness**: each step draws its own noise (dropout), or all steps the same
-      with `share_rng=True` (only with `method="vmap"`). The streams are those that
-      `layer` holds: an `nnx.Rngs` in the call's arguments is refused.
-    * **State**: what `layer` writes to its variables is kept. Batch statistics work
-      under every method: `"vmap"` normalises each step by its own statistics over the
-      batch and moves the running ones by the mean over steps; `"fold"` normalises by
-      statistics over batch and time together; with `chunk_size`, over batch and the
-      chunk's steps. Integer state is the last step's. Parameters are not
-      written to. An attribute that is no variable can't be kept over steps; a layer
-      that sets one in the call is refused.
-    * **Masks**: the call takes `mask`, bool, `(batch, time)`: zeros at masked steps and
-      no gradient, as in `tdjax.time_distributed`. Steps that no example has don't move
-      running statistics. A layer that mixes the examples of a batch, as `BatchNorm` in
-      training, sees copies of a valid step at the masked ones; wrap a module that takes
-      the mask as an input, one slice a step, and hands it on: `def __call__(self, x,
-      mask)`, called with `(x, mask, mask=mask)`. What is sown is zero where masked.
-    * **Packing**: with `capacity=n` the layer computes the valid steps only. It must
-      treat examples independently; one that writes statistics is refused. What is sown
-      is that of the packed steps, `(n, ...)`.
+    Each step draws its own noise from the streams that `layer` holds
+    (docs/guide.md#randomness), and what `layer` writes to its variables is kept
+    (docs/guide.md#state); parameters can't be written to. Called with `mask`, bool,
+    `(batch, time)`, masked steps give zeros and no gradient (docs/guide.md#masks); with
+    `capacity` only valid steps are computed (docs/guide.md#packing).
 
     Args:
       layer: the module to apply.
@@ -67,17 +55,17 @@ class TimeDistributed(nnx.Module):
       out_axes: the time axis of the results.
       method: `"vmap"` or `"fold"`.
       chunk_size: steps per block, or None for all in one.
-      unroll: how the loop over blocks is compiled, if there is more than one.
+      unroll: how the loop over blocks is compiled.
       remat: recompute activations in the backward pass.
       axis_name: a name for the time axis, as `nnx.BatchNorm(axis_name=...)` takes to
-        normalise over all steps with `method="vmap"`.
+        normalise over all steps under `"vmap"`.
       spmd_axis_name: the mesh axis over which time is sharded.
-      share_rng: whether all steps draw the same noise.
-      capacity: compute the valid steps only, at most so many.
+      share_rng: whether all steps draw the same noise; needs `"vmap"`.
+      capacity: compute the valid steps only, at most this many.
 
     Raises:
       TypeError: if `layer` is not an NNX module, if a call is given an `nnx.Rngs`, or
-        if `layer` sets a number, a string or None as its attribute in the call.
+        if `layer` sets an attribute to a number, a string or None in the call.
       ValueError: as `tdjax.time_distributed`.
 
     Example:
@@ -103,11 +91,7 @@ class TimeDistributed(nnx.Module):
         share_rng: bool = False,
         capacity: int | None = None,
     ):
-        if not isinstance(layer, nnx.Module):
-            raise TypeError(
-                f"layer must be a flax.nnx.Module, got {describe(layer)}. Use "
-                "tdjax.time_distributed for a function."
-            )
+        require_layer("layer", layer, nnx.Module, "tdjax.nnx")
         self.layer = layer
         self.in_axes, self.out_axes = in_axes, out_axes
         self.method, self.chunk_size, self.unroll = method, chunk_size, unroll
@@ -135,21 +119,25 @@ class TimeDistributed(nnx.Module):
             _refuse_new_attributes(attributes, _static_attributes(layer))
             return y, nnx.split(layer, nnx.RngKey, nnx.Param, ...)[3]
 
-        y, after = distribute_stateful(
-            step,
-            LayerState(state, keys, self.share_rng),
-            args,
-            mask,
-            self.in_axes,
-            self.out_axes,
-            make_lowering(self),
-        )
+        try:
+            y, after = distribute_stateful(
+                step,
+                LayerState(state, keys, self.share_rng),
+                args,
+                mask,
+                self.in_axes,
+                self.out_axes,
+                make_lowering(self),
+            )
+        except Exception as error:
+            add_layer_hint(error, args, self.in_axes)
+            raise
         nnx.update(self.layer, _changed(state, after))
         return y
 
 
 def _refuse_rngs(args, kwargs) -> None:
-    """A stream of the caller has a count that steps can't move."""
+    """Refuses random streams as arguments: steps can't move the caller's counts."""
     is_rngs = lambda node: isinstance(node, nnx.Rngs | nnx.RngStream)
     named = {f"args[{i}]": arg for i, arg in enumerate(args)} | kwargs
     for name, value in named.items():
@@ -171,7 +159,7 @@ def _static_attributes(layer) -> dict:
 
 
 def _refuse_new_attributes(before: dict, after: dict) -> None:
-    """Each step works on a copy of the layer, of which only variables come back."""
+    """Refuses new values of attributes: a step's copy returns only its variables."""
     for path, value in after.items():
         old = before.get(path, value)
         if old is not value and old != value:
@@ -185,8 +173,8 @@ def _refuse_new_attributes(before: dict, after: dict) -> None:
 def _changed(before, after):
     """The variables that hold something new.
 
-    NNX lets a function write only to variables of its own trace, so a layer in
-    evaluation, closed over by `jax.jit`, must not have its statistics written back.
+    NNX lets a function write only to variables of its own trace. A layer in evaluation
+    may be closed over by `jax.jit`, so its unchanged statistics are not written back.
     """
     old = {path: jax.tree.leaves(value) for path, value in nnx.to_flat_state(before)}
 
@@ -196,11 +184,11 @@ def _changed(before, after):
         return len(leaves) == len(known) and all(new is old for new, old in pairs)
 
     flat = nnx.to_flat_state(after)
-    return nnx.from_flat_state([each for each in flat if not same(*each)])
+    return nnx.from_flat_state([item for item in flat if not same(*item)])
 
 
 class _SequenceDense(nnx.Module):
-    """What the layers over whole sequences share; a subclass has the functions."""
+    """What `FlattenDense` and `PerStepDense` share; they bring the functions."""
 
     _init: Callable[..., Any]
     _apply: Callable[..., Any]
@@ -236,7 +224,7 @@ class _SequenceDense(nnx.Module):
         self.kernel = nnx.Param(params["kernel"])
         self.bias = nnx.Param(params["bias"]) if use_bias else None
 
-    # Python names it so in an error about arguments; the class is not the user's.
+    # Python's errors about arguments show this name; the class is private.
     __init__.__qualname__ = "__init__"
 
     def __call__(self, x):
@@ -266,13 +254,7 @@ class FlattenDense(_SequenceDense):
       timesteps: number of steps.
       in_features: input features of each step.
       out_features: output features of each step.
-      use_bias: whether there is a bias.
-      dtype: dtype of the computation, by default that of JAX's promotion of input and
-        parameters.
-      param_dtype: dtype of the parameters.
-      kernel_init: initializer of the kernel, by default LeCun normal.
-      bias_init: initializer of the bias.
-      rngs: the stream `params` makes the parameters.
+      use_bias, dtype, param_dtype, kernel_init, bias_init, rngs: as in `nnx.Linear`.
 
     Raises:
       TypeError: if a size is not an int.
@@ -292,7 +274,7 @@ class FlattenDense(_SequenceDense):
 
 
 class PerStepDense(_SequenceDense):
-    """Dense with weights of its own for each step.
+    """Dense with separate weights for each step.
 
     Parameters: `kernel` `(timesteps, in_features, out_features)` and `bias`
     `(timesteps, out_features)`, or None without one. See `tdjax.per_step_dense`.
@@ -301,14 +283,8 @@ class PerStepDense(_SequenceDense):
       timesteps: number of steps.
       in_features: input features of each step.
       out_features: output features of each step.
-      use_bias: whether there is a bias.
-      dtype: dtype of the computation, by default that of JAX's promotion of input and
-        parameters.
-      param_dtype: dtype of the parameters.
-      kernel_init: initializer of the kernel; by default each step's is what
-        `nnx.Linear` would have.
-      bias_init: initializer of the bias.
-      rngs: the stream `params` makes the parameters.
+      use_bias, dtype, param_dtype, kernel_init, bias_init, rngs: as in `nnx.Linear`.
+        By default each step's kernel starts as that of an `nnx.Linear`.
 
     Raises:
       TypeError: if a size is not an int.
@@ -372,10 +348,7 @@ def autotune(
       >>> result.tuned(x).shape
       (2, 4, 5)
     """
-    if not isinstance(module, nnx.Module):
-        raise TypeError(
-            f"module must be an instance of flax.nnx.Module, got {describe(module)}."
-        )
+    require_layer("module", module, nnx.Module, "tdjax.nnx")
     is_wrapped = isinstance(module, TimeDistributed)
     over_time = module if is_wrapped else TimeDistributed(module)
     make = functools.partial(_with_lowering, over_time, over_time.layer)

@@ -125,7 +125,7 @@ def test_what_is_no_entry_neither_hangs_nor_fills_the_memory(params, entry, kind
         os.truncate(entry, 2**40)
     else:
         entry.mkdir()
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning, match="The cache entry") as warned:
         result = tune_dense(params, candidates=[], cache=entry.parent)
     assert "is ignored: it is " in str(warned[0].message)
     assert result.best.measured

@@ -6,7 +6,7 @@ inside `fun` needs an adapter.
 """
 
 from tdjax._checks import describe, is_array, leaves_by_path
-from tdjax._steps.axes import Inputs, batch_size, step_shape
+from tdjax._steps.axes import Inputs, batch_size, flatten_inputs, step_shape
 from tdjax._steps.lowering import Lowering
 
 
@@ -28,8 +28,11 @@ def add_hints(
             f"fun is the class {fun.__name__}: calling it makes an instance. Pass an "
             "instance or a function."
         )
+    error.add_note(
+        f"{_one_step(args, inputs)} Give None in in_axes to what every step shares, "
+        "such as parameters."
+    )
     names = [f"args{path}" for path in leaves_by_path(args)]
-    error.add_note(_note_of_steps(names, inputs))
     shared = [(name, x) for name, x, axis in zip(names, *inputs[:2]) if axis is None]
     shared += [(f"kwargs{path}", x) for path, x in leaves_by_path(kwargs).items()]
     if lowering.capacity is not None:
@@ -38,17 +41,31 @@ def add_hints(
         _add_note_of_batch(error, "method='fold'", shared, inputs)
 
 
-def _note_of_steps(names: list[str], inputs: Inputs) -> str:
-    """What one step is; it shows where an axis of parameters was taken as time."""
+def add_layer_hint(error: Exception, args: tuple, in_axes) -> None:
+    """Adds a note to an error that was raised while a layer ran over all steps."""
+    # The only one of Flax's errors that a wrong time axis causes.
+    is_shape_error = type(error).__name__ == "ScopeParamShapeError"
+    if not isinstance(error, TypeError | ValueError) and not is_shape_error:
+        return
+    try:
+        inputs = flatten_inputs(args, in_axes)
+    except (TypeError, ValueError):
+        return  # The error says already what is wrong with the axes.
+    error.add_note(
+        f"{_one_step(args, inputs)} If the input has no time axis, call the layer "
+        "without TimeDistributed; if it is another one, say which in in_axes."
+    )
+
+
+def _one_step(args: tuple, inputs: Inputs) -> str:
+    """What was taken as one step; it shows a wrong time axis."""
     steps = [
-        f"{name} {describe(step_shape(x, axis))} (axis {axis} of {describe(x)} is time)"
-        for name, x, axis in zip(names, inputs.leaves, inputs.axes)
+        f"args{path} {describe(step_shape(x, axis))} (axis {axis} of {describe(x)} is "
+        "time)"
+        for path, x, axis in zip(leaves_by_path(args), *inputs[:2])
         if isinstance(axis, int)
     ]
-    return (
-        f"One step is {', '.join(steps[:4])}{', ...' if steps[4:] else ''}. Give None "
-        "in in_axes to what every step shares, such as parameters."
-    )
+    return f"One step is {', '.join(steps[:4])}{', ...' if steps[4:] else ''}."
 
 
 def _add_note_of_batch(error, option: str, shared: list, inputs: Inputs) -> None:
