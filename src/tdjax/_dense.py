@@ -1,4 +1,4 @@
-"""The Dense family: one kernel for all steps, one for the whole sequence, one a step.
+"""The Dense family: one kernel for all steps, one per step, one for the sequence.
 
 Each is a pure function of a parameter dict with Flax's names and shapes, so the
 parameters of an `nn.Dense` can be used as they are:
@@ -47,13 +47,13 @@ def init_dense(
 
     Args:
       key: a PRNG key.
-      in_features: size of the input's last axis.
-      features: size of the output's last axis.
+      in_features: input features.
+      features: output features.
       use_bias: whether there is a bias.
-      dtype: the parameters' dtype.
-      kernel_init: initializer of the kernel, as in `jax.nn.initializers`. The
-        default is Flax's: LeCun normal.
-      bias_init: initializer of the bias.
+      dtype: the dtype of the parameters.
+      kernel_init: an initializer as in `jax.nn.initializers`, by default LeCun normal
+        as in Flax.
+      bias_init: likewise, by default zeros.
 
     Returns:
       `{"kernel": (in_features, features), "bias": (features,)}`.
@@ -68,8 +68,7 @@ def init_dense(
       >>> sum(p.size for p in params.values())
       55
     """
-    require_positive_int("in_features", in_features)
-    require_positive_int("features", features)
+    _require_sizes(in_features=in_features, features=features)
     shape = (in_features, features)
     return _init(key, shape, use_bias, dtype, kernel_init, bias_init)
 
@@ -85,17 +84,14 @@ def init_flatten_dense(
     kernel_init: Initializer = default_kernel_init,
     bias_init: Initializer = default_bias_init,
 ) -> Params:
-    """Makes the parameters of `flatten_dense`; arguments as in `init_dense`.
+    """Makes the parameters of `flatten_dense`.
 
     Args:
       key: a PRNG key.
       timesteps: number of steps, the same for input and output.
       in_features: input features of each step.
       features: output features of each step.
-      use_bias: whether there is a bias.
-      dtype: the parameters' dtype.
-      kernel_init: initializer of the kernel.
-      bias_init: initializer of the bias.
+      use_bias, dtype, kernel_init, bias_init: as in `init_dense`.
 
     Returns:
       `{"kernel": (timesteps * in_features, timesteps * features),
@@ -111,9 +107,7 @@ def init_flatten_dense(
       >>> sum(p.size for p in params.values())
       260
     """
-    require_positive_int("timesteps", timesteps)
-    require_positive_int("in_features", in_features)
-    require_positive_int("features", features)
+    _require_sizes(timesteps=timesteps, in_features=in_features, features=features)
     shape = (timesteps * in_features, timesteps * features)
     return _init(key, shape, use_bias, dtype, kernel_init, bias_init)
 
@@ -129,18 +123,15 @@ def init_per_step_dense(
     kernel_init: Initializer = default_per_step_kernel_init,
     bias_init: Initializer = default_bias_init,
 ) -> Params:
-    """Makes the parameters of `per_step_dense`; arguments as in `init_dense`.
+    """Makes the parameters of `per_step_dense`.
 
     Args:
       key: a PRNG key.
       timesteps: number of steps.
       in_features: input features of each step.
       features: output features of each step.
-      use_bias: whether there is a bias.
-      dtype: the parameters' dtype.
-      kernel_init: initializer of the kernel. The default takes the first axis as
-        a batch of kernels, so each step starts as a `dense` would.
-      bias_init: initializer of the bias.
+      use_bias, dtype, kernel_init, bias_init: as in `init_dense`. By default each
+        step's kernel starts as that of a `dense`.
 
     Returns:
       `{"kernel": (timesteps, in_features, features), "bias": (timesteps, features)}`.
@@ -155,9 +146,7 @@ def init_per_step_dense(
       >>> sum(p.size for p in params.values())
       80
     """
-    require_positive_int("timesteps", timesteps)
-    require_positive_int("in_features", in_features)
-    require_positive_int("features", features)
+    _require_sizes(timesteps=timesteps, in_features=in_features, features=features)
     shape = (timesteps, in_features, features)
     return _init(key, shape, use_bias, dtype, kernel_init, bias_init)
 
@@ -167,9 +156,9 @@ def dense(
 ) -> Shaped[Array, "*lead features"]:
     """Multiplies the last axis by one kernel, the same at every step.
 
-    It already is time-distributed: whatever axes stand before the last are
-    batch-like, so `dense(params, x)` and `time_distributed(dense)` are one program.
-    The result's dtype follows JAX's promotion of `x`, kernel and bias.
+    All axes before the last are treated alike, so `dense(params, x)` is already
+    distributed over time: `time_distributed(dense)` compiles to the same program. The
+    result has the dtype that JAX promotes `x`, kernel and bias to.
 
     Args:
       params: `{"kernel": (in_features, features), "bias": (features,)}`; the bias
@@ -201,8 +190,8 @@ def flatten_dense(
 ) -> Shaped[Array, "*lead timesteps features"]:
     """Flattens time and features, multiplies by one kernel, and splits them again.
 
-    Every output step depends on every input step, and the number of steps is fixed
-    by the kernel.
+    Every output step depends on every input step. The kernel fixes the number of
+    steps.
 
     Args:
       params: `{"kernel": (timesteps * in_features, timesteps * features),
@@ -245,9 +234,9 @@ def per_step_dense(
     params: Mapping[str, Any],
     x: Shaped[Array | np.ndarray, "*lead timesteps in_features"],
 ) -> Shaped[Array, "*lead timesteps features"]:
-    """Multiplies each step by a kernel of its own.
+    """Multiplies each step by its own kernel.
 
-    Keras has no such layer for Dense; its `LocallyConnected1D` of kernel size 1 was it.
+    It is what `LocallyConnected1D` with kernel size 1 was in Keras 2.
 
     Args:
       params: `{"kernel": (timesteps, in_features, features),
@@ -277,7 +266,7 @@ def per_step_dense(
 
 
 def as_per_step(params: Mapping[str, Any], timesteps: int) -> Params:
-    """Writes `dense` parameters as those of the same function in `per_step_dense`.
+    """Turns `dense` parameters into `per_step_dense` ones of the same function.
 
     Args:
       params: parameters of `dense`.
@@ -285,7 +274,7 @@ def as_per_step(params: Mapping[str, Any], timesteps: int) -> Params:
 
     Returns:
       `{"kernel": (timesteps, in_features, features), "bias": (timesteps, features)}`,
-      every step's slice equal.
+      with equal slices for all steps.
 
     Raises:
       TypeError: if `params` is not a mapping or `timesteps` not an int.
@@ -304,12 +293,12 @@ def as_per_step(params: Mapping[str, Any], timesteps: int) -> Params:
 
 
 def as_flatten(params: Mapping[str, Any], timesteps: int) -> Params:
-    """Writes `dense` or `per_step_dense` parameters as those of `flatten_dense`.
+    """Turns `dense` or `per_step_dense` parameters into `flatten_dense` ones.
 
-    The kernel is block diagonal, one block a step; for shared parameters it is the
+    The kernel is block diagonal with one block per step. For `dense` it is the
     Kronecker product of the identity and the kernel (Van Loan 2000, "The ubiquitous
-    Kronecker product"). The blocks outside the diagonal are exact zeros, also where
-    the kernel holds inf or NaN.
+    Kronecker product"). The other blocks are exact zeros, even where the kernel holds
+    inf or NaN.
 
     Args:
       params: parameters of `dense` (kernel of rank 2) or `per_step_dense` (rank 3).
@@ -341,6 +330,11 @@ def as_flatten(params: Mapping[str, Any], timesteps: int) -> Params:
         )
     flat_bias = None if bias is None else jnp.reshape(bias, (-1,))
     return _as_params(_block_diagonal(kernel), flat_bias)
+
+
+def _require_sizes(**sizes: Any) -> None:
+    for name, size in sizes.items():
+        require_positive_int(name, size)
 
 
 def _init(key, kernel_shape, use_bias, dtype, kernel_init, bias_init) -> Params:

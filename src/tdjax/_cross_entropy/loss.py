@@ -1,6 +1,10 @@
-"""Losses of sequences: the softmax head at every step and its cross-entropy in one."""
+"""The loss of a softmax head at every step: arguments, their checks, block sizes.
+
+`blocks` computes it.
+"""
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -37,54 +41,51 @@ def linear_cross_entropy(
 ) -> Float[Array, "..."]:
     """The cross-entropy of `dense(params, hidden)`, without its `(..., words)` logits.
 
-    The same as `optax.softmax_cross_entropy_with_integer_labels(logits, labels)` of the
-    logits of a Dense head at every step, and a mean over the steps that count. But the
-    logits are made a block at a time, and with `reduction="mean"` and `"sum"` their
-    gradients are made in the same pass. So the memory is that of a block, and of the
-    gradients themselves.
+    Gives what `optax.softmax_cross_entropy_with_integer_labels` gives for the logits of
+    a Dense head at every step, averaged over the valid steps. But only a block of
+    logits exists at a time, and `"mean"` and `"sum"` make their gradients in the same
+    pass. Half precision is summed in float32.
 
-    It works under `jit`, `vmap`, `grad` and `jax.checkpoint`. Second derivatives are
-    right (`jax.hessian`, `grad` of `grad`); forward mode alone (`jax.jvp`) is refused.
-    `jax.shard_map` needs `check_vma=False`. Call it under `jit`: its loops are compiled
-    at each call otherwise. Products of half-precision inputs are summed in float32, and
-    so are losses.
+    It works under `jit`, `vmap`, `grad`, `jax.hessian` and `jax.checkpoint`; forward
+    mode (`jax.jvp`, `jax.jacfwd`) is not supported. `jax.shard_map` needs
+    `check_vma=False`. Call it under `jit`: its loops are compiled at each call
+    otherwise. See docs/guide.md#loss.
 
     Args:
       params: `{"kernel": (features, words), "bias": (words,)}`, as of `dense` and of
-        Flax's `Dense`; the bias may be missing. For a tied embedding, `(words,
-        features)`, the kernel is its transpose.
-      hidden: `(..., features)`, the inputs of the head: `(batch, time, features)`, say.
-      labels: `(...)`, integers from 0 to `words - 1`, but for masked and ignored steps,
-        where they may be anything. Inside `jit`, where values can't be looked at, any
-        other label makes the loss and its gradient NaN.
-      mask: `(...)`, bool: the steps that count, all by default. Others have the loss 0,
-        and neither get nor give a gradient, were `hidden` NaN there.
-      reduction: `"mean"` over the steps that count, 0 if there are none; `"sum"`; or
-        `"none"` for the loss of each step. The gradient of `"none"` makes the logits
-        once more.
-      label_smoothing: from 0 to 1: the share of the label's weight that is spread over
-        all words, as by `optax.smooth_labels`.
+        Flax's `Dense`; the bias may be absent. The kernel of a tied embedding, `(words,
+        features)`, is its transpose.
+      hidden: `(..., features)`, the inputs of the head, such as `(batch, time,
+        features)`.
+      labels: `(...)`, integers from 0 to `words - 1`; anything at masked and ignored
+        steps. Inside `jit`, where values can't be checked, any other label makes the
+        loss and its gradient NaN.
+      mask: `(...)`, bool, True at the valid steps; by default all. Masked steps have
+        the loss 0 and contribute no gradient, even where `hidden` is NaN.
+      reduction: `"mean"` over the valid steps, 0 if there are none; `"sum"`; or
+        `"none"` for the loss of each step, whose gradient makes the logits again.
+      label_smoothing: from 0 to 1, the share of the label's weight that is spread over
+        all words, as in `optax.smooth_labels`.
       z_loss: the weight of the squared log of the softmax's denominator, which is added
         to each loss (Chowdhery et al. 2022).
       logits_soft_cap: bounds the logits smoothly: `cap * tanh(logits / cap)` (Bello et
         al. 2016).
-      ignore_class: a label that marks steps to leave out, as does the mask.
-      chunk_size: steps in a block of logits. By default chosen by shape, so that a
-        block has at most a ninth of all logits, or little memory (32 MB on a CPU, 256
-        MB elsewhere).
-      vocab_chunk_size: words in a block. By default all, unless the vocabulary is so
-        large for the number of steps that a chunk would have less than 256 of them.
-        With words in chunks the gradient makes the logits twice. The loss alone has
-        smaller blocks of its own.
+      ignore_class: a label that marks steps to leave out, as the mask does.
+      chunk_size: steps per block of logits. The default follows the shapes: a block has
+        at most a ninth of all logits, or little memory (32 MB on a CPU, 256 MB
+        elsewhere).
+      vocab_chunk_size: words per block. By default all, unless the vocabulary is so
+        large for the number of steps that a block would have fewer than 256 of them.
+        With words in chunks the gradient makes the logits twice.
 
     Returns:
       The mean or sum, `()`, or the losses, `(...)`: float32, or float64 if the inputs
       are.
 
     Raises:
-      TypeError: if an argument is of the wrong kind.
-      ValueError: if shapes do not fit each other, an option is out of its range, or a
-        label that counts is no word.
+      TypeError: if an argument is of the wrong kind, or under forward mode.
+      ValueError: if shapes do not fit each other, an option is out of range, or an
+        unmasked label is outside the vocabulary.
 
     Example:
       >>> import jax, jax.numpy as jnp, tdjax
@@ -109,56 +110,76 @@ def linear_cross_entropy(
       https://arxiv.org/abs/1611.09940 (soft cap).
     """
     params, hidden = _require_head(params, hidden)
-    _check_steps(hidden, labels, mask)
-    # Numbers of words need not fit the dtype that the labels came in.
+    features, words = params["kernel"].shape
+    _check_steps(hidden, labels, mask, words)
+    _check_options(reduction, label_smoothing, z_loss, logits_soft_cap, ignore_class)
+    _check_sizes(chunk_size=chunk_size, vocab_chunk_size=vocab_chunk_size)
+    # The number of words need not fit the dtype of the labels.
     labels = jnp.asarray(labels)
     labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
-    _check_options(reduction, label_smoothing, z_loss, logits_soft_cap, ignore_class)
-    for name, size in (
-        ("chunk_size", chunk_size),
-        ("vocab_chunk_size", vocab_chunk_size),
-    ):
-        if size is not None:
-            require_positive_int(name, size)
-    features, words = params["kernel"].shape
     valid = _valid_steps(labels, mask, ignore_class)
     _check_labels(labels, valid, words)
-    # Where a loss is hidden, neither NaN nor its gradient passes. A label that is no
-    # word makes both NaN.
-    over_features = lambda steps: over_trailing_axes(steps, hidden.ndim)
-    known = (labels >= 0) & (labels < words)
-    hidden = jnp.where(over_features(known), hidden, jnp.nan)
-    hidden = jnp.where(over_features(valid), hidden, 0)
-    labels, valid = (jnp.ravel(jnp.where(valid, labels, 0)), jnp.ravel(valid))
-    steps = labels.shape[0]
+
+    hidden, labels = _guard(hidden, labels, valid, words)
+    steps, valid = labels.size, jnp.ravel(valid)
+    rows = params, jnp.reshape(hidden, (steps, features)), jnp.ravel(labels)
     sizes = _block_sizes(steps, features, words, chunk_size, vocab_chunk_size)
     is_half = jnp.finfo(hidden.dtype).bits < 32
     cap = None if logits_soft_cap is None else float(logits_soft_cap)
     head = Head(float(label_smoothing), float(z_loss), cap, *sizes, is_half)
-    rows = params, jnp.reshape(hidden, (steps, features)), labels
-    if reduction == "none":
-        losses = jnp.where(valid, losses_per_step(head, *rows), 0)
-        return jnp.reshape(losses, hidden.shape[:-1])
-    weights = valid.astype(jnp.promote_types(hidden.dtype, jnp.float32))
-    if reduction == "mean":
-        weights /= jnp.maximum(jnp.sum(weights), 1)
-    return weighted_loss(head, *rows, weights)
+    try:
+        if reduction == "none":
+            losses = jnp.where(valid, losses_per_step(head, *rows), 0)
+            return jnp.reshape(losses, labels.shape)
+        weights = valid.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+        if reduction == "mean":
+            weights /= jnp.maximum(jnp.sum(weights), 1)
+        return weighted_loss(head, *rows, weights)
+    except TypeError as error:
+        _explain_forward_mode(error)
+        raise
+
+
+def _guard(hidden, labels, valid, words: int) -> tuple[Any, Any]:
+    """Zeros at masked steps, and NaN where a label is outside the vocabulary.
+
+    So neither a NaN nor its gradient passes from a masked step, and an impossible
+    label makes both the loss and its gradient NaN.
+    """
+    over_features = lambda steps: over_trailing_axes(steps, hidden.ndim)
+    known = (labels >= 0) & (labels < words)
+    hidden = jnp.where(over_features(known), hidden, jnp.nan)
+    hidden = jnp.where(over_features(valid), hidden, 0)
+    return hidden, jnp.where(valid, labels, 0)
+
+
+def _explain_forward_mode(error: TypeError) -> None:
+    if "custom_vjp" in str(error):
+        error.add_note(
+            "linear_cross_entropy has no forward mode (jax.jvp, jax.jacfwd, "
+            "jax.linearize). Use reverse mode (jax.grad, jax.vjp, jax.hessian), or "
+            "make the logits with tdjax.dense."
+        )
 
 
 def _require_head(params: Any, hidden: Any) -> tuple[dict[str, Any], Any]:
-    """`(params, hidden)`, once it is sure that they fit each other."""
+    """`(params, hidden)` in one dtype, after checking that they fit each other."""
+    _explain_params(params)
     kernel, bias = require_params(params, 2, "(features, words)", "(words,)")
     require_array("hidden", hidden, 1, "(..., features)")
     for name, x in (("hidden", hidden), ("params['kernel']", kernel)):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{name} must be of floats, got {describe(x)}.")
     if hidden.shape[-1] != kernel.shape[0] or not kernel.shape[1]:
+        is_transposed = hidden.shape[-1] == kernel.shape[1]
         raise ValueError(
             "hidden must have the features of params['kernel'] (features, words), and "
-            f"there must be a word: got hidden {describe(hidden)}, kernel "
+            f"the vocabulary must not be empty: got hidden {describe(hidden)}, kernel "
             f"{describe(kernel)}."
+            + " Transpose the kernel: params['kernel'].T."
+            * is_transposed
         )
-    # Of one dtype, as their product has it; the bias as the sums that it is added to.
+    # One dtype for the product; the bias in that of the sums it is added to.
     dtype = jnp.result_type(hidden, kernel)
     params = {"kernel": jnp.asarray(kernel).astype(dtype)}
     if bias is not None:
@@ -167,8 +188,31 @@ def _require_head(params: Any, hidden: Any) -> tuple[dict[str, Any], Any]:
     return params, jnp.asarray(hidden).astype(dtype)
 
 
-def _check_steps(hidden: Any, labels: Any, mask: Any) -> None:
+def _explain_params(params: Any) -> None:
+    """Refuses parameters of other layouts that people have at hand."""
+    if not isinstance(params, Mapping):
+        return
+    if "embedding" in params:
+        raise ValueError(
+            "params must have the key 'kernel' (features, words), got 'embedding' "
+            f"{describe(params['embedding'])}. Give {{'kernel': embedding.T}}."
+        )
+    inner = params.get("params", {})
+    if isinstance(inner, Mapping) and inner:
+        where = "" if "kernel" in inner else f"[{next(iter(inner))!r}]"
+        raise ValueError(
+            "params must be the dict of the head with 'kernel' and 'bias', got the "
+            f"variables of a module. Give variables['params']{where}."
+        )
+
+
+def _check_steps(hidden: Any, labels: Any, mask: Any, words: int) -> None:
     require_array("labels", labels, 0, "(...)")
+    if labels.shape == (*hidden.shape[:-1], words) and labels.ndim == hidden.ndim:
+        raise ValueError(
+            "labels must have the shape of hidden without its features, got one-hot "
+            f"labels or probabilities {describe(labels)}. Give labels.argmax(-1)."
+        )
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels must be integers, got {describe(labels)}.")
     if labels.shape != hidden.shape[:-1]:
@@ -210,6 +254,12 @@ def _check_options(
             )
 
 
+def _check_sizes(**sizes: Any) -> None:
+    for name, size in sizes.items():
+        if size is not None:
+            require_positive_int(name, size)
+
+
 def _require_number(name: str, value: Any) -> None:
     kinds = int | float | np.integer | np.floating
     if isinstance(value, bool) or not isinstance(value, kinds):
@@ -229,8 +279,8 @@ def _check_labels(labels, valid, words: int) -> None:
     if wrong.any():
         place = tuple(int(i) for i in np.argwhere(wrong)[0])
         raise ValueError(
-            f"labels must be from 0 to {words - 1}, params['kernel']'s words, at "
-            f"steps that count; got {labels[place]} at {place} ({int(wrong.sum())} of "
+            f"labels must be from 0 to {words - 1} at unmasked steps, for the words of "
+            f"params['kernel']; got {labels[place]} at {place} ({int(wrong.sum())} of "
             f"{wrong.size} are out of range). Mask them, or give ignore_class."
         )
 
@@ -244,9 +294,9 @@ def _block_sizes(
 ) -> tuple[int, int, int, int]:
     """Steps and words in a block of logits, with gradients and without.
 
-    Few steps in a block cost passes over the kernel's gradient, many cost memory: at
-    most a ninth of all logits, if that is not little anyway. Where that leaves too few
-    steps, the words go in chunks, and the logits are made twice.
+    Small blocks cost passes over the kernel's gradient, large ones memory. So a block
+    has at most a ninth of all logits, or little memory. Where that leaves too few
+    steps, the words go in chunks and the logits are made twice.
     """
     on_cpu = jax.default_backend() == "cpu"
     little, in_cache = (2**23, 2**20) if on_cpu else (2**26, 2**26)
@@ -267,7 +317,7 @@ def _block_sizes(
 
 
 def _even(steps: Any, size: int) -> int:
-    """At most `size`, with the least to fill up in the last chunk."""
+    """The size of equal chunks of at most `size` steps."""
     # A symbolic number of steps can't be compared.
     if not isinstance(steps, int):
         return size
