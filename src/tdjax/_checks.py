@@ -90,7 +90,7 @@ _ADAPTERS = {
 }
 
 
-def _adapter_of(layer: Any) -> str | None:
+def adapter_of(layer: Any) -> str | None:
     """The adapter for a layer or a class of layers, None for anything else."""
     kind = layer if isinstance(layer, type) else type(layer)
     names = [(base.__module__, base.__name__) for base in kind.__mro__]
@@ -99,7 +99,7 @@ def _adapter_of(layer: Any) -> str | None:
 
 def refuse_module(fun: Any) -> None:
     """Refuses a layer as a function: its variables need an adapter."""
-    adapter = _adapter_of(fun)
+    adapter = adapter_of(fun)
     if adapter is not None:
         instance = f"({fun.__name__}(...))" if isinstance(fun, type) else ""
         raise TypeError(
@@ -112,7 +112,7 @@ def require_layer(name: str, layer: Any, module_class: type, adapter: str) -> No
     """Refuses what is not an instance of the adapter's module class."""
     if isinstance(layer, module_class):
         return
-    home = _adapter_of(layer)
+    home = adapter_of(layer)
     framework = adapter.removeprefix("tdjax.")
     if isinstance(layer, list | tuple):
         call = (

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -130,10 +132,10 @@ def test_half_precision_sums_in_float32(dtype, chunk_size, vocab_chunk_size):
     )
     loss, gradients = value_and_gradients(ours, params, hidden, labels)
     wide = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float32), tree)
-    want, of_wide = value_and_gradients(by_optax, wide(params), wide(hidden), labels)
+    want, d_wide = value_and_gradients(by_optax, wide(params), wide(hidden), labels)
     assert loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, want, 1e-5)
-    for got, want in zip(jax.tree.leaves(gradients), jax.tree.leaves(of_wide)):
+    for got, want in zip(jax.tree.leaves(gradients), jax.tree.leaves(d_wide)):
         assert got.dtype == dtype
         error = np.abs(got.astype(jnp.float32) - want).max() / np.abs(want).max()
         assert error < 4 * jnp.finfo(dtype).eps
@@ -217,10 +219,10 @@ def test_words_that_the_bias_bans_have_no_gradient(chunk_size, vocab_chunk_size)
         chunk_size=chunk_size,
         vocab_chunk_size=vocab_chunk_size,
     )
-    loss, (of_params, _) = value_and_gradients(ours, params, hidden, labels)
+    loss, (d_params, _) = value_and_gradients(ours, params, hidden, labels)
     np.testing.assert_allclose(loss, by_optax_on_allowed(params, hidden, labels), 1e-5)
-    assert not np.any(of_params["kernel"][:, :3])
-    assert np.isfinite(of_params["kernel"]).all()
+    assert not np.any(d_params["kernel"][:, :3])
+    assert np.isfinite(d_params["kernel"]).all()
 
 
 def by_optax_on_allowed(params, hidden, labels):
@@ -370,11 +372,31 @@ def test_second_derivatives_where_the_first_are_zero():
     np.testing.assert_allclose(got, want, 1e-4, 1e-5)
 
 
-def test_forward_mode_alone_is_refused_in_words():
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    "differentiate",
+    [lambda f, x: jax.jvp(f, (x,), (x,)), lambda f, x: jax.jacfwd(f)(x)],
+    ids=["jvp", "jacfwd"],
+)
+def test_forward_mode_alone_is_refused_in_words(differentiate, reduction):
     params, hidden, labels = make()
-    loss = lambda hidden: tdjax.linear_cross_entropy(params, hidden, labels)
+    loss = lambda hidden: tdjax.linear_cross_entropy(
+        params, hidden, labels, reduction=reduction
+    )
+    message = "linear_cross_entropy has no forward-mode .* Use jax.grad, jax.vjp"
+    with pytest.raises(TypeError, match=message):
+        differentiate(loss, hidden)
+
+
+def test_forward_mode_around_jit_is_refused_by_jax():
+    """The docstring says so: inside `jit`, JAX finds it after the loss returned."""
+    params, hidden, labels = make()
+    loss = jax.jit(lambda hidden: tdjax.linear_cross_entropy(params, hidden, labels))
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(loss, (hidden,), (hidden,))
+    _, derivative = jax.linearize(loss, hidden)
+    with pytest.raises(TypeError, match="forward-mode"):
+        derivative(hidden)
 
 
 def test_it_exports_with_symbolic_batch_and_time():
@@ -414,7 +436,7 @@ def test_the_logits_are_never_whole():
     ("changes", "error", "message"),
     [
         ({"params": {"bias": jnp.ones(3)}}, ValueError, "params must have the key 'kernel'"),
-        ({"params": {"kernel": jnp.ones((4, 0))}}, ValueError, "there must be a word"),
+        ({"params": {"kernel": jnp.ones((4, 0))}}, ValueError, "vocabulary must not be empty"),
         ({"params": {"kernel": jnp.ones((3, 7))}}, ValueError,
          r"hidden must have the features .* got hidden float32\[2,9,4\], kernel float32\[3,7\]"),
         ({"hidden": jnp.ones((2, 9, 4), int)}, TypeError, r"hidden must be of floats, got int32"),
@@ -441,3 +463,46 @@ def test_errors(user_errors, changes, error, message):
     arguments = {"params": params, "hidden": hidden, "labels": labels, **changes}
     with pytest.raises(error, match=message):
         tdjax.linear_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"labels": jnp.ones((2, 9, 7))}, TypeError, r"got float32\[2,9,7\].*labels.argmax\(-1\)"),
+        ({"labels": jnp.ones((2, 9, 7), int)}, ValueError, r"int32\[2,9,7\].*labels.argmax\(-1\)"),
+        ({"labels": jnp.ones((2, 9, 7), bool)}, TypeError, r"bool\[2,9,7\].*labels.argmax\(-1\)"),
+        ({"params": {"embedding": jnp.ones((7, 4))}}, ValueError,
+         r"key 'kernel' .* got \['embedding'\].*pass {'kernel': params\['embedding'\].T}"),
+        ({"params": {"params": {"kernel": jnp.ones((4, 7))}}}, ValueError,
+         r"got \['params'\]. Pass the head's own part: params\['params'\]\."),
+        ({"params": {"params": {"Dense_0": {"kernel": jnp.ones((4, 7))}}}}, ValueError,
+         r"head's own part: params\['params'\]\['Dense_0'\]\."),
+        ({"params": {"kernel": jnp.ones((7, 4)), "bias": jnp.ones(7)}}, ValueError,
+         r"got hidden float32\[2,9,4\], kernel float32\[7,4\].*pass kernel.T"),
+        ({"params": nn.Dense(7)}, TypeError,
+         r"got a Flax module, Dense. Pass variables\['params'\]"),
+        ({"params": nnx.Linear(4, 7, rngs=nnx.Rngs(0))}, TypeError,
+         r"got a Flax module, Linear. Pass {'kernel': head.kernel\[...\], 'bias'"),
+        ({"hidden": jnp.ones((2, 9), int), "labels": jnp.ones((2, 9, 4))}, TypeError,
+         r"hidden must be of floats, got int32\[2,9\]. Are hidden and labels swapped?"),
+        ({"hidden": jnp.ones((2, 4), int), "labels": jnp.ones((2, 9, 4))}, TypeError, "swapped"),
+        ({"mask": jnp.ones((2, 9), int)}, TypeError, r"mask must be bool, .* got int32\[2,9\]"),
+        ({"mask": jnp.array([9, 4])}, TypeError, r"got int32\[2\].*lengths_to_mask"),
+        ({"mask": jnp.ones((9, 2), bool)}, ValueError, r"got bool\[9,2\] .* pass mask.T"),
+        ({"mask": jnp.ones((2, 9, 1), bool)}, ValueError, r"got bool\[2,9,1\] for labels int32\[2,9\]"),
+    ],
+)  # fmt: skip
+def test_errors_say_what_to_pass_instead(user_errors, changes, error, message):
+    params, hidden, labels = make()
+    arguments = {"params": params, "hidden": hidden, "labels": labels, **changes}
+    with pytest.raises(error, match=message):
+        tdjax.linear_cross_entropy(**arguments)
+
+
+def test_what_the_error_for_an_nnx_layer_says_is_right():
+    _, hidden, labels = make()
+    head = nnx.Linear(F, V, rngs=nnx.Rngs(0))
+    params = {"kernel": head.kernel[...], "bias": head.bias[...]}
+    got = tdjax.linear_cross_entropy(params, hidden, labels)
+    losses = optax.softmax_cross_entropy_with_integer_labels(head(hidden), labels)
+    np.testing.assert_allclose(got, losses.mean(), 1e-5)

@@ -1,21 +1,26 @@
-"""A softmax over a large vocabulary and its gradient, a block of logits at a time.
+"""The cross-entropy of a softmax head and its gradients, one block of logits at a time.
 
-In: a `Head` (options and block sizes), params `{"kernel": (features, words), "bias":
-(words,)}`, hidden `(rows, features)` and labels `(rows,)`; a row is one step. Out: the
-losses `(rows,)` or their weighted sum, differentiable by params and hidden. Rows go in
-chunks, and so may the words: a block of logits is `(chunk_size, vocab_chunk_size)`,
-and no more of them exist at once.
+In: the head's params, `hidden` (steps, features) and `labels` (steps,), already checked
+and flattened by `loss`. Out: the loss of every step (`losses_of_steps`) or a weighted
+sum of them (`weighted_loss`), each with a backward pass of its own.
 
-* `_losses_only`: the losses need only the log of a sum of exponentials. It is summed
-  over the chunks of words with a running maximum (Milakov and Gimelshein 2018,
-  https://arxiv.org/abs/1805.02867).
-* `_losses_and_gradients`: the gradients of a weighted sum of losses are computed along
-  with the losses, while the logits exist (Hsu et al. 2024,
-  https://arxiv.org/abs/2410.10989). The backward pass only scales them. With words in
-  chunks the logits are made twice, first for the log of the sum (Wijmans et al. 2024,
-  https://arxiv.org/abs/2411.09009).
+Steps go in chunks of rows, and so may the words: a block of logits has the shape
+`(chunk_size, vocab_chunk_size)`, and only one exists at a time. For each row chunk:
 
-Names: `d_x` is the gradient of the loss by `x`.
+1. `_block`: the logits of the block, with bias and soft cap.
+2. `_normalizer`: each row's sum of exponentials. Over word chunks it is summed with a
+   running maximum (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867).
+3. `_losses`: the losses, from the normalizer alone.
+4. `_d_logits`, then `_add_products`: the gradients by the logits, and from them those
+   by params, summed over all blocks, and by `hidden`.
+
+`weighted_loss` does all four in its forward pass, while the logits exist; its backward
+pass only scales the gradients (Hsu et al. 2024, https://arxiv.org/abs/2410.10989). With
+the words in chunks the logits are computed twice, for step 2 and again for step 4
+(Wijmans et al. 2024, https://arxiv.org/abs/2411.09009).
+
+What must hold: only inputs, and operands of matrix products, are narrower than float32.
+A word that the bias bans (-inf) has probability 0 and no gradient, never NaN.
 """
 
 import functools
@@ -33,11 +38,10 @@ ONE_PER_ROW: dict[str, Any] = {
 
 
 class Head(NamedTuple):
-    """The options of the loss of one step, and the sizes of the blocks.
+    """The options: the loss of one step, and the sizes of the blocks.
 
-    The loss of logits z and the label y is `lse(z) - (1 - label_smoothing) * z[y] -
-    label_smoothing * mean(z) + z_loss * lse(z) ** 2`, where `lse` is the log of the sum
-    of exponentials. The forward sizes are those of the losses without gradients.
+    With logits z and label y, the loss is `lse(z) - (1 - label_smoothing) * z[y] -
+    label_smoothing * mean(z) + z_loss * lse(z) ** 2`, where `lse` is log-sum-exp.
     """
 
     label_smoothing: float
@@ -52,8 +56,8 @@ class Head(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def weighted_loss(head: Head, params: Params, hidden, labels, weights):
-    """The sum of `weights * losses`; its gradients are made in the forward pass."""
-    return _weighted_sum(weights, _losses_only(head, params, hidden, labels))
+    """The sum of `weights * losses`; the forward pass computes its gradients."""
+    return _weighted_sum(weights, _forward(head, params, hidden, labels))
 
 
 def _weighted_loss_forward(head, params, hidden, labels, weights):
@@ -70,12 +74,12 @@ def _weighted_loss_backward(head, residuals, cotangent):
 
 
 def _weighted_sum(weights, losses):
-    # A step without weight may have an infinite loss, if a bias bans its label.
+    # A masked step may have an infinite loss, where the bias bans its label.
     return jnp.sum(jnp.where(weights == 0, 0, weights * losses))
 
 
 def _empty(x):
-    """An empty array that remembers a dtype."""
+    """An empty array that only records the dtype of `x`."""
     return jnp.zeros((0,), x.dtype)
 
 
@@ -83,13 +87,13 @@ weighted_loss.defvjp(_weighted_loss_forward, _weighted_loss_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def losses_per_step(head: Head, params: Params, hidden, labels):
-    """The losses `(rows,)`; the backward pass makes the logits again."""
-    return _losses_only(head, params, hidden, labels)
+def losses_of_steps(head: Head, params: Params, hidden, labels):
+    """The loss of every step; the backward pass computes the logits again."""
+    return _forward(head, params, hidden, labels)
 
 
 def _losses_forward(head, params, hidden, labels):
-    return _losses_only(head, params, hidden, labels), (params, hidden, labels)
+    return _forward(head, params, hidden, labels), (params, hidden, labels)
 
 
 def _losses_backward(head, residuals, cotangents):
@@ -99,232 +103,223 @@ def _losses_backward(head, residuals, cotangents):
     return *jax.tree.map(cast, gradients, (params, hidden)), None
 
 
-losses_per_step.defvjp(_losses_forward, _losses_backward)
+losses_of_steps.defvjp(_losses_forward, _losses_backward)
 
 
-def _losses_only(head: Head, params: Params, hidden, labels):
-    """The losses `(rows,)`, without gradients."""
+def _forward(head: Head, params: Params, hidden, labels):
+    """`(steps,)` losses without gradients."""
     words, size = _words(params), head.forward_vocab_chunk_size
 
     def chunk_losses(rows):
         hidden, labels = rows
-        return _losses(head, _normalizer(head, params, hidden, labels, size), words)
+        normalizer = _normalizer_over_words(head, params, hidden, labels, size)
+        return _losses(head, normalizer, words)
 
-    rows = _in_chunks((hidden, labels), head.forward_chunk_size)
-    chunked = jax.lax.map(chunk_losses, rows)
-    return _join(chunked, labels.shape[0])
+    chunks = _in_chunks((hidden, labels), head.forward_chunk_size)
+    return _join(jax.lax.map(chunk_losses, chunks), labels.shape[0])
 
 
 def _losses_and_gradients(head: Head, params: Params, hidden, labels, weights):
-    """`(losses, (d_params, d_hidden))`, the gradients of the weighted sum of losses.
+    """`(losses, (d_params, d_hidden))`, the gradients those of the weighted sum.
 
-    Weights are scaled to at most 1 before they meet gradients in half precision, where
-    the small weights of a mean over many steps would underflow. A float16 gradient
-    stays in float32, so that loss scaling can still save its small values.
+    Weights are first scaled to at most 1. The tiny weights of a mean over many steps
+    would make half-precision `d_logits` of small probabilities vanish. Float16
+    gradients stay float32 here, so that loss scaling can still save small ones.
     """
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(weights), initial=0))
     largest = jnp.where(largest > 0, largest, 1)
     relative = weights / largest
-    # Transposed, (words, features), so that a label is a row to add to.
+    # The kernel's gradient is (words, features) until the end: a word chunk is rows.
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x.T, dtype=weights.dtype), params)
 
     def add_chunk(d_params, rows):
         d_params, d_hidden, losses = _add_gradients(head, params, d_params, *rows)
         return d_params, (d_hidden, losses)
 
-    rows = _in_chunks((hidden, labels, relative), head.chunk_size)
-    # Under a second derivative too, no chunk's logits are kept.
+    chunks = _in_chunks((hidden, labels, relative), head.chunk_size)
+    # Under a second derivative, store no chunk's logits either.
     body = jax.checkpoint(add_chunk, prevent_cse=False)
-    d_transposed, chunked = jax.lax.scan(body, zeros, rows)
-    d_hidden, losses = (_join(chunks, labels.shape[0]) for chunks in chunked)
+    d_params, (d_hidden, losses) = jax.lax.scan(body, zeros, chunks)
+    d_hidden, losses = _join(d_hidden, labels.shape[0]), _join(losses, labels.shape[0])
 
-    def scale(gradient, x):
-        small_range = x.dtype == jnp.float16
-        return (largest * gradient).astype(gradient.dtype if small_range else x.dtype)
+    def unscale(gradient, x):
+        keep_wide = x.dtype == jnp.float16
+        return (largest * gradient).astype(gradient.dtype if keep_wide else x.dtype)
 
-    d_params = jax.tree.map(lambda d, x: scale(d.T, x), d_transposed, params)
-    return losses, (d_params, scale(d_hidden, hidden))
+    d_params = jax.tree.map(lambda d_x, x: unscale(d_x.T, x), d_params, params)
+    return losses, (d_params, unscale(d_hidden, hidden))
 
 
 def _add_gradients(head: Head, params, d_params, hidden, labels, weights):
-    """`(d_params, d_hidden, losses)` of a chunk of rows, added to `d_params`.
-
-    `d_params` is transposed, as in `_losses_and_gradients`.
-    """
+    """Of one row chunk, `(d_params, d_hidden, losses)`: `d_params` is added to."""
     words, size = _words(params), head.vocab_chunk_size
     if size >= words:
         block = _block(head, params, hidden, labels, 0, words)
-        exponentials, normalizer = _normalizer_of_block(head, block)
+        exponentials, normalizer = _normalizer(head, block)
         d_logits = _d_logits(head, block, exponentials, normalizer, labels, words)
-        d_params, d_hidden = _d_products(
+        d_params, d_hidden = _add_products(
             params, d_params, hidden, *d_logits, weights, 0
         )
         return d_params, d_hidden, _losses(head, normalizer, words)
 
-    normalizer = _normalizer(head, params, hidden, labels, size)
+    normalizer = _normalizer_over_words(head, params, hidden, labels, size)
 
-    def add_words(carry, start, count):
+    def add_word_chunk(carry, start, count):
         d_params, d_hidden = carry
         local = labels - start
         block = _block(head, params, hidden, local, start, count)
         exponentials = jnp.exp(block.logits - normalizer.shift[:, None])
         d_logits = _d_logits(head, block, exponentials, normalizer, local, words)
-        d_params, part = _d_products(
+        d_params, d_chunk = _add_products(
             params, d_params, hidden, *d_logits, weights, start
         )
-        return d_params, d_hidden + part
+        return d_params, d_hidden + d_chunk
 
-    start = (d_params, jnp.zeros(hidden.shape, weights.dtype))
-    d_params, d_hidden = _over_words(add_words, start, words, size)
+    zeros = (d_params, jnp.zeros(hidden.shape, weights.dtype))
+    d_params, d_hidden = _over_words(add_word_chunk, zeros, words, size)
     return d_params, d_hidden, _losses(head, normalizer, words)
 
 
 class Block(NamedTuple):
-    """A block of logits.
+    """`(rows, words)` logits, and each row's logit at its label.
 
-    Attributes:
-      logits: `(rows, words)`.
-      slope: the derivative of the soft cap there, or None without one.
-      label_logits: `(rows,)`, the logit of each row's label, NaN if it is elsewhere.
+    `label_logit` is NaN where the label is not among the block's words. `slope` is the
+    derivative of the soft cap at each logit, or None without a cap.
     """
 
     logits: Any
     slope: Any
-    label_logits: Any
+    label_logit: Any
 
 
 class Normalizer(NamedTuple):
-    """What the loss needs to know of each row's logits, all `(rows,)`.
+    """Per row: the sum of `exp(logits - shift)`, the label's logit, the logits' sum.
 
-    The sum and its shift are kept apart: at logits of 1e5 the log of the sum alone has
-    lost the digits that tell one half from one third.
-
-    Attributes:
-      shift: the largest logit.
-      exponential_sum: the sum of `exp(logits - shift)`.
-      label_logits: the label's logit.
-      logit_sum: the sum of the logits, for label smoothing.
+    Shift and sum are kept apart: at logits of 1e5 their combined log, `log_sum_exp`,
+    has lost the digits that tell a probability of 1/2 from one of 1/3. `logit_sum` is
+    0 unless labels are smoothed.
     """
 
     shift: Any
-    exponential_sum: Any
-    label_logits: Any
+    exp_sum: Any
+    label_logit: Any
     logit_sum: Any
 
     @property
-    def log(self):
-        """The log of the sum of the logits' exponentials."""
-        return jnp.log(self.exponential_sum) + self.shift
+    def log_sum_exp(self):
+        """The log of the softmax's denominator."""
+        return jnp.log(self.exp_sum) + self.shift
 
 
 def _block(head: Head, params: Params, hidden, labels, start, count: int) -> Block:
-    """The block of `count` words from `start`; `labels` count from `start` too."""
+    """The logits of `count` words from `start`; `labels` count from `start` too."""
     params = {name: _slice(x, start, count) for name, x in params.items()}
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     products = jnp.matmul(hidden, params["kernel"], preferred_element_type=wide)
-    label_logits = _at_labels(products, labels).get(mode="fill", fill_value=jnp.nan)
+    label_logit = _at_labels(products, labels).get(mode="fill", fill_value=jnp.nan)
     bias = params.get("bias")
     if bias is None:
-        return Block(*_cap(head, products), _cap(head, label_logits)[0])
-    # After the labels' products are taken, XLA can add the bias in place.
-    barrier = jax.lax.optimization_barrier
-    products, label_logits = barrier((products, label_logits))
-    label_logits = label_logits + bias.at[labels].get(mode="clip")
-    return Block(*_cap(head, products + bias), _cap(head, label_logits)[0])
+        return Block(*_cap(head, products), _cap(head, label_logit)[0])
+    # Reading the labels' logits first lets the bias be added in place.
+    products, label_logit = jax.lax.optimization_barrier((products, label_logit))
+    label_logit = label_logit + bias.at[labels].get(mode="clip")
+    return Block(*_cap(head, products + bias), _cap(head, label_logit)[0])
 
 
 def _cap(head: Head, logits):
-    """`(logits, slope)` after the soft cap."""
+    """`(logits, slope)`: the soft cap and its derivative."""
     if head.logits_soft_cap is None:
         return logits, None
     bounded = jnp.tanh(logits / head.logits_soft_cap)
     return head.logits_soft_cap * bounded, 1 - bounded**2
 
 
-def _normalizer_of_block(head: Head, block: Block) -> tuple[Any, Normalizer]:
+def _normalizer(head: Head, block: Block) -> tuple[Any, Normalizer]:
     """`(exponentials, normalizer)` of a block that has all words."""
-    logits = block.logits
-    shift = _finite(jax.lax.stop_gradient(logits.max(-1)))
-    exponentials = jnp.exp(logits - shift[:, None])
-    sums = exponentials.sum(-1)
-    logit_sum = _add_sum(head, jnp.zeros_like(sums), block)
-    return exponentials, Normalizer(shift, sums, block.label_logits, logit_sum)
+    shift = _finite(jax.lax.stop_gradient(block.logits.max(-1)))
+    exponentials = jnp.exp(block.logits - shift[:, None])
+    exp_sum = exponentials.sum(-1)
+    logit_sum = _add_logits(head, jnp.zeros_like(exp_sum), block)
+    return exponentials, Normalizer(shift, exp_sum, block.label_logit, logit_sum)
 
 
-def _normalizer(head: Head, params, hidden, labels, size: int) -> Normalizer:
-    """The same, with the words in chunks of `size`."""
+def _normalizer_over_words(head: Head, params, hidden, labels, size: int) -> Normalizer:
+    """The normalizer from blocks of `size` words, with a running maximum."""
     words, rows = _words(params), hidden.shape[0]
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
 
-    def add_words(carry, start, count):
-        largest, sums, label_logits, logit_sum = carry
+    def add_word_chunk(carry, start, count):
+        largest, exp_sum, label_logit, logit_sum = carry
         block = _block(head, params, hidden, labels - start, start, count)
         larger = jnp.maximum(largest, jax.lax.stop_gradient(block.logits.max(-1)))
         shift = _finite(larger)
-        sums *= jnp.exp(largest - shift)
-        sums += jnp.exp(block.logits - shift[:, None]).sum(-1)
+        exp_sum *= jnp.exp(largest - shift)
+        exp_sum += jnp.exp(block.logits - shift[:, None]).sum(-1)
         inside = (labels >= start) & (labels < start + count)
-        label_logits = jnp.where(inside, block.label_logits, label_logits)
-        return larger, sums, label_logits, _add_sum(head, logit_sum, block)
+        label_logit = jnp.where(inside, block.label_logit, label_logit)
+        return larger, exp_sum, label_logit, _add_logits(head, logit_sum, block)
 
     zeros = jnp.zeros(rows, wide)
     # A label outside the vocabulary leaves NaN.
     carry = (zeros - jnp.inf, zeros, zeros + jnp.nan, zeros)
-    largest, *rest = _over_words(add_words, carry, words, size)
-    return Normalizer(_finite(largest), *rest)
+    largest, *sums = _over_words(add_word_chunk, carry, words, size)
+    return Normalizer(_finite(largest), *sums)
 
 
 def _finite(largest):
-    """Zero in the place of minus infinity, where a bias bans every word."""
+    """0 for minus infinity, the largest logit if the bias bans every word."""
     return jnp.where(jnp.isneginf(largest), 0, largest)
 
 
-def _add_sum(head: Head, logit_sum, block: Block):
-    """Only label smoothing needs the sum of the logits."""
+def _add_logits(head: Head, logit_sum, block: Block):
+    """Adds the block's logits, which only label smoothing needs."""
     return logit_sum + block.logits.sum(-1) if head.label_smoothing else logit_sum
 
 
 def _at_labels(x, labels):
+    """`x.at[row, labels[row]]` for every row."""
     # Negative indices would count from the end.
-    inside = jnp.where(labels < 0, x.shape[1], labels)
-    return x.at[jnp.arange(x.shape[0]), inside]
+    columns = jnp.where(labels < 0, x.shape[1], labels)
+    return x.at[jnp.arange(x.shape[0]), columns]
 
 
 def _losses(head: Head, normalizer: Normalizer, words: int):
-    losses = normalizer.log - (1 - head.label_smoothing) * normalizer.label_logits
+    log_sum_exp = normalizer.log_sum_exp
+    losses = log_sum_exp - (1 - head.label_smoothing) * normalizer.label_logit
     if head.label_smoothing:
         losses -= head.label_smoothing / words * normalizer.logit_sum
-    return losses + head.z_loss * normalizer.log**2 if head.z_loss else losses
+    return losses + head.z_loss * log_sum_exp**2 if head.z_loss else losses
 
 
 def _d_logits(head: Head, block: Block, exponentials, normalizer, labels, words):
-    """`(d_logits, scale)`: the gradients by the logits are `scale[:, None] * d_logits`.
+    """The losses' gradients by the logits, as `(d_logits, scale)`, a scale per row.
 
-    Plain cross-entropy leaves the division by the sum to `scale`, a smaller array.
+    Plain cross-entropy leaves the division by the sums to the scale, which later
+    multiplies smaller arrays.
     """
     is_plain = not (head.label_smoothing or head.z_loss or head.logits_soft_cap)
     if is_plain and not head.is_half:
-        sums = normalizer.exponential_sum
-        d_logits = _at_labels(exponentials, labels).add(-sums, **ONE_PER_ROW)
-        return d_logits, 1 / sums
-    share = (1 + 2 * head.z_loss * normalizer.log) / normalizer.exponential_sum
+        at_labels = _at_labels(exponentials, labels)
+        d_logits = at_labels.add(-normalizer.exp_sum, **ONE_PER_ROW)
+        return d_logits, 1 / normalizer.exp_sum
+    share = (1 + 2 * head.z_loss * normalizer.log_sum_exp) / normalizer.exp_sum
     d_logits = exponentials * share[:, None]
     d_logits -= head.label_smoothing / words
-    d_label = head.label_smoothing - 1
-    d_logits = _at_labels(d_logits, labels).add(d_label, **ONE_PER_ROW)
+    at_labels = _at_labels(d_logits, labels)
+    d_logits = at_labels.add(head.label_smoothing - 1, **ONE_PER_ROW)
     return d_logits if block.slope is None else d_logits * block.slope, 1.0
 
 
-def _d_products(params: Params, d_params, hidden, d_logits, scale, weights, start):
-    """`(d_params, d_hidden)` of a block, added to `d_params` at its words."""
+def _add_products(params: Params, d_params, hidden, d_logits, scale, weights, start):
+    """`(d_params, d_hidden)` of one block, `d_params` added from column `start` on."""
     scale = (weights * scale)[:, None]
     product = functools.partial(jnp.matmul, preferred_element_type=d_logits.dtype)
     narrow = d_logits.astype(hidden.dtype)
-    parts = {"kernel": product(narrow.T, (hidden * scale).astype(hidden.dtype))}
+    d_columns = {"kernel": product(narrow.T, (hidden * scale).astype(hidden.dtype))}
     if "bias" in params:
-        parts["bias"] = jnp.matmul(scale[:, 0], d_logits)
+        d_columns["bias"] = jnp.matmul(scale[:, 0], d_logits)
     add = functools.partial(_add_at, start=start)
-    d_params = jax.tree.map(add, d_params, parts)
+    d_params = jax.tree.map(add, d_params, d_columns)
     kernel = _slice(params["kernel"], start, d_logits.shape[1])
     return d_params, product(narrow, kernel.T) * scale
 
@@ -334,7 +329,7 @@ def _words(params: Params) -> int:
 
 
 def _over_words(body, carry, words: int, size: int):
-    """Runs `carry = body(carry, start, count)` over the words in chunks."""
+    """Runs `body(carry, start, count)` over the vocabulary, a shorter chunk last."""
     whole = words // size
     if whole:
         carry = jax.lax.fori_loop(0, whole, lambda i, c: body(c, i * size, size), carry)
@@ -343,12 +338,14 @@ def _over_words(body, carry, words: int, size: int):
 
 
 def _slice(x, start, count: int):
+    """The columns from `start` to `start + count`."""
     if count == x.shape[-1]:
         return x
     return jax.lax.dynamic_slice_in_dim(x, start, count, axis=-1)
 
 
 def _add_at(whole, part, start):
+    """Adds `part` to the rows of `whole` from `start` on."""
     if part.shape == whole.shape:
         return whole + part
     old = jax.lax.dynamic_slice_in_dim(whole, start, part.shape[0])
@@ -358,8 +355,8 @@ def _add_at(whole, part, start):
 def _in_chunks(rows, size: int):
     """(rows, ...) -> (chunks, size, ...), padded with zeros.
 
-    A chunk has every n-th row, so that each device has a part of every chunk where
-    rows are sharded over devices.
+    A chunk takes every n-th row. So where rows are sharded over devices, each device
+    holds a part of every chunk.
     """
 
     def chunk(x):
@@ -372,5 +369,6 @@ def _in_chunks(rows, size: int):
 
 
 def _join(chunked, rows: Any):
+    """(chunks, size, ...) -> (rows, ...): undoes `_in_chunks`."""
     rows_first = jnp.moveaxis(chunked, 0, 1)
     return jnp.reshape(rows_first, (-1, *chunked.shape[2:]))[:rows]

@@ -1,8 +1,6 @@
-"""The loss of a softmax head at every step: arguments, their checks, block sizes.
+"""The softmax head of every step and its cross-entropy in one: arguments and checks."""
 
-`blocks` computes it.
-"""
-
+import contextlib
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -13,13 +11,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
 from tdjax._checks import (
+    adapter_of,
     describe,
     is_concrete,
     require_array,
     require_params,
     require_positive_int,
 )
-from tdjax._cross_entropy.blocks import Head, losses_per_step, weighted_loss
+from tdjax._cross_entropy.blocks import Head, losses_of_steps, weighted_loss
 from tdjax._masks import over_trailing_axes, require_mask_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -39,147 +38,122 @@ def linear_cross_entropy(
     chunk_size: int | None = None,
     vocab_chunk_size: int | None = None,
 ) -> Float[Array, "..."]:
-    """The cross-entropy of `dense(params, hidden)`, without its `(..., words)` logits.
+    """The cross-entropy of `dense(params, hidden)`, without storing the logits.
 
-    Gives what `optax.softmax_cross_entropy_with_integer_labels` gives for the logits of
-    a Dense head at every step, averaged over the valid steps. But only a block of
-    logits exists at a time, and `"mean"` and `"sum"` make their gradients in the same
-    pass. Half precision is summed in float32.
+    Equals `optax.softmax_cross_entropy_with_integer_labels(logits, labels)` of a Dense
+    head at every step, averaged over the valid steps. But only one block of logits
+    exists at a time, and `reduction="mean"` and `"sum"` compute their gradients in the
+    same pass. So memory is needed for one block and for the gradients only.
 
-    It works under `jit`, `vmap`, `grad`, `jax.hessian` and `jax.checkpoint`; forward
-    mode (`jax.jvp`, `jax.jacfwd`) is not supported. `jax.shard_map` needs
-    `check_vma=False`. Call it under `jit`: its loops are compiled at each call
-    otherwise. See docs/guide.md#loss.
+    Works under `jit`, `vmap`, `grad`, `jax.hessian` and `jax.checkpoint`, and under
+    `jax.shard_map` with `check_vma=False`. Call it under `jit`: otherwise its loops
+    are compiled at every call. See docs/guide.md#loss for memory and precision.
 
     Args:
-      params: `{"kernel": (features, words), "bias": (words,)}`, as of `dense` and of
-        Flax's `Dense`; the bias may be absent. The kernel of a tied embedding, `(words,
-        features)`, is its transpose.
+      params: `{"kernel": (features, words), "bias": (words,)}`, as in `dense` and
+        Flax's `Dense`; the bias is optional. For a tied embedding of shape `(words,
+        features)` pass `{"kernel": embedding.T}`.
       hidden: `(..., features)`, the inputs of the head, such as `(batch, time,
         features)`.
       labels: `(...)`, integers from 0 to `words - 1`; anything at masked and ignored
-        steps. Inside `jit`, where values can't be checked, any other label makes the
-        loss and its gradient NaN.
-      mask: `(...)`, bool, True at the valid steps; by default all. Masked steps have
-        the loss 0 and contribute no gradient, even where `hidden` is NaN.
-      reduction: `"mean"` over the valid steps, 0 if there are none; `"sum"`; or
-        `"none"` for the loss of each step, whose gradient makes the logits again.
-      label_smoothing: from 0 to 1, the share of the label's weight that is spread over
-        all words, as in `optax.smooth_labels`.
-      z_loss: the weight of the squared log of the softmax's denominator, which is added
-        to each loss (Chowdhery et al. 2022).
-      logits_soft_cap: bounds the logits smoothly: `cap * tanh(logits / cap)` (Bello et
-        al. 2016).
-      ignore_class: a label that marks steps to leave out, as the mask does.
-      chunk_size: steps per block of logits. The default follows the shapes: a block has
-        at most a ninth of all logits, or little memory (32 MB on a CPU, 256 MB
-        elsewhere).
-      vocab_chunk_size: words per block. By default all, unless the vocabulary is so
-        large for the number of steps that a block would have fewer than 256 of them.
-        With words in chunks the gradient makes the logits twice.
+        steps. Inside `jit`, where values can't be checked, a label outside this range
+        makes the loss and its gradient NaN.
+      mask: `(...)`, bool, True at the valid steps; all by default. Masked steps have
+        loss 0 and contribute no gradient, even where `hidden` is NaN.
+      reduction: `"mean"` over the valid steps (0 if there are none), `"sum"`, or
+        `"none"` for the loss of each step, whose gradient computes the logits again.
+      label_smoothing: from 0 to 1, the share of each label's probability that is
+        spread over all words, as in `optax.smooth_labels`.
+      z_loss: weight of the squared log of the softmax's denominator, added to each
+        loss (Chowdhery et al. 2022).
+      logits_soft_cap: replaces the logits by `cap * tanh(logits / cap)` (Bello et al.
+        2016).
+      ignore_class: steps with this label are masked too.
+      chunk_size: steps per block. By default a block holds at most a ninth of all
+        logits, or 32 MB on a CPU and 256 MB elsewhere if that is more.
+      vocab_chunk_size: words per block; all by default, except for vocabularies so
+        large that a block would have fewer than 256 steps. Chunks of words make the
+        gradient compute the logits twice.
 
     Returns:
-      The mean or sum, `()`, or the losses, `(...)`: float32, or float64 if the inputs
+      The mean or sum, `()`, or the losses, `(...)`; float32, or float64 if the inputs
       are.
 
     Raises:
-      TypeError: if an argument is of the wrong kind, or under forward mode.
-      ValueError: if shapes do not fit each other, an option is out of range, or an
-        unmasked label is outside the vocabulary.
+      TypeError: if an argument is of the wrong kind; in forward mode (`jax.jvp`,
+        `jax.jacfwd`, or calling what `jax.linearize` returned). Use `jax.grad` or
+        `jax.vjp`. Around or inside `jit` the message is JAX's own, about `custom_vjp`.
+      ValueError: if shapes do not match, an option is out of range, or an unmasked
+        label is outside the vocabulary.
 
     Example:
       >>> import jax, jax.numpy as jnp, tdjax
       >>> head = tdjax.init_dense(jax.random.key(0), 8, 1000)
       >>> hidden, labels = jnp.ones((2, 5, 8)), jnp.zeros((2, 5), int)
-      >>> mask = tdjax.lengths_to_mask(jnp.array([5, 2]), 5)
-      >>> loss = lambda p: tdjax.linear_cross_entropy(p, hidden, labels, mask=mask)
+      >>> loss = lambda head: tdjax.linear_cross_entropy(head, hidden, labels)
       >>> jax.tree.map(jnp.shape, jax.grad(loss)(head))
       {'bias': (1000,), 'kernel': (8, 1000)}
 
     References:
-      Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, 2024,
-      https://arxiv.org/abs/2411.09009.
-
-      Hsu et al., Liger Kernel: Efficient Triton Kernels for LLM Training, 2024,
-      https://arxiv.org/abs/2410.10989.
-
-      Chowdhery et al., PaLM: Scaling Language Modeling with Pathways, 2022,
-      https://arxiv.org/abs/2204.02311 (z-loss).
-
+      Wijmans et al., Cut Your Losses, 2024, https://arxiv.org/abs/2411.09009.
+      Hsu et al., Liger Kernel, 2024, https://arxiv.org/abs/2410.10989.
+      Chowdhery et al., PaLM, 2022, https://arxiv.org/abs/2204.02311 (z-loss).
       Bello et al., Neural Combinatorial Optimization with Reinforcement Learning, 2016,
       https://arxiv.org/abs/1611.09940 (soft cap).
     """
-    params, hidden = _require_head(params, hidden)
+    params, hidden = _require_head(params, hidden, labels)
     features, words = params["kernel"].shape
     _check_steps(hidden, labels, mask, words)
     _check_options(reduction, label_smoothing, z_loss, logits_soft_cap, ignore_class)
     _check_sizes(chunk_size=chunk_size, vocab_chunk_size=vocab_chunk_size)
-    # The number of words need not fit the dtype of the labels.
+    # The vocabulary's size may not fit the labels' dtype.
     labels = jnp.asarray(labels)
     labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
     valid = _valid_steps(labels, mask, ignore_class)
     _check_labels(labels, valid, words)
-
-    hidden, labels = _guard(hidden, labels, valid, words)
-    steps, valid = labels.size, jnp.ravel(valid)
-    rows = params, jnp.reshape(hidden, (steps, features)), jnp.ravel(labels)
-    sizes = _block_sizes(steps, features, words, chunk_size, vocab_chunk_size)
+    rows, row_is_valid = _flatten_steps(hidden, labels, valid, words)
+    sizes = _block_sizes(valid.size, features, words, chunk_size, vocab_chunk_size)
     is_half = jnp.finfo(hidden.dtype).bits < 32
     cap = None if logits_soft_cap is None else float(logits_soft_cap)
     head = Head(float(label_smoothing), float(z_loss), cap, *sizes, is_half)
-    try:
+    with _forward_mode_refused():
         if reduction == "none":
-            losses = jnp.where(valid, losses_per_step(head, *rows), 0)
-            return jnp.reshape(losses, labels.shape)
-        weights = valid.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+            losses: Any = losses_of_steps(head, params, *rows)
+            return jnp.reshape(jnp.where(row_is_valid, losses, 0), valid.shape)
+        weights = row_is_valid.astype(jnp.promote_types(hidden.dtype, jnp.float32))
         if reduction == "mean":
             weights /= jnp.maximum(jnp.sum(weights), 1)
-        return weighted_loss(head, *rows, weights)
+        return weighted_loss(head, params, *rows, weights)
+
+
+@contextlib.contextmanager
+def _forward_mode_refused():
+    """Says what to use where JAX only says that `custom_vjp` has no forward mode."""
+    try:
+        yield
     except TypeError as error:
-        _explain_forward_mode(error)
-        raise
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(
+            "linear_cross_entropy has no forward-mode derivative (jax.jvp, jax.jacfwd, "
+            "jax.linearize). Use jax.grad, jax.vjp or jax.jacrev; for second "
+            "derivatives jax.hessian works too."
+        ) from error
 
 
-def _guard(hidden, labels, valid, words: int) -> tuple[Any, Any]:
-    """Zeros at masked steps, and NaN where a label is outside the vocabulary.
-
-    So neither a NaN nor its gradient passes from a masked step, and an impossible
-    label makes both the loss and its gradient NaN.
-    """
-    over_features = lambda steps: over_trailing_axes(steps, hidden.ndim)
-    known = (labels >= 0) & (labels < words)
-    hidden = jnp.where(over_features(known), hidden, jnp.nan)
-    hidden = jnp.where(over_features(valid), hidden, 0)
-    return hidden, jnp.where(valid, labels, 0)
-
-
-def _explain_forward_mode(error: TypeError) -> None:
-    if "custom_vjp" in str(error):
-        error.add_note(
-            "linear_cross_entropy has no forward mode (jax.jvp, jax.jacfwd, "
-            "jax.linearize). Use reverse mode (jax.grad, jax.vjp, jax.hessian), or "
-            "make the logits with tdjax.dense."
-        )
-
-
-def _require_head(params: Any, hidden: Any) -> tuple[dict[str, Any], Any]:
-    """`(params, hidden)` in one dtype, after checking that they fit each other."""
-    _explain_params(params)
+def _require_head(params: Any, hidden: Any, labels: Any) -> tuple[dict[str, Any], Any]:
+    """`(params, hidden)` of one dtype, after checking that they match."""
+    _refuse_other_params(params)
+    _check_kernel_fits(params, hidden)
     kernel, bias = require_params(params, 2, "(features, words)", "(words,)")
     require_array("hidden", hidden, 1, "(..., features)")
     for name, x in (("hidden", hidden), ("params['kernel']", kernel)):
         if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{name} must be of floats, got {describe(x)}.")
-    if hidden.shape[-1] != kernel.shape[0] or not kernel.shape[1]:
-        is_transposed = hidden.shape[-1] == kernel.shape[1]
-        raise ValueError(
-            "hidden must have the features of params['kernel'] (features, words), and "
-            f"the vocabulary must not be empty: got hidden {describe(hidden)}, kernel "
-            f"{describe(kernel)}."
-            + " Transpose the kernel: params['kernel'].T."
-            * is_transposed
-        )
-    # One dtype for the product; the bias in that of the sums it is added to.
+            label_dtype = getattr(labels, "dtype", int)
+            swapped = x is hidden and jnp.issubdtype(label_dtype, jnp.floating)
+            hint = " Are hidden and labels swapped?" if swapped else ""
+            raise TypeError(f"{name} must be of floats, got {describe(x)}.{hint}")
+    # The bias gets the dtype of the logits that it is added to.
     dtype = jnp.result_type(hidden, kernel)
     params = {"kernel": jnp.asarray(kernel).astype(dtype)}
     if bias is not None:
@@ -188,45 +162,84 @@ def _require_head(params: Any, hidden: Any) -> tuple[dict[str, Any], Any]:
     return params, jnp.asarray(hidden).astype(dtype)
 
 
-def _explain_params(params: Any) -> None:
-    """Refuses parameters of other layouts that people have at hand."""
-    if not isinstance(params, Mapping):
+def _refuse_other_params(params: Any) -> None:
+    """Says how to get the head's params out of what people pass instead."""
+    remedies = {
+        "tdjax.linen": "variables['params'], or the part of it that is the head's, such "
+        "as variables['params']['head']",
+        "tdjax.nnx": "{'kernel': head.kernel[...], 'bias': head.bias[...]}",
+    }
+    adapter = None if isinstance(params, Mapping) else adapter_of(params)
+    if adapter in remedies:
+        raise TypeError(
+            "params must be a dict of arrays, got a Flax module, "
+            f"{type(params).__name__}. Pass {remedies[adapter]}."
+        )
+    if not isinstance(params, Mapping) or "kernel" in params:
         return
+    required = "params must have the key 'kernel' and may have 'bias'; got "
     if "embedding" in params:
         raise ValueError(
-            "params must have the key 'kernel' (features, words), got 'embedding' "
-            f"{describe(params['embedding'])}. Give {{'kernel': embedding.T}}."
+            f"{required}{sorted(params)}. To use an embedding as the head, pass "
+            "{'kernel': params['embedding'].T}."
         )
-    inner = params.get("params", {})
-    if isinstance(inner, Mapping) and inner:
-        where = "" if "kernel" in inner else f"[{next(iter(inner))!r}]"
+    if "params" in params:
         raise ValueError(
-            "params must be the dict of the head with 'kernel' and 'bias', got the "
-            f"variables of a module. Give variables['params']{where}."
+            f"{required}{sorted(params)}. Pass the head's own part: {_path_to(params)}."
         )
+
+
+def _path_to(params: Mapping[str, Any]) -> str:
+    """An example of where the head's dict is, like `params['params']['Dense_0']`."""
+    for path, _ in jax.tree_util.tree_leaves_with_path(params):
+        if path[-1] == jax.tree_util.DictKey("kernel"):
+            return f"params{jax.tree_util.keystr(path[:-1])}"
+    return "params['params']"
+
+
+def _check_kernel_fits(params: Any, hidden: Any) -> None:
+    kernel: Any = params.get("kernel") if isinstance(params, Mapping) else None
+    if len(getattr(kernel, "shape", ())) != 2 or not getattr(hidden, "shape", ()):
+        return  # `require_params` and `require_array` say what is wrong.
+    features = hidden.shape[-1]
+    are_labels = not jnp.issubdtype(getattr(hidden, "dtype", int), jnp.floating)
+    if are_labels or (features == kernel.shape[0] and kernel.shape[1]):
+        return
+    is_transposed = features == kernel.shape[1] != kernel.shape[0]
+    hint = " The kernel looks transposed: pass kernel.T." if is_transposed else ""
+    raise ValueError(
+        "hidden must have the features of params['kernel'] (features, words), and the "
+        f"vocabulary must not be empty: got hidden {describe(hidden)}, kernel "
+        f"{describe(kernel)}.{hint}"
+    )
 
 
 def _check_steps(hidden: Any, labels: Any, mask: Any, words: int) -> None:
     require_array("labels", labels, 0, "(...)")
-    if labels.shape == (*hidden.shape[:-1], words) and labels.ndim == hidden.ndim:
-        raise ValueError(
-            "labels must have the shape of hidden without its features, got one-hot "
-            f"labels or probabilities {describe(labels)}. Give labels.argmax(-1)."
-        )
+    one_hot = labels.shape == (*hidden.shape[:-1], words)
+    hint = " For one-hot labels pass labels.argmax(-1)." if one_hot else ""
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels must be integers, got {describe(labels)}.")
+        raise TypeError(f"labels must be integers, got {describe(labels)}.{hint}")
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(
             "labels must have the shape of hidden without its features, got "
-            f"{describe(labels)} for hidden {describe(hidden)}."
+            f"{describe(labels)} for hidden {describe(hidden)}.{hint}"
         )
     if mask is not None:
         require_mask_dtype(mask)
         if mask.shape != labels.shape:
+            transposed = mask.ndim == 2 and mask.shape[::-1] == labels.shape
+            hint = " The mask looks transposed: pass mask.T." if transposed else ""
             raise ValueError(
                 "mask must have the shape of labels, got "
-                f"{describe(mask)} for labels {describe(labels)}."
+                f"{describe(mask)} for labels {describe(labels)}.{hint}"
             )
+
+
+def _check_sizes(**sizes: int | None) -> None:
+    for name, size in sizes.items():
+        if size is not None:
+            require_positive_int(name, size)
 
 
 def _check_options(
@@ -254,12 +267,6 @@ def _check_options(
             )
 
 
-def _check_sizes(**sizes: Any) -> None:
-    for name, size in sizes.items():
-        if size is not None:
-            require_positive_int(name, size)
-
-
 def _require_number(name: str, value: Any) -> None:
     kinds = int | float | np.integer | np.floating
     if isinstance(value, bool) or not isinstance(value, kinds):
@@ -271,6 +278,20 @@ def _valid_steps(labels, mask, ignore_class):
     return valid if ignore_class is None else valid & (labels != ignore_class)
 
 
+def _flatten_steps(hidden, labels, valid, words: int) -> tuple[Any, Any]:
+    """`((hidden, labels), valid)` with all steps on one axis.
+
+    Neither NaN nor a gradient passes where a step is masked. A label outside the
+    vocabulary makes both NaN.
+    """
+    over_features = lambda steps: over_trailing_axes(steps, hidden.ndim)
+    known = (labels >= 0) & (labels < words)
+    hidden = jnp.where(over_features(known), hidden, jnp.nan)
+    hidden = jnp.where(over_features(valid), hidden, 0)
+    labels, valid = jnp.ravel(jnp.where(valid, labels, 0)), jnp.ravel(valid)
+    return (jnp.reshape(hidden, (labels.shape[0], hidden.shape[-1])), labels), valid
+
+
 def _check_labels(labels, valid, words: int) -> None:
     if not (is_concrete(labels) and is_concrete(valid)):
         return
@@ -279,8 +300,8 @@ def _check_labels(labels, valid, words: int) -> None:
     if wrong.any():
         place = tuple(int(i) for i in np.argwhere(wrong)[0])
         raise ValueError(
-            f"labels must be from 0 to {words - 1} at unmasked steps, for the words of "
-            f"params['kernel']; got {labels[place]} at {place} ({int(wrong.sum())} of "
+            f"labels must be from 0 to {words - 1}, params['kernel']'s words, at "
+            f"unmasked steps; got {labels[place]} at {place} ({int(wrong.sum())} of "
             f"{wrong.size} are out of range). Mask them, or give ignore_class."
         )
 
@@ -292,11 +313,11 @@ def _block_sizes(
     chunk_size: int | None,
     vocab_chunk_size: int | None,
 ) -> tuple[int, int, int, int]:
-    """Steps and words in a block of logits, with gradients and without.
+    """Steps and words per block of logits: with gradients, then without.
 
-    Small blocks cost passes over the kernel's gradient, large ones memory. So a block
-    has at most a ninth of all logits, or little memory. Where that leaves too few
-    steps, the words go in chunks and the logits are made twice.
+    Small blocks cost more passes over the kernel's gradient, large ones cost memory: a
+    block may have a ninth of all logits, or `little`. Where that allows too few steps,
+    the words go in chunks too, and the logits are computed twice.
     """
     on_cpu = jax.default_backend() == "cpu"
     little, in_cache = (2**23, 2**20) if on_cpu else (2**26, 2**26)
@@ -317,8 +338,8 @@ def _block_sizes(
 
 
 def _even(steps: Any, size: int) -> int:
-    """The size of equal chunks of at most `size` steps."""
-    # A symbolic number of steps can't be compared.
+    """At most `size`, such that the last chunk needs the least padding."""
+    # A symbolic number of steps of `jax.export` can't be compared.
     if not isinstance(steps, int):
         return size
     chunks = max(-(-steps // size), 1)
