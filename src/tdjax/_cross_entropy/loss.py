@@ -165,8 +165,8 @@ def _require_head(params: Any, hidden: Any, labels: Any) -> tuple[dict[str, Any]
 def _refuse_other_params(params: Any) -> None:
     """Says how to get the head's params out of what people pass instead."""
     remedies = {
-        "tdjax.linen": "variables['params'], or the part of it that is the head's, such "
-        "as variables['params']['head']",
+        "tdjax.linen": "variables['params'], or the part of it that is the head's, "
+        "such as variables['params']['head']",
         "tdjax.nnx": "{'kernel': head.kernel[...], 'bias': head.bias[...]}",
     }
     adapter = None if isinstance(params, Mapping) else adapter_of(params)
