@@ -47,20 +47,17 @@ def init_dense(
 
     Args:
       key: a PRNG key.
-      in_features: input features.
-      features: output features.
+      in_features, features: sizes of the last axis of input and output.
       use_bias: whether there is a bias.
       dtype: the dtype of the parameters.
-      kernel_init: an initializer as in `jax.nn.initializers`, by default LeCun normal
-        as in Flax.
-      bias_init: likewise, by default zeros.
+      kernel_init, bias_init: as in `jax.nn.initializers`; by default those of Flax,
+        LeCun normal and zeros.
 
     Returns:
       `{"kernel": (in_features, features), "bias": (features,)}`.
 
     Raises:
-      TypeError: if a size is not an int.
-      ValueError: if a size is not positive.
+      TypeError, ValueError: if a size is not a positive int.
 
     Example:
       >>> import jax, tdjax
@@ -88,9 +85,8 @@ def init_flatten_dense(
 
     Args:
       key: a PRNG key.
-      timesteps: number of steps, the same for input and output.
-      in_features: input features of each step.
-      features: output features of each step.
+      timesteps: number of steps.
+      in_features, features: input and output features of each step.
       use_bias, dtype, kernel_init, bias_init: as in `init_dense`.
 
     Returns:
@@ -98,8 +94,7 @@ def init_flatten_dense(
       "bias": (timesteps * features,)}`.
 
     Raises:
-      TypeError: if a size is not an int.
-      ValueError: if a size is not positive.
+      TypeError, ValueError: if a size is not a positive int.
 
     Example:
       >>> import jax, tdjax
@@ -128,8 +123,7 @@ def init_per_step_dense(
     Args:
       key: a PRNG key.
       timesteps: number of steps.
-      in_features: input features of each step.
-      features: output features of each step.
+      in_features, features: input and output features of each step.
       use_bias, dtype, kernel_init, bias_init: as in `init_dense`. By default each
         step's kernel starts as that of a `dense`.
 
@@ -137,8 +131,7 @@ def init_per_step_dense(
       `{"kernel": (timesteps, in_features, features), "bias": (timesteps, features)}`.
 
     Raises:
-      TypeError: if a size is not an int.
-      ValueError: if a size is not positive.
+      TypeError, ValueError: if a size is not a positive int.
 
     Example:
       >>> import jax, tdjax
@@ -169,8 +162,7 @@ def dense(
       `(..., features)`.
 
     Raises:
-      TypeError: if `params` is not a mapping or `x` not an array.
-      ValueError: if shapes do not fit.
+      TypeError, ValueError: if `params` or `x` is of the wrong kind or shape.
 
     Example:
       >>> import jax.numpy as jnp, tdjax
@@ -202,8 +194,7 @@ def flatten_dense(
       `(..., timesteps, features)`.
 
     Raises:
-      TypeError: if `params` is not a mapping or `x` not an array.
-      ValueError: if shapes do not fit.
+      TypeError, ValueError: if `params` or `x` is of the wrong kind or shape.
 
     Example:
       >>> import jax, jax.numpy as jnp, tdjax
@@ -247,8 +238,7 @@ def per_step_dense(
       `(..., timesteps, features)`.
 
     Raises:
-      TypeError: if `params` is not a mapping or `x` not an array.
-      ValueError: if shapes do not fit.
+      TypeError, ValueError: if `params` or `x` is of the wrong kind or shape.
 
     Example:
       >>> import jax, jax.numpy as jnp, tdjax
@@ -277,8 +267,7 @@ def as_per_step(params: Mapping[str, Any], timesteps: int) -> Params:
       with equal slices for all steps.
 
     Raises:
-      TypeError: if `params` is not a mapping or `timesteps` not an int.
-      ValueError: if shapes do not fit.
+      TypeError, ValueError: if `params` or `timesteps` is of the wrong kind or shape.
 
     Example:
       >>> import jax, tdjax
@@ -309,8 +298,7 @@ def as_flatten(params: Mapping[str, Any], timesteps: int) -> Params:
       "bias": (timesteps * features,)}`.
 
     Raises:
-      TypeError: if `params` is not a mapping or `timesteps` not an int.
-      ValueError: if shapes do not fit.
+      TypeError, ValueError: if `params` or `timesteps` is of the wrong kind or shape.
 
     Example:
       >>> import jax, tdjax

@@ -196,8 +196,8 @@ class FlattenDense(_SequenceDense):
       use_bias, dtype, param_dtype, kernel_init, bias_init: as in `nn.Dense`.
 
     Raises:
-      TypeError: if `features` is not an int.
-      ValueError: if the input has other steps or features than the kernel.
+      TypeError, ValueError: if `features` is not a positive int, or the input has other
+        steps or features than the kernel.
 
     Example:
       >>> import jax, jax.numpy as jnp, tdjax
@@ -226,8 +226,8 @@ class PerStepDense(_SequenceDense):
         each step's kernel starts as that of a `nn.Dense`.
 
     Raises:
-      TypeError: if `features` is not an int.
-      ValueError: if the input has other steps or features than the kernel.
+      TypeError, ValueError: if `features` is not a positive int, or the input has other
+        steps or features than the kernel.
 
     Example:
       >>> import jax, jax.numpy as jnp, tdjax

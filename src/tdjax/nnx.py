@@ -252,14 +252,12 @@ class FlattenDense(_SequenceDense):
 
     Args:
       timesteps: number of steps.
-      in_features: input features of each step.
-      out_features: output features of each step.
+      in_features, out_features: input and output features of each step.
       use_bias, dtype, param_dtype, kernel_init, bias_init, rngs: as in `nnx.Linear`.
 
     Raises:
-      TypeError: if a size is not an int.
-      ValueError: if a size is not positive, or the input of a call is not
-        `(..., timesteps, in_features)`.
+      TypeError, ValueError: if a size is not a positive int, or the input of a call is
+        not `(..., timesteps, in_features)`.
 
     Example:
       >>> import jax.numpy as jnp, tdjax
@@ -281,15 +279,13 @@ class PerStepDense(_SequenceDense):
 
     Args:
       timesteps: number of steps.
-      in_features: input features of each step.
-      out_features: output features of each step.
+      in_features, out_features: input and output features of each step.
       use_bias, dtype, param_dtype, kernel_init, bias_init, rngs: as in `nnx.Linear`.
         By default each step's kernel starts as that of an `nnx.Linear`.
 
     Raises:
-      TypeError: if a size is not an int.
-      ValueError: if a size is not positive, or the input of a call is not
-        `(..., timesteps, in_features)`.
+      TypeError, ValueError: if a size is not a positive int, or the input of a call is
+        not `(..., timesteps, in_features)`.
 
     Example:
       >>> import jax.numpy as jnp, tdjax
