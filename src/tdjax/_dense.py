@@ -18,12 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, Shaped
 
-from tdjax._checks import (
-    describe,
-    require_array,
-    require_params,
-    require_positive_int,
-)
+from tdjax._checks import describe, require_array, require_params, require_positive_int
 
 Params = dict[str, Array]
 Initializer = Callable[..., Any]

@@ -52,42 +52,38 @@ def __dir__() -> list[str]:
 class TimeDistributed(keras.layers.TimeDistributed):
     """`keras.layers.TimeDistributed`, as one program for all steps.
 
-    Keras calls the wrapped layer step after step, so a program for 1024 steps is 1024
+    Keras calls the wrapped layer once per step, so a program for 1024 steps is 1024
     times as long. This layer has the same arguments, weights, configuration and
-    results, and compiles as fast for 4096 steps as for 16. One thing it adds: Keras
-    passes over an activity regulariser of the wrapped layer.
+    results, and compiles as fast for 4096 steps as for 16. It also counts an activity
+    regularizer of the wrapped layer, which Keras ignores.
 
-    * **State**: each step starts with what the step before has written, as in Keras:
-      the moving statistics of `BatchNormalization` move once for each step. With
-      `method="fold"` the wrapped layer is called once for all steps, so they are
-      statistics of batch and time together, and move once.
-    * **Randomness**: each step draws its own noise, from the seeds that Keras' loop
-      would use; with `share_rng=True` all steps draw the same.
-    * **Losses and metrics**: weight regularisers count once. What the wrapped layer
-      adds in a call (`add_loss`, activity regularisers) is the sum over steps, and
+    * **State**: each step starts with what the step before wrote, as in Keras: the
+      moving statistics of `BatchNormalization` move once per step. Under
+      `method="fold"` they are statistics of batch and time together, and move once.
+    * **Randomness**: each step draws its own noise, from the seeds of Keras' loop.
+    * **Losses and metrics**: weight regularizers count once. What the wrapped layer
+      adds in a call (`add_loss`, activity regularizers) is summed over steps, and
       metrics see every step.
-    * **Masks**: `(batch, time)` or longer; the wrapped layer gets the part for its
-      step, if it takes one. Masked steps are computed, and the mask goes on. If the
-      output has no place for the axes behind `(batch, time)`, it is True where any
-      part of the step was. Of several inputs, it is the first that has a mask.
-    * **Several inputs and outputs**: any nest of tensors, each with time on axis 1,
-      which Keras' own layer does not take.
+    * **Masks**: `(batch, time)` or longer; the wrapped layer gets the slice of its
+      step, if it takes a mask. Masked steps are computed, and the mask is passed on,
+      reduced by `any` over axes that the output does not have. With several inputs,
+      the first mask is used.
+    * **Several inputs and outputs**: any nest of tensors with time on axis 1, which
+      Keras' own layer does not support.
 
     Args:
       layer: the `keras.Layer` to apply to every step.
-      method: `"vmap"` or `"fold"`, as in `tdjax.time_distributed`. None is `"fold"`,
-        the faster one, if `layer` is made of Keras' own layers that treat examples
-        alone and draw no noise, so that the two are equal; else `"vmap"`.
-      chunk_size: steps per block, or None for all in one.
-      unroll: how the loop over blocks is compiled, if there is more than one.
-      remat: recompute activations in the backward pass.
+      method: `"vmap"` or `"fold"`, as in `tdjax.time_distributed`. None is the faster
+        `"fold"` if `layer` consists of Keras' own layers that treat examples
+        independently and draw no noise, so that both are equal; else `"vmap"`.
+      chunk_size, unroll, remat: as in `tdjax.time_distributed`.
       share_rng: whether all steps draw the same noise.
       **kwargs: those of every Keras layer: `name`, `dtype`, `trainable`.
 
     Raises:
       RuntimeError: if Keras has another backend than JAX.
       ValueError: if `layer` is not a Keras layer, an input has fewer than 3 axes, a
-        mask does not fit, or an option is refused by `tdjax.time_distributed`.
+        mask does not fit, or `tdjax.time_distributed` refuses an option.
 
     Example:
       >>> import keras, numpy as np, tdjax.keras
@@ -119,7 +115,7 @@ class TimeDistributed(keras.layers.TimeDistributed):
         self.remat, self.share_rng = remat, share_rng
 
     def lowering(self) -> Lowering:
-        """How the steps are lowered, with the method that None stands for."""
+        """How the steps are lowered, with the method that None means here."""
         method = self.method
         if method is None:
             method = equal_method(self.layer, share_rng=self.share_rng)
@@ -156,8 +152,8 @@ class TimeDistributed(keras.layers.TimeDistributed):
         return keras.tree.map_structure(over_time, specs)
 
     def compute_mask(self, inputs, previous_mask=None):
-        """The mask, without the axes that the output has no place for."""
-        masks = [each for each in keras.tree.flatten(previous_mask) if each is not None]
+        """The mask, without the axes that the output does not have."""
+        masks = [m for m in keras.tree.flatten(previous_mask) if m is not None]
         if not masks or len(masks[0].shape) <= 2:
             return masks[0] if masks else None
         mask, output = masks[0], keras.tree.flatten(self.compute_output_spec(inputs))[0]
@@ -208,26 +204,23 @@ def _without_time(input_shape):
 
 
 def _check_mask(mask, inputs):
-    """The mask, or None for one without an array in it."""
-    if all(each is None for each in keras.tree.flatten(mask)):
-        return None
+    """The mask, or None if it holds no array."""
     shapes = [x.shape for x in keras.tree.flatten(inputs)]
-    for each in keras.tree.flatten(mask):
-        if each is None:
-            continue
-        if len(each.shape) < 2:
+    masks = [m for m in keras.tree.flatten(mask) if m is not None]
+    for array in masks:
+        if len(array.shape) < 2:
             raise ValueError(
                 "The `mask` passed to the `TimeDistributed` layer must be at least 2D, "
-                f"(batch, time), got {describe(each)}. tdjax.lengths_to_mask makes one "
-                "of lengths."
+                f"(batch, time), got {describe(array)}. tdjax.lengths_to_mask makes "
+                "one of lengths."
             )
-        if any(each.shape[:2] != shape[:2] for shape in shapes):
+        if any(array.shape[:2] != shape[:2] for shape in shapes):
             raise ValueError(
                 "The `mask` passed to the `TimeDistributed` layer has a shape "
-                f"{each.shape} that does not start with the (batch, time) of the "
+                f"{array.shape} that does not start with the (batch, time) of the "
                 f"input, of shape {shapes[0] if len(shapes) == 1 else shapes}."
             )
-    return mask
+    return mask if masks else None
 
 
 def replace_time_distributed(
@@ -241,18 +234,15 @@ def replace_time_distributed(
 ) -> keras.Model:
     """Makes every `keras.layers.TimeDistributed` of a model the drop-in.
 
-    The model is changed and returned: its layers, weights, optimizer and what it was
-    compiled with stay the objects they are. Layers at any depth are found; those of
-    subclasses of Keras' layer are left alone. An activity regulariser of a wrapped
-    layer, over which Keras' layer passes, counts from then on.
+    The model is changed in place: its layers, weights, optimizer and what it was
+    compiled with stay the same objects. Layers at any depth are found; subclasses of
+    Keras' layer are left alone. Activity regularizers of wrapped layers, which Keras'
+    layer ignores, count from then on.
 
     Args:
       model: a Keras model, built or not, compiled or not.
-      method: as in `TimeDistributed`, for every layer that is replaced.
-      chunk_size: likewise.
-      unroll: likewise.
-      remat: likewise.
-      share_rng: likewise.
+      method, chunk_size, unroll, remat, share_rng: as in `TimeDistributed`, for every
+        replaced layer.
 
     Returns:
       `model`.
@@ -260,7 +250,7 @@ def replace_time_distributed(
     Raises:
       RuntimeError: if Keras has another backend than JAX.
       TypeError: if `model` is not a Keras model.
-      ValueError: if an option is refused by `tdjax.time_distributed`.
+      ValueError: if `tdjax.time_distributed` refuses an option.
 
     Example:
       >>> import keras, tdjax.keras
@@ -277,11 +267,11 @@ def replace_time_distributed(
     _check_options(*options)
     for layer in model._flatten_layers():
         if type(layer) is keras.layers.TimeDistributed:
-            # The two differ in their methods alone; a new object would have to take
-            # the old one's place in every graph, optimizer and list of layers.
+            # The classes differ in their methods only. A new object would have to
+            # replace the old one in every graph, optimizer and list of layers.
             layer.__class__ = TimeDistributed
             layer._set_options(*options)
         if isinstance(layer, keras.Model):
-            # They were compiled with the layers of before.
+            # These were compiled with the replaced layers.
             layer.train_function = layer.test_function = layer.predict_function = None
     return model

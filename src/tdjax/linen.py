@@ -52,18 +52,12 @@ class TimeDistributed(nn.Module):
 
     Attributes:
       layer: the module to apply, or one that is part of the surrounding module.
-      in_axes: the time axis of the positional arguments of the call.
-      out_axes: the time axis of the results.
-      method: `"vmap"` or `"fold"`.
-      chunk_size: steps per block, or None for all in one.
-      unroll: how the loop over blocks is compiled.
-      remat: recompute activations in the backward pass.
+      in_axes, out_axes, method, chunk_size, unroll, remat, spmd_axis_name, capacity: as
+        in `tdjax.time_distributed`.
       axis_name: a name for the time axis, as `nn.BatchNorm(axis_name=...)` takes to
         normalise over all steps under `"vmap"`. `init` then calls `layer` with a time
         axis of one step.
-      spmd_axis_name: the mesh axis over which time is sharded.
       share_rng: whether all steps draw the same noise; needs `"vmap"`.
-      capacity: compute the valid steps only, at most this many.
       variable_carry: the collections that go from step to step, as in `nn.scan`;
         `"batch_stats"` moves running statistics step by step, as Keras does. It needs
         `"vmap"`.
@@ -269,14 +263,9 @@ def autotune(
       module: a `TimeDistributed`, or a layer to wrap in one.
       variables: its variables, from `init` or from training.
       *args: the inputs of a call.
-      rngs: as in `apply`.
-      mutable: as in `apply`.
-      argnums: as in `tdjax.autotune`, counting `variables` as 0.
-      budget: as in `tdjax.autotune`, as are all below.
-      memory_limit: bytes of temporary memory.
-      tolerance: the largest deviation from the reference.
-      candidates: the options to try instead of the default list.
-      cache: a folder that keeps results.
+      rngs, mutable: as in `apply`.
+      argnums, budget, memory_limit, tolerance, candidates, cache: as in
+        `tdjax.autotune`; `argnums` counts `variables` as 0.
       **kwargs: keyword arguments of the call, such as `mask`.
 
     Returns:

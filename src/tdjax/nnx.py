@@ -9,12 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tdjax._checks import (
-    describe,
-    require_array,
-    require_layer,
-    require_positive_int,
-)
+from tdjax._checks import describe, require_array, require_layer, require_positive_int
 from tdjax._dense import (
     Initializer,
     default_bias_init,
@@ -51,17 +46,11 @@ class TimeDistributed(nnx.Module):
 
     Args:
       layer: the module to apply.
-      in_axes: the time axis of the positional arguments of the call.
-      out_axes: the time axis of the results.
-      method: `"vmap"` or `"fold"`.
-      chunk_size: steps per block, or None for all in one.
-      unroll: how the loop over blocks is compiled.
-      remat: recompute activations in the backward pass.
+      in_axes, out_axes, method, chunk_size, unroll, remat, spmd_axis_name, capacity: as
+        in `tdjax.time_distributed`.
       axis_name: a name for the time axis, as `nnx.BatchNorm(axis_name=...)` takes to
         normalise over all steps under `"vmap"`.
-      spmd_axis_name: the mesh axis over which time is sharded.
       share_rng: whether all steps draw the same noise; needs `"vmap"`.
-      capacity: compute the valid steps only, at most this many.
 
     Raises:
       TypeError: if `layer` is not an NNX module, if a call is given an `nnx.Rngs`, or
@@ -320,12 +309,8 @@ def autotune(
     Args:
       module: a `TimeDistributed`, or a layer to wrap in one.
       *args: the inputs of a call.
-      argnums: as in `tdjax.autotune`, counting `module` as 0.
-      budget: as in `tdjax.autotune`, as are all below.
-      memory_limit: bytes of temporary memory.
-      tolerance: the largest deviation from the reference.
-      candidates: the options to try instead of the default list.
-      cache: a folder that keeps results.
+      argnums, budget, memory_limit, tolerance, candidates, cache: as in
+        `tdjax.autotune`; `argnums` counts `module` as 0.
       **kwargs: keyword arguments of the call, such as `mask`.
 
     Returns:

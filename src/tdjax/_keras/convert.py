@@ -21,28 +21,23 @@ from tdjax._keras.registry import Variables, convert_layer
 def to_flax(model: Any) -> tuple[nn.Module, Variables]:
     """Turns a Keras model into a Flax Linen module and its variables.
 
-    The module gives the outputs of the model:
+    `module.apply(variables, x)` gives what `model(x, training=False)` gives, and
+    `module.apply(variables, x, train=True, mutable=["batch_stats"], rngs={"dropout":
+    key})` what `model(x, training=True)` gives. `x` is an array, a list or a dict, as
+    the model takes its inputs; `mask=` is its mask. Submodules and variables have the
+    names of the Keras layers: `variables["params"]["head"]["kernel"]`. The module can
+    be pickled, compiled, differentiated and served without Keras.
 
-    * at inference, `module.apply(variables, x)`, as `model(x, training=False)`;
-    * in training, `module.apply(variables, x, train=True, mutable=["batch_stats"],
-      rngs={"dropout": key})`, as `model(x, training=True)`.
-
-    `x` is an array, a list or a dict, as the model takes its inputs; `mask=` is its
-    mask. The submodules and the variables bear the names of the Keras layers:
-    `variables["params"]["head"]["kernel"]`. The module knows nothing of Keras, and can
-    be pickled, compiled, differentiated and served without it.
-
-    Masks go from layer to layer as in Keras. `module.init` makes variables of the same
-    tree, with new values that don't follow the layers' initializers. Regularizers and
-    constraints are no part of the module: a warning names where there are any. What
-    `trainable=False` means for a weight is up to the optimizer, see `trainable_params`;
-    a frozen `BatchNormalization` runs as at inference, as in Keras.
+    Masks go from layer to layer as in Keras. `module.init` makes new values that don't
+    follow the layers' initializers. Regularizers and constraints are left out, with a
+    warning. `trainable_params` says which weights the Keras model trains; a frozen
+    `BatchNormalization` runs as at inference, as in Keras.
 
     Args:
       model: a Sequential or Functional Keras model, a single layer that has its
-        weights, or the path of a `.keras` file. Nothing that a file brings along is
-        executed: one with a Lambda layer, or with anything that is neither Keras' own
-        nor registered in this process, is refused before it is loaded.
+        weights, or the path of a `.keras` file. Code in a file is never executed: a
+        file with a Lambda layer, or with anything that is neither Keras' own nor
+        registered in this process, is refused before it is loaded.
 
     Returns:
       The module, and its variables as JAX arrays.
@@ -74,20 +69,17 @@ def to_flax(model: Any) -> tuple[nn.Module, Variables]:
 
 
 def from_flax(variables: Mapping[str, Any], model: Any) -> None:
-    """Writes variables of the module that `to_flax` made back into the Keras model.
+    """Writes the variables of a converted module back into the Keras model.
 
-    Weights only, with the statistics of batch normalisation. Nothing is written unless
-    everything fits.
+    Nothing is written unless everything fits.
 
     Args:
-      variables: a tree like that of `to_flax(model)`, after training, say.
-      model: the Keras model, or another of the same layers, names and shapes.
+      variables: a tree like that of `to_flax(model)`, such as after training.
+      model: the Keras model, or another with the same layers, names and shapes.
 
     Raises:
-      TypeError: if `model` is not a Keras model, `variables` is not a dict, or as
-        `to_flax`.
-      ValueError: if a variable is missing, there is one too many, or a shape differs;
-        the message has its path.
+      TypeError: if `model` is not a Keras model or `variables` is not a dict.
+      ValueError: if a variable is missing or unknown, or a shape differs.
 
     Example:
       >>> import jax, keras, numpy as np, tdjax.keras
@@ -118,24 +110,21 @@ def from_flax(variables: Mapping[str, Any], model: Any) -> None:
                 f"{describe(values[path])}."
             )
     for path, target in targets.items():
-        # A copy: Keras gives the buffers of its variables away when it trains.
+        # A copy: Keras donates the buffers of its variables when it trains.
         target.assign(np.array(values[path]))
 
 
 def trainable_params(model: Any) -> Any:
-    """Which parameters of the converted model train: a tree of bools like `params`.
-
-    For an optimizer that leaves the others as they are, as the Keras model would.
+    """Which parameters the Keras model trains, for an optimizer that does the same.
 
     Args:
-      model: what was given to `to_flax`; not a path.
+      model: the model that was given to `to_flax`.
 
     Returns:
-      A tree with the structure of `to_flax(model)[1]["params"]`.
+      A tree of bools with the structure of `to_flax(model)[1]["params"]`.
 
     Raises:
-      TypeError: if `model` is not a Keras model, or as `to_flax`.
-      ValueError: as `to_flax`.
+      TypeError, ValueError: as `to_flax`.
 
     Example:
       >>> import jax, keras, optax, tdjax.keras
@@ -202,7 +191,7 @@ def _hint(targets: dict[str, Any], values: dict[str, Any]) -> str:
 
 
 def _refuse_shared(tree: Variables) -> None:
-    """A weight in two places of the tree would go its own way in each."""
+    """Refuses a weight in two places: Flax would train it as two."""
     places: dict[int, str] = {}
     for path, variable in leaves_by_path(tree).items():
         other = places.setdefault(id(variable), path)
@@ -215,7 +204,7 @@ def _refuse_shared(tree: Variables) -> None:
 
 
 def _warn_of_training(model: Any) -> None:
-    """Of layers that were called with training=True, as for Monte Carlo dropout."""
+    """Warns of layers called with training=True, as for Monte Carlo dropout."""
     layers = [model, *model._flatten_layers(include_self=False)]
     found = {
         f"'{layer.name}'"

@@ -1,4 +1,4 @@
-"""Which rule turns which Keras layer into a Flax module, and where a layer stands."""
+"""The rules that turn Keras layers into Flax modules, by the layers' classes."""
 
 import contextlib
 import contextvars
@@ -34,18 +34,16 @@ def register_rule(layer_class: type) -> Callable[[AnyRule], AnyRule]:
     """Makes the decorated function the rule by which `to_flax` converts a layer.
 
     A rule takes the Keras layer and returns an unbound Flax Linen module and its
-    variables, a tree like Flax's own whose leaves are the layer's Keras variables
-    themselves, so that `from_flax` can write into them; a weight keeps its layout.
+    variables: a tree like Flax's own, whose leaves are the layer's Keras variables
+    themselves, in their layout, so that `from_flax` can write into them.
 
-    The module is called with the layer's inputs, several as Keras gives them. If its
-    `__call__` takes `train`, it is told whether it trains; if it and the layer's `call`
-    both take `mask`, it gets the mask of its input, or None. A method
+    The module is called with the layer's inputs. `train` is passed if its `__call__`
+    takes it, and `mask` if both it and the layer's `call` take it. A method
     `compute_mask(inputs, mask)` gives the mask of its output; without one the mask
     passes on if the Keras layer has `supports_masking`.
 
-    A rule also holds for subclasses, but not for one that overrides `call` or another
-    method that computes: that needs a rule of its own. The last rule for a class
-    counts.
+    A rule also holds for subclasses that override nothing that computes. The last rule
+    for a class counts.
 
     Args:
       layer_class: a subclass of `keras.layers.Layer` (or of `keras.Operation`).
@@ -104,14 +102,14 @@ def known_classes() -> tuple[type, ...]:
 
 def _means_the_same(layer_class: type, base: type) -> bool:
     between = layer_class.__mro__[: layer_class.__mro__.index(base)]
-    changed = {name for each in between for name in vars(each) if hasattr(base, name)}
+    changed = {name for kind in between for name in vars(kind) if hasattr(base, name)}
     changed = {name for name in changed - _HARMLESS if not name.startswith("__")}
     return not changed and layer_class.__call__ is base.__call__
 
 
 @contextlib.contextmanager
 def inside(place: str) -> Iterator[None]:
-    """What is converted in this context stands at `place`, as errors will say."""
+    """Errors of conversions in this context say that they are at `place`."""
     token = _PLACE.set((place, *_PLACE.get()))
     try:
         yield

@@ -22,12 +22,7 @@ from tdjax._steps.axes import (
     output_position,
     time_back,
 )
-from tdjax._steps.lowering import (
-    Lowering,
-    call_and_check,
-    check_out_axis,
-    distribute,
-)
+from tdjax._steps.lowering import Lowering, call_and_check, check_out_axis, distribute
 from tdjax._steps.masked import batch_error, require_batch, stand_in, zeros_unless
 from tdjax._steps.steps import Steps
 

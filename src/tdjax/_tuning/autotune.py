@@ -19,12 +19,7 @@ from tdjax._steps.axes import flatten_inputs, time_size
 from tdjax._steps.lowering import Lowering
 from tdjax._steps.transform import Distributed, time_distributed
 from tdjax._tuning import cache
-from tdjax._tuning.candidates import (
-    Candidate,
-    is_float,
-    list_candidates,
-    with_gradient,
-)
+from tdjax._tuning.candidates import Candidate, is_float, list_candidates, with_gradient
 from tdjax._tuning.report import progress_bar
 from tdjax._tuning.result import Tuning
 from tdjax._tuning.search import Limits, choose, measure_all

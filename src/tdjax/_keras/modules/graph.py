@@ -1,4 +1,4 @@
-"""A model as a graph of Flax modules. Nothing here knows Keras."""
+"""A model as a graph of Flax modules."""
 
 import dataclasses
 import functools

@@ -1,6 +1,6 @@
 """Keras' layers with weights as Flax modules: Flax's own where they do the job.
 
-Nothing here knows Keras. Parameters have Flax's names and Keras' shapes.
+Parameters have Flax's names and Keras' shapes.
 """
 
 from collections.abc import Callable
@@ -19,15 +19,21 @@ LINEAR = Activation("linear")
 # can't handle; the subclasses of Flax's layers redeclare it.
 
 
-class Dense(nn.Dense):
+class _Activated:
+    """Adds an activation to a layer of Flax. A subclass declares the field."""
+
+    activation: Callable
+
+    def __call__(self, inputs):
+        return self.activation(super().__call__(inputs))  # pyright: ignore
+
+
+class Dense(_Activated, nn.Dense):
     """`nn.Dense` with an activation."""
 
     promote_dtype: Any = promote_dtype
     kernel_init: Any = initializers.glorot_uniform
     activation: Callable = LINEAR
-
-    def __call__(self, inputs):
-        return self.activation(super().__call__(inputs))
 
 
 class Embedding(nn.Embed):
@@ -46,26 +52,20 @@ class Embedding(nn.Embed):
         return inputs != 0 if self.mask_zero else None
 
 
-class Conv(nn.Conv):
+class Conv(_Activated, nn.Conv):
     """`nn.Conv` with an activation."""
 
     promote_dtype: Any = promote_dtype
     kernel_init: Any = initializers.glorot_uniform
     activation: Callable = LINEAR
 
-    def __call__(self, inputs):
-        return self.activation(super().__call__(inputs))
 
-
-class ConvTranspose(nn.ConvTranspose):
+class ConvTranspose(_Activated, nn.ConvTranspose):
     """`nn.ConvTranspose` with an activation."""
 
     promote_dtype: Any = promote_dtype
     kernel_init: Any = initializers.glorot_uniform
     activation: Callable = LINEAR
-
-    def __call__(self, inputs):
-        return self.activation(super().__call__(inputs))
 
 
 class DepthwiseConv(nn.Module):

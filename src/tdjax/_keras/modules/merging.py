@@ -1,8 +1,9 @@
-"""Keras' layers that merge inputs, as Flax modules. Nothing here knows Keras."""
+"""Keras' layers that merge inputs, as Flax modules."""
 
 import functools
 import operator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -12,11 +13,10 @@ import jax.numpy as jnp
 class _Merge(nn.Module):
     """Combines inputs one after the other; the mask is valid where one of them is."""
 
+    combine: ClassVar[Callable]
+
     def __call__(self, inputs):
         return functools.reduce(self.combine, _same_rank(inputs))
-
-    def combine(self, x, y):
-        raise NotImplementedError
 
     def compute_mask(self, inputs, mask) -> Any:
         masks = mask or [None]
@@ -42,15 +42,13 @@ def _with_masks(inputs, mask):
 class Add(_Merge):
     """The sum of the inputs."""
 
-    def combine(self, x, y):
-        return x + y
+    combine = staticmethod(operator.add)
 
 
 class Subtract(_Merge):
     """The first input less the second."""
 
-    def combine(self, x, y):
-        return x - y
+    combine = staticmethod(operator.sub)
 
 
 class Multiply(_Merge):
@@ -89,15 +87,13 @@ class _Extremum(_Merge):
 class Maximum(_Extremum):
     """The largest of the inputs."""
 
-    def combine(self, x, y):
-        return jnp.maximum(x, y)
+    combine = staticmethod(jnp.maximum)
 
 
 class Minimum(_Extremum):
     """The smallest of the inputs."""
 
-    def combine(self, x, y):
-        return jnp.minimum(x, y)
+    combine = staticmethod(jnp.minimum)
 
 
 class Concatenate(_Merge):

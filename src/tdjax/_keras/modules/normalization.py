@@ -1,4 +1,4 @@
-"""Keras' normalisations and noise as Flax modules. Nothing here knows Keras."""
+"""Keras' normalisations and noise as Flax modules."""
 
 from typing import Any
 

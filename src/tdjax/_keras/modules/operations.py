@@ -1,4 +1,4 @@
-"""The operations between layers, such as `x + y`, as Flax modules. No Keras here."""
+"""The operations between layers, such as `x + y`, as Flax modules."""
 
 from typing import Any
 

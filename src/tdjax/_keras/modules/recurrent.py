@@ -1,7 +1,4 @@
-"""Keras' recurrent layers as Flax Linen modules, with Keras' layout of the weights.
-
-Nothing here imports Keras.
-"""
+"""Keras' recurrent layers as Flax Linen modules, with Keras' layout of the weights."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -100,11 +97,9 @@ class Recurrent(nn.Module):
         recurrent = Product(recurrent_kernel, recurrent_bias, noise)
         if is_faster_before_the_loop():
             x, inputs = self.split_gates(inputs(x)), None
-        states, outputs = nn.scan(
-            _step,
-            in_axes=AXES,
-            unroll=self.unroll or 1,
-        )(self, states, x, valid, inputs, recurrent)
+        states, outputs = nn.scan(_step, in_axes=AXES, unroll=self.unroll or 1)(
+            self, states, x, valid, inputs, recurrent
+        )
         output = self._output(states[0], outputs, valid)
         return (output, *states) if self.return_state else output
 

@@ -1,7 +1,4 @@
-"""Keras' wrappers of recurrent layers as Flax Linen modules: both ways, and stacks.
-
-Nothing here imports Keras.
-"""
+"""Keras' wrappers of recurrent layers as Flax Linen modules: both ways, and stacks."""
 
 from typing import Any, Literal
 

@@ -1,4 +1,4 @@
-"""Keras' layers without weights as Flax modules. Nothing here knows Keras."""
+"""Keras' layers without weights as Flax modules."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""`TimeDistributed` with Keras' treatment of masks. Nothing here knows Keras."""
+"""`TimeDistributed` with Keras' treatment of masks."""
 
 import jax
 import jax.numpy as jnp

@@ -20,19 +20,17 @@ def dtypes(layer: Any) -> dict[str, Any]:
 
 def require_channels_last(layer: Any) -> None:
     if getattr(layer, "data_format", None) == "channels_first":
-        raise refuse(
-            layer,
-            "data_format='channels_first' is not converted, only 'channels_last'.",
-        )
+        reason = "data_format='channels_first' is not converted, only 'channels_last'."
+        raise refuse(layer, reason)
 
 
 def _params(**variables: Any) -> Variables:
-    """A tree of what is there."""
+    """The variables that the layer has, as params."""
     return {"params": {k: v for k, v in variables.items() if v is not None}}
 
 
 def _activated(layer: Any) -> dict[str, Any]:
-    """What Dense and the convolutions share."""
+    """The fields that Dense and the convolutions share."""
     function = activation(layer.activation, where(layer))
     return {"use_bias": layer.use_bias, "activation": function, **dtypes(layer)}
 
@@ -50,42 +48,45 @@ def convert_embedding(layer: layers.Embedding) -> Converted:
     return module, _params(embedding=layer.embeddings)
 
 
+def _convert_conv(module_class: Any, layer: Any, **fields: Any) -> Converted:
+    """A convolution whose module takes Flax's fields."""
+    require_channels_last(layer)
+    module = module_class(
+        kernel_size=layer.kernel_size,
+        strides=layer.strides,
+        kernel_dilation=layer.dilation_rate,
+        **{"padding": layer.padding.upper(), **fields},
+        **_activated(layer),
+    )
+    return module, _params(kernel=layer.kernel, bias=layer.bias)
+
+
 @register_rule(layers.Conv1D)
 @register_rule(layers.Conv2D)
 @register_rule(layers.Conv3D)
 def convert_conv(layer: Any) -> Converted:
-    require_channels_last(layer)
-    module = flax_layers.Conv(
-        layer.filters,
-        layer.kernel_size,
-        strides=layer.strides,
-        padding=layer.padding.upper(),
-        kernel_dilation=layer.dilation_rate,
-        feature_group_count=layer.groups,
-        **_activated(layer),
-    )
-    return module, _params(kernel=layer.kernel, bias=layer.bias)
+    sizes = {"features": layer.filters, "feature_group_count": layer.groups}
+    return _convert_conv(flax_layers.Conv, layer, **sizes)
 
 
 @register_rule(layers.Conv1DTranspose)
 @register_rule(layers.Conv2DTranspose)
 @register_rule(layers.Conv3DTranspose)
 def convert_conv_transpose(layer: Any) -> Converted:
-    require_channels_last(layer)
-    module = flax_layers.ConvTranspose(
-        layer.filters,
-        layer.kernel_size,
-        strides=layer.strides,
-        padding=tuple(map(_transposed_padding, *_axes(layer))),
-        kernel_dilation=layer.dilation_rate,
-        transpose_kernel=True,
-        **_activated(layer),
-    )
-    return module, _params(kernel=layer.kernel, bias=layer.bias)
+    padding = tuple(map(_transposed_padding, *_axes(layer)))
+    fields = {"features": layer.filters, "padding": padding, "transpose_kernel": True}
+    return _convert_conv(flax_layers.ConvTranspose, layer, **fields)
+
+
+@register_rule(layers.DepthwiseConv1D)
+@register_rule(layers.DepthwiseConv2D)
+def convert_depthwise_conv(layer: Any) -> Converted:
+    multiplier = layer.depth_multiplier
+    return _convert_conv(flax_layers.DepthwiseConv, layer, multiplier=multiplier)
 
 
 def _axes(layer: Any) -> tuple:
-    """The settings of a transposed convolution, one of each per axis."""
+    """The settings of a transposed convolution, one of each for each axis."""
     size = len(layer.kernel_size)
     extra = layer.output_padding or (None,) * size
     names = [layer.padding] * size
@@ -95,7 +96,7 @@ def _axes(layer: Any) -> tuple:
 def _transposed_padding(
     size: int, stride: int, dilation: int, padding: str, extra: int | None
 ) -> tuple[int, int]:
-    """Zeros before and after along one axis, so that Keras' output size results.
+    """Zeros before and after along one axis that give the output Keras' size.
 
     With "valid" and no `extra` the output is `(n - 1) * stride + max(size, stride)`
     long, with "same" `n * stride`.
@@ -108,21 +109,6 @@ def _transposed_padding(
     total = stride + reach - 1 if extra is None else reach + odd - 1 + extra
     before = min(total - total // 2, reach)
     return before, total - before
-
-
-@register_rule(layers.DepthwiseConv1D)
-@register_rule(layers.DepthwiseConv2D)
-def convert_depthwise_conv(layer: Any) -> Converted:
-    require_channels_last(layer)
-    module = flax_layers.DepthwiseConv(
-        layer.kernel_size,
-        layer.depth_multiplier,
-        layer.strides,
-        layer.padding.upper(),
-        layer.dilation_rate,
-        **_activated(layer),
-    )
-    return module, _params(kernel=layer.kernel, bias=layer.bias)
 
 
 @register_rule(layers.PReLU)
