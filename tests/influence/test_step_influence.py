@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import SingleDeviceSharding
 
 import tdjax
-from helpers import normal
+from helpers import normal, x64
 
 T = 5
 ITSELF = np.eye(T, dtype=bool)
@@ -313,3 +313,21 @@ def test_bound_says_how_large_values_may_be():
 def test_bad_input_names_the_argument(user_errors, call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "compare",
+    [
+        # As float64, the two sides are equal.
+        lambda zero, big: zero + (big + 1) == big,
+        lambda zero, big: (zero + (big - 1)) + 2 == big,
+        lambda zero, big: jnp.maximum(zero, big + 1) == big,
+    ],
+)
+def test_a_large_integer_is_not_taken_for_its_neighbour(compare):
+    with x64():
+        big = jnp.int64(2**53)
+        same = lambda x: compare(x.astype(jnp.int64) * 0, big)
+        fun = lambda x: jnp.where(same(x), 0.0, x[:, ::-1])
+        x = jnp.ones((1, 3, 1))
+        assert (tdjax.step_influence(fun, x) >= np.eye(3, dtype=bool)[::-1]).all()

@@ -80,9 +80,9 @@ def _rounded(dtype, low, high):
     operations and keeps their excess precision.
     """
     if jnp.issubdtype(dtype, jnp.integer):
-        info = jnp.iinfo(dtype)
-        # Ranges are float64, in which integers are exact up to 2**53.
-        fits = (low >= max(info.min, -(2.0**53))) & (high <= min(info.max, 2.0**53))
+        # Ranges are float64: from 2**53 on, an integer may have been rounded.
+        info, exact = jnp.iinfo(dtype), 2.0**53 - 1
+        fits = (low >= max(info.min, -exact)) & (high <= min(info.max, exact))
         return np.where(fits, low, np.nan), np.where(fits, high, np.nan)
     if jnp.issubdtype(dtype, jnp.floating):
         return -_upwards(dtype, -low), _upwards(dtype, high)
@@ -118,8 +118,8 @@ def as_spread(value: Any, timesteps: int, bound: float) -> Spread:
     far = ~(abs(number) <= bound)
     if np.iscomplexobj(number):
         return unknown(dtype, steps, far, bound)
-    exact = ~jnp.issubdtype(dtype, jnp.integer) | (abs(number) <= 2.0**53)
-    known = np.where(exact, number, np.nan)
+    is_integer = jnp.issubdtype(dtype, jnp.integer)
+    known = np.where(is_integer & (abs(number) >= 2.0**53), np.nan, number)
     lost = np.isnan(known) & bool(jnp.issubdtype(dtype, jnp.floating))
     return Spread(steps, np.where(lost, -np.inf, known), np.where(lost, np.inf, known))
 
