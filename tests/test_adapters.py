@@ -1,5 +1,7 @@
 """What both adapters say about layers and inputs that do not fit."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import tdjax
 from helpers import normal
 
 X = normal(0, 3, 8)  # (batch, features), without time
+KEY = jax.random.key(0)
 LINEN, NNX = tdjax.linen.TimeDistributed, tdjax.nnx.TimeDistributed
 
 
@@ -69,21 +72,23 @@ def dense_made_with_time():
 @pytest.mark.parametrize(
     "call",
     [
-        lambda x: LINEN(nn.Conv(5, (3, 3))).init(jax.random.key(0), x[0]),
+        lambda x: LINEN(nn.Conv(5, (3, 3))).init(jax.random.key(0), x),
         lambda x: (lambda model, v: model.apply(v, x))(*dense_made_with_time()),
         lambda x: NNX(linear())(x),
+        lambda x: NNX(linear(), method="fold")(x[..., None]),
     ],
 )
 def test_an_input_without_a_time_axis_shows_what_was_taken_as_a_step(call):
-    try:
-        call(X)
-    except Exception as error:
-        text = "\n".join([str(error), *getattr(error, "__notes__", [])])
-    else:
-        pytest.fail("no error")
-    if "must have that axis" not in text:  # X[0] has no axis 1
-        assert "One step is args[0] float32[3] (axis 1 of float32[3,8] is time)" in text
-        assert "call the layer without TimeDistributed" in text
+    text = notes(lambda: call(X))
+    assert re.search(r"One step of the input was float32\[(3|24,1)\]", text)
+    assert text.count("call the layer without TimeDistributed") == 1
+
+
+@pytest.mark.parametrize("wrap", [lambda x: LINEN(nn.Dense(5)).init(KEY, x), NNX])
+def test_an_input_of_one_axis_has_no_time_axis(wrap):
+    call = (lambda: NNX(linear())(X[0])) if wrap is NNX else (lambda: wrap(X[0]))
+    with pytest.raises(ValueError, match=r"mapped over axis 1 and must have that axis"):
+        call()
 
 
 @pytest.mark.parametrize("mask", [jnp.ones((3, 4), int), jnp.array([4, 2, 0])])
@@ -96,6 +101,17 @@ def test_an_int_mask_and_lengths_are_explained(user_errors, mask):
     ):
         with pytest.raises(TypeError, match=r"mask\.astype\(bool\).*lengths_to_mask"):
             call()
+
+
+def test_our_own_errors_get_no_note_about_the_layer():
+    dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    x = normal(0, 3, 4, 8)
+    for call in (
+        lambda: NNX(linear())(x, mask=jnp.ones((3, 4), int)),
+        lambda: NNX(dropout, share_rng=True, method="fold")(x),
+        lambda: LINEN(nn.Dense(5), out_axes=7).init(KEY, x),
+    ):
+        assert "One step" not in notes(call)
 
 
 def test_other_errors_of_a_layer_get_no_note():

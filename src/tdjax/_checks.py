@@ -124,8 +124,8 @@ def require_layer(name: str, layer: Any, module_class: type, adapter: str) -> No
     elif home is not None:
         remedy = f"Use {home} for it."
     else:
-        remedy = "Use tdjax.time_distributed for a function."
+        remedy = "Use tdjax.time_distributed for a function." * callable(layer)
     raise TypeError(
         f"{name} must be an instance of flax.{framework}.Module, got "
-        f"{describe(layer)}. {remedy}"
+        f"{describe(layer)}. {remedy}".rstrip()
     )

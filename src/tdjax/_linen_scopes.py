@@ -17,6 +17,7 @@ from flax.core import DenyList, FrozenDict, Scope, lift
 from flax.core.scope import in_filter
 from flax.linen import module as flax_module
 
+from tdjax._steps.hints import explained
 from tdjax._steps.stateful import LayerState, distribute_stateful, make_lowering
 
 
@@ -37,7 +38,7 @@ def _clones(root: Scope):
     """Where Flax keeps the clones of modules that were made outside of others."""
     if hasattr(flax_module, "_caches"):
         return flax_module._caches.setdefault(root, weakref.WeakValueDictionary())
-    # From Flax 0.12.12 on.
+    # Since Flax 0.12.12 the root scope keeps them.
     if not hasattr(root, "_submodule_adoption_cache"):
         root._submodule_adoption_cache = weakref.WeakValueDictionary()  # pyright: ignore
     return root._submodule_adoption_cache  # pyright: ignore
@@ -102,7 +103,9 @@ def lift_one_step(call, axis_name):
 
 
 def call_layer(layer, *args, **kwargs):
-    return layer(*args, **kwargs)
+    """Calls the layer on one step."""
+    with explained(args):
+        return layer(*args, **kwargs)
 
 
 def thaw(axes: Any) -> Any:

@@ -23,7 +23,6 @@ from tdjax._dense import (
     per_step_dense,
 )
 from tdjax._linen_scopes import adopt, call_layer, lift_one_step, lift_over_time, thaw
-from tdjax._steps.hints import add_layer_hint
 from tdjax._steps.stateful import first_steps, make_lowering
 from tdjax._tuning.autotune import Subject, tune
 from tdjax._tuning.result import Tuning
@@ -110,16 +109,11 @@ class TimeDistributed(nn.Module):
         """
         if self.scope is None:
             raise CallCompactUnboundModuleError()
+        if self.is_initializing():
+            self._init_layer(*first_steps(args, thaw(self.in_axes)), **kwargs)
         lift = nn.transforms.lift_transform
-        in_axes = thaw(self.in_axes)
-        try:
-            if self.is_initializing():
-                self._init_layer(*first_steps(args, in_axes), **kwargs)
-            over_time = lift(lift_over_time, call_layer, self, mask, kwargs)
-            return over_time(self.layer, *args)
-        except Exception as error:
-            add_layer_hint(error, args, in_axes)
-            raise
+        over_time = lift(lift_over_time, call_layer, self, mask, kwargs)
+        return over_time(self.layer, *args)
 
     def _init_layer(self, *args, **kwargs):
         """Makes the variables by one plain call, as without a wrapper."""

@@ -18,7 +18,7 @@ from tdjax._dense import (
     init_per_step_dense,
     per_step_dense,
 )
-from tdjax._steps.hints import add_layer_hint
+from tdjax._steps.hints import explained
 from tdjax._steps.stateful import LayerState, distribute_stateful, make_lowering
 from tdjax._tuning.autotune import Subject, tune
 from tdjax._tuning.result import Tuning
@@ -104,23 +104,20 @@ class TimeDistributed(nnx.Module):
             parts = jax.tree.map(lambda leaf: leaf, (params, state))
             layer = nnx.merge(graphdef, keys, *parts)
             attributes = _static_attributes(layer)
-            y = layer(*args, **kwargs)
+            with explained(args):
+                y = layer(*args, **kwargs)
             _refuse_new_attributes(attributes, _static_attributes(layer))
             return y, nnx.split(layer, nnx.RngKey, nnx.Param, ...)[3]
 
-        try:
-            y, after = distribute_stateful(
-                step,
-                LayerState(state, keys, self.share_rng),
-                args,
-                mask,
-                self.in_axes,
-                self.out_axes,
-                make_lowering(self),
-            )
-        except Exception as error:
-            add_layer_hint(error, args, self.in_axes)
-            raise
+        y, after = distribute_stateful(
+            step,
+            LayerState(state, keys, self.share_rng),
+            args,
+            mask,
+            self.in_axes,
+            self.out_axes,
+            make_lowering(self),
+        )
         nnx.update(self.layer, _changed(state, after))
         return y
 

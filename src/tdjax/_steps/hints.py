@@ -5,9 +5,13 @@ which arguments were mapped over time and which were shared, and why a Flax modu
 inside `fun` needs an adapter.
 """
 
+import contextlib
+
 from tdjax._checks import describe, is_array, leaves_by_path
-from tdjax._steps.axes import Inputs, batch_size, flatten_inputs, step_shape
+from tdjax._steps.axes import Inputs, batch_size, step_shape
 from tdjax._steps.lowering import Lowering
+
+_ONE_STEP = "One step of the input"
 
 
 def add_hints(
@@ -41,20 +45,22 @@ def add_hints(
         _add_note_of_batch(error, "method='fold'", shared, inputs)
 
 
-def add_layer_hint(error: Exception, args: tuple, in_axes) -> None:
-    """Adds a note to an error that was raised while a layer ran over all steps."""
-    # The only one of Flax's errors that a wrong time axis causes.
-    is_shape_error = type(error).__name__ == "ScopeParamShapeError"
-    if not isinstance(error, TypeError | ValueError) and not is_shape_error:
-        return
+@contextlib.contextmanager
+def explained(args: tuple):
+    """Adds what one step was to the errors of a layer's call on it."""
     try:
-        inputs = flatten_inputs(args, in_axes)
-    except (TypeError, ValueError):
-        return  # The error says already what is wrong with the axes.
-    error.add_note(
-        f"{_one_step(args, inputs)} If the input has no time axis, call the layer "
-        "without TimeDistributed; if it is another one, say which in in_axes."
-    )
+        yield
+    except Exception as error:
+        # The last is the only one of Flax's errors that a wrong time axis causes.
+        kinds = ("TypeError", "ValueError", "ScopeParamShapeError")
+        notes = "".join(getattr(error, "__notes__", ()))
+        if type(error).__name__ in kinds and _ONE_STEP not in notes:
+            error.add_note(
+                f"{_ONE_STEP} was {', '.join(map(describe, args))}. If the input has no "
+                "time axis, call the layer without TimeDistributed; if time is on "
+                "another axis, say so in in_axes."
+            )
+        raise
 
 
 def _one_step(args: tuple, inputs: Inputs) -> str:
