@@ -1,4 +1,4 @@
-"""Keras models from files: what a file would make is looked at before it is made."""
+"""Keras models from files; what a file would create is checked before it is loaded."""
 
 import json
 import operator
@@ -13,9 +13,9 @@ import keras
 from tdjax._keras.modules import activations
 from tdjax._keras.registry import find_rule, known_classes
 
-# Arrays, slices and the like, which Keras reads as values.
+# Arrays, slices and other values.
 VALUES = ("keras_tensor", "tensor", "numpy", "bytes", "ellipsis", "slice")
-# What a layer's settings may be made of.
+# What the settings of a layer may contain.
 PARTS = (
     keras.Initializer,
     keras.Regularizer,
@@ -44,21 +44,21 @@ MODULES = (
     "optimizers",
     "optimizers.schedules",
 )
-# Keras looks for a function of "builtins" in several of its modules, in no fixed order.
+# Keras searches several of its modules for a function of "builtins".
 FUNCTIONS = {*activations.FUNCTIONS, *activations.OPERATIONS}
 HOMES = ("builtins", "keras.activations", "keras.ops")
 LARGEST_CONFIG = 2**26
 
 
 def load(path: pathlib.Path) -> Any:
-    """The Keras model of a `.keras` file, if all that it would make is known."""
+    """Loads a `.keras` file if everything that it would create is known."""
     config = _read_config(path)
     config.pop("compile_config", None)
     for place, part in _objects(config, "the model"):
         _check(path, place, part)
     try:
         with warnings.catch_warnings():
-            # Of a model inside; the Flax module has none.
+            # A model inside may have an optimizer; the Flax module has none.
             skipped = "(?s).*Skipping variable loading for optimizer"
             warnings.filterwarnings("ignore", skipped)
             return keras.saving.load_model(path, compile=False, safe_mode=True)
@@ -71,7 +71,7 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"There is no file {path}.")
     if path.is_dir() or not zipfile.is_zipfile(path):
-        kind = "a directory" if path.is_dir() else "a file that is no zip archive"
+        kind = "a directory" if path.is_dir() else "a file that is not a zip archive"
         raise ValueError(
             f"{path} is not a .keras file, but {kind}. Load other formats (HDF5, "
             "SavedModel) with Keras, and pass the model."
@@ -88,14 +88,14 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _objects(config: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Everything in a config that Keras would make an object of."""
+    """The parts of a config that Keras would turn into objects."""
     if isinstance(config, list):
         for item in config:
             yield from _objects(item, place)
     if not isinstance(config, dict):
         return
     if set(config) == {"value"} and _is_code(config["value"]):
-        # How Keras writes a lambda that is an activation.
+        # This is how Keras saves a lambda as an activation.
         config = {"class_name": "__lambda__"}
     if "class_name" in config:
         inner = config.get("config")
@@ -107,7 +107,7 @@ def _objects(config: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _is_code(value: Any) -> bool:
-    return isinstance(value, list) and any(isinstance(each, str) for each in value)
+    return isinstance(value, list) and any(isinstance(item, str) for item in value)
 
 
 def _check(path: pathlib.Path, place: str, part: dict[str, Any]) -> None:

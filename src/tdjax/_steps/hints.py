@@ -56,8 +56,8 @@ def explained(args: tuple):
         notes = "".join(getattr(error, "__notes__", ()))
         if type(error).__name__ in kinds and _ONE_STEP not in notes:
             error.add_note(
-                f"{_ONE_STEP} was {', '.join(map(describe, args))}. If the input has no "
-                "time axis, call the layer without TimeDistributed; if time is on "
+                f"{_ONE_STEP} was {', '.join(map(describe, args))}. If the input has "
+                "no time axis, call the layer without TimeDistributed; if time is on "
                 "another axis, say so in in_axes."
             )
         raise

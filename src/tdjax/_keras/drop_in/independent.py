@@ -1,4 +1,4 @@
-"""Which Keras layers treat every example on its own, so that steps can be examples."""
+"""Which Keras layers treat examples independently, so that steps can be examples."""
 
 from typing import Literal
 
@@ -20,38 +20,38 @@ _GLOBAL_POOLS = ("GlobalMaxPooling{}D", "GlobalAveragePooling{}D")
 _SPATIAL = ("UpSampling{}D", "ZeroPadding{}D", "Cropping{}D")
 _OF_ANY_RANK = _CONVS + _POOLS + _GLOBAL_POOLS + _SPATIAL
 _NAMES = _PLAIN + _ACTIVATIONS + _NORMS + _SHAPES + _SUMS + _RECURRENT
-_ALONE = frozenset(
+_INDEPENDENT = frozenset(
     getattr(layers, name)
     for name in (
         *_NAMES,
         "Bidirectional",
         *(name.format(rank) for name in _OF_ANY_RANK for rank in (1, 2, 3)),
     )
-    # Some are younger than the oldest Keras that will do, or not for every rank.
+    # The oldest supported Keras lacks some, and some are not there for every rank.
     if hasattr(layers, name)
 )
 _KERAS = layers.TimeDistributed.__module__
 
 
-def treats_examples_alone(layer: keras.Layer) -> bool:
-    """Whether it is certain that an example's result is that of the example alone.
+def treats_examples_independently(layer: keras.Layer) -> bool:
+    """Whether an example's result certainly depends on that example only.
 
-    So no other example, no noise and nothing that a call has written is in it, and the
-    call adds no loss. It is certain of Keras' own layers only.
+    Not on other examples, noise or what a call has written; and the call adds no loss.
+    Only Keras' own layers are certain to.
     """
-    return all(map(_is_alone, layer._flatten_layers()))
+    return all(map(_is_independent, layer._flatten_layers()))
 
 
 def equal_method(layer: keras.Layer, *, share_rng: bool = False) -> Method:
-    """The fastest method that is sure to equal a loop over steps."""
-    alone = not share_rng and treats_examples_alone(layer)
-    return "fold" if alone else "vmap"
+    """The fastest method that certainly equals a loop over steps."""
+    independent = not share_rng and treats_examples_independently(layer)
+    return "fold" if independent else "vmap"
 
 
-def _is_alone(layer) -> bool:
+def _is_independent(layer) -> bool:
     if type(layer) is Functional:
         return all(map(_is_layer_of_tensors, layer.operations))
-    known = type(layer) is keras.Sequential or type(layer) in _ALONE
+    known = type(layer) is keras.Sequential or type(layer) in _INDEPENDENT
     if isinstance(layer, layers.TimeDistributed):
         known = type(layer).__module__ in (_KERAS, "tdjax.keras")
     return known and _is_plain(layer) and _keeps_the_batch(layer)
@@ -78,8 +78,8 @@ def _is_plain(layer) -> bool:
 def _keeps_the_batch(layer) -> bool:
     axes = getattr(layer, "axis", -1)
     axes = axes if isinstance(axes, list | tuple) else [axes]
-    # Other negative axes may be the batch, by the input's rank; where examples are
-    # single numbers, so is the last.
+    # Depending on the input's rank, other negative axes may be the batch; so is the
+    # last one if an example is a single number.
     if not all(isinstance(axis, int) and (axis == -1 or axis > 0) for axis in axes):
         return False
     if getattr(layer, "target_shape", None) == ():

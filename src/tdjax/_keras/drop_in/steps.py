@@ -1,7 +1,7 @@
-"""One Keras layer over all steps: its variables, seeds and losses as values.
+"""One Keras layer over all steps.
 
-Keras keeps them in objects that a call writes to. Here a step is a function of their
-values, in a `keras.StatelessScope` of its own, so that the core can lower it.
+A call of a Keras layer writes to its variables, seeds and losses. Here a step is a pure
+function of their values, in a `keras.StatelessScope`, so that the core can lower it.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from tdjax._steps.lowering import Lowering
 from tdjax._steps.stateful import first_steps
 from tdjax._steps.steps import AllSteps
 
-# Since then Keras divides what an activity regulariser adds by the batch size.
+# Since 3.14 Keras divides what an activity regularizer adds by the batch size.
 _BY_EXAMPLE = tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 14)
 
 
@@ -25,9 +25,9 @@ def distribute_layer(
 ) -> tuple[Any, list]:
     """Runs `layer.call` on every step: `(outputs, losses)`.
 
-    Variables are assigned; each step starts with what the step before left in them.
+    Variables are assigned; each step starts with what the step before wrote to them.
     """
-    step = _Step(layer, training)
+    step = _StatelessLayer(layer, training)
     values, seeds = step.read()
     args = (inputs, mask)
     by_step, axis, seeds_after = _count_seeds(step, values, seeds, args, share_rng)
@@ -41,7 +41,8 @@ def distribute_layer(
 def _count_seeds(step, values, seeds, args, share_rng: bool):
     """`(seeds of the steps, their time axis, seeds after all steps)`.
 
-    A seed counts the draws, and the steps draw alike; so the noise is that of a loop.
+    A seed counts the draws, and every step draws equally often, so each step's seed
+    can be computed and the noise is that of Keras' loop.
     """
     if not seeds:
         return seeds, None, seeds
@@ -55,7 +56,7 @@ def _count_seeds(step, values, seeds, args, share_rng: bool):
     drawn = [
         jnp.asarray(timesteps, seed.dtype) * move for seed, move in zip(seeds, moves)
     ]
-    return by_step, PER_STEP, [seed + each for seed, each in zip(seeds, drawn)]
+    return by_step, PER_STEP, [seed + n for seed, n in zip(seeds, drawn)]
 
 
 def _run_in_order(step, values, steps: AllSteps, lowering: Lowering):
@@ -67,7 +68,7 @@ def _run_in_order(step, values, steps: AllSteps, lowering: Lowering):
 
 
 def _run_folded(step, values, steps: AllSteps, lowering: Lowering):
-    """All steps of a block are one call, which writes to the variables once."""
+    """One call for all steps of a block, which writes to the variables once."""
     timesteps, chunk = time_size(steps.inputs), lowering.chunk_size
     # A symbolic size can't be compared.
     in_one = isinstance(timesteps, int) and timesteps <= (chunk or timesteps)
@@ -89,15 +90,15 @@ def _run_folded(step, values, steps: AllSteps, lowering: Lowering):
     return (y, []), after
 
 
-class _Step:
-    """A call of a layer as a function of the values of its variables."""
+class _StatelessLayer:
+    """A layer whose call is a function of the values of its variables."""
 
     def __init__(self, layer, training):
         self.layer, self.training = layer, training
         self.layers = layer._flatten_layers()
-        seeds = {id(g.state) for each in self.layers for g in each._seed_generators}
-        found = [*layer.variables, *layer.metrics_variables]
-        variables = {id(variable): variable for variable in found}
+        seeds = {id(g.state) for part in self.layers for g in part._seed_generators}
+        listed = [*layer.variables, *layer.metrics_variables]
+        variables = {id(variable): variable for variable in listed}
         self.seeds = [v for key, v in variables.items() if key in seeds]
         self.variables = [v for key, v in variables.items() if key not in seeds]
 
@@ -116,18 +117,18 @@ class _Step:
         """`((y, losses), (values, seeds))` of one step."""
         keys = [id(v) for v in [*self.variables, *self.seeds]]
         outer = backend.get_stateless_scope()
-        # What the layer may read of its surroundings has their values.
+        # The layer may also read variables of the surrounding scope.
         start = {} if outer is None else dict(outer.state_mapping)
         start |= dict(zip(keys, [*values, *seeds], strict=True))
         scope = keras.StatelessScope(collect_losses=True, initialize_variables=False)
         with scope:
             scope.state_mapping = dict(start)
-            known = [(each, {*each._loss_ids}) for each in self.layers]
+            known = [(part, {*part._loss_ids}) for part in self.layers]
             y = self._call_layer(inputs, mask)
             losses = list(scope.losses)
-            # Keras knows losses by `id`, which a later one may have again.
-            for each, ids in known:
-                each._loss_ids = ids
+            # Keras knows losses by `id`, which a later loss may have too.
+            for part, ids in known:
+                part._loss_ids = ids
         self._require_own_writes(start, scope.state_mapping, keys)
         after = [scope.state_mapping[key] for key in keys]
         return (y, losses), (after[: len(values)], after[len(values) :])
@@ -140,25 +141,25 @@ class _Step:
             kwargs["training"] = self.training
         y = layer.call(inputs, **kwargs)
         if layer.activity_regularizer is not None:
-            for each in keras.tree.flatten(y):
-                examples = max(each.shape[0], 1) if _BY_EXAMPLE else 1
-                layer.add_loss(layer.activity_regularizer(each) / examples)
+            for output in keras.tree.flatten(y):
+                examples = max(output.shape[0], 1) if _BY_EXAMPLE else 1
+                layer.add_loss(layer.activity_regularizer(output) / examples)
         return y
 
     def _require_own_writes(self, start, end, keys) -> None:
         strange = [key for key in end if end[key] is not start.get(key)]
         if set(strange) - set(keys):
             raise ValueError(
-                f"layer {self.layer.name!r} must write to variables of its own only, "
-                "got a call that assigns to one that is not among layer.variables. "
-                "Make it an attribute of the layer."
+                f"layer {self.layer.name!r} must write to its own variables only, got "
+                "a call that assigns to one that is not in layer.variables. Make it an "
+                "attribute of the layer."
             )
 
     def require_no_losses(self, losses) -> None:
         if losses:
             raise ValueError(
                 f"method='fold' calls layer {self.layer.name!r} once for all steps, "
-                "and the losses that it adds would be other ones. Use method='vmap'."
+                "so the losses that it adds would differ. Use method='vmap'."
             )
 
     def require_no_writes(self, changed, chunk) -> None:

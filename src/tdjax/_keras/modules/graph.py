@@ -89,7 +89,7 @@ class Input:
         return x
 
     def check_mask(self, x: jax.Array, mask: Any) -> None:
-        """Refuses a mask that is not one of the steps of `x`."""
+        """Refuses a mask that does not fit the steps of `x`."""
         if mask is None:
             return
         shape = jnp.shape(mask)
@@ -163,8 +163,8 @@ class FlaxModel(nn.Module):
         Args:
           inputs: as the Keras model takes them.
           mask: the mask of the inputs, in the same structure, or None.
-          train: whether layers train: dropout, batch statistics. It counts for every
-            layer, also for one that was called with a `training` of its own.
+          train: whether layers train (dropout, batch statistics), even those that
+            were called with their own `training`.
           return_mask: whether to return `(outputs, masks)` instead of the outputs.
         """
         graph, bound = self.graph, {}
@@ -183,13 +183,13 @@ def _enter(graph: Graph, inputs, mask) -> tuple[dict, dict]:
     leaves = _match(graph, inputs)
     values = [spec.convert(x) for spec, x in zip(graph.specs, leaves)]
     slots, masks = graph.inputs.leaves, _leaves_or_none(mask)
-    for spec, x, each in zip(graph.specs, values, masks):
-        spec.check_mask(x, each)
+    for spec, x, mask in zip(graph.specs, values, masks):
+        spec.check_mask(x, mask)
     return dict(zip(slots, values)), dict(zip(slots, masks))
 
 
 def _match(graph: Graph, inputs) -> list:
-    """The inputs in the order of the graph's, also if named where it has a list."""
+    """The inputs in the order of the graph; they may be named where it has a list."""
     names = [spec.name for spec in graph.specs]
     treedef = graph.inputs.treedef
     leaves, given = jax.tree.flatten(inputs)
@@ -224,7 +224,7 @@ def _call(node: Node, module, values, masks, train) -> tuple[Any, Any]:
         return module(*args, **kwargs, return_mask=True)
     outputs = module(*args, **kwargs)
     if not node.keeps_mask:
-        # Keras hangs a mask on the array: what comes back as it was has it still.
+        # Keras attaches a mask to the array: an input that is returned keeps it.
         return outputs, arg_masks if args and outputs is args[0] else None
     if hasattr(module, "compute_mask"):
         return outputs, module.compute_mask(args[0], arg_masks)
@@ -246,5 +246,5 @@ def cast(tree: Any, dtype: str | None) -> Any:
 
 @functools.cache
 def parameters(module_class: type) -> tuple[str, ...]:
-    """The names of what a module's `__call__` takes."""
+    """The parameter names of a module's `__call__`."""
     return tuple(inspect.signature(module_class.__call__).parameters)[1:]

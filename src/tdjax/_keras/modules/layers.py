@@ -15,8 +15,8 @@ from tdjax._keras.modules import initializers
 from tdjax._keras.modules.activations import Activation
 
 LINEAR = Activation("linear")
-# Flax's type for the field `promote_dtype` is a protocol, which type checks at run time
-# can't handle; the subclasses of Flax's layers redeclare it.
+# Run-time type checks can't handle Flax's type of the field `promote_dtype`, a
+# protocol, so the subclasses declare it again.
 
 
 class _Activated:
@@ -113,7 +113,7 @@ def _convolve_channels(layer, inputs, kernel):
 
 
 class PReLU(nn.Module):
-    """A relu with a slope for each feature below zero; sizes of 1 share theirs."""
+    """A relu with a slope below zero for each feature; axes of size 1 share it."""
 
     shape: tuple[int, ...]
     param_dtype: Any = jnp.float32

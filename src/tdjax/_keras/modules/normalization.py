@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# Keras divides the sums over what is not masked by their number plus this.
+# Keras adds this to the number of unmasked positions before it divides by it.
 EPSILON = 1e-7
 
 
@@ -90,7 +90,7 @@ def _moments(x, axes, mask):
 
 
 class VarianceScaling(nn.Module):
-    """Divides by the standard deviation, without taking the mean away."""
+    """Divides by the standard deviation without subtracting the mean."""
 
     epsilon: float
     feature_axes: tuple[int, ...]

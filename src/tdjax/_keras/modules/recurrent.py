@@ -25,8 +25,8 @@ class Recurrent(nn.Module):
     `(units, gates * units)` and, with `use_bias`, `bias` `(gates * units,)`.
 
     * **Masks**: a masked step keeps the states. Its output is that of the step before,
-      or zero with `zero_output_for_mask`. Its input, be it NaN, has no influence and
-      gets no gradient.
+      or zero with `zero_output_for_mask`. Its input has no influence and gets no
+      gradient, even if it is NaN.
     * **Dropout**: the noise of an example is the same at all steps.
 
     Attributes:
@@ -212,8 +212,8 @@ def is_faster_before_the_loop() -> bool:
 class Product(NamedTuple):
     """`x @ kernel + bias`, for `x` `(..., batch, size)`.
 
-    With `noise`, `(count, batch, size)`, each of so many blocks of columns sees `x`
-    times a noise of its own.
+    With `noise`, `(count, batch, size)`, each of `count` blocks of columns sees `x`
+    times its own noise.
     """
 
     kernel: Any
@@ -228,7 +228,7 @@ class Product(NamedTuple):
         if self.noise is None:
             return x @ self.kernel
         blocks = jnp.split(self.kernel, self.noise.shape[0], axis=1)
-        parts = [(x * own) @ block for own, block in zip(self.noise, blocks)]
+        parts = [(x * noise) @ block for noise, block in zip(self.noise, blocks)]
         return jnp.concatenate(parts, axis=-1)
 
 

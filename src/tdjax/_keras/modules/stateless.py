@@ -32,7 +32,7 @@ class Softmax(nn.Module):
 
 
 class Masking(nn.Module):
-    """Masks the steps in which every feature has one value."""
+    """Masks the steps whose features all equal `mask_value`."""
 
     mask_value: Any = 0.0
 
@@ -69,7 +69,7 @@ class Reshape(nn.Module):
     shape: tuple[int, ...]
 
     def __call__(self, inputs):
-        # JAX can't tell what -1 is in an empty batch.
+        # JAX can't infer -1 for an empty batch.
         known = -math.prod(self.shape) if -1 in self.shape else 1
         rest = math.prod(inputs.shape[1:]) // known if known else 0
         sizes = (rest if size == -1 else size for size in self.shape)
@@ -104,7 +104,7 @@ class ZeroPadding(nn.Module):
 
 
 class Cropping(nn.Module):
-    """Takes steps away at both ends of the axes between batch and features."""
+    """Cuts both ends of the axes between batch and features."""
 
     cropping: tuple[tuple[int, int], ...]
 
@@ -137,7 +137,7 @@ class MaxPooling(nn.Module):
 
 
 class AveragePooling(nn.Module):
-    """The mean of each window, of what of it lies inside."""
+    """The mean of each window, without its padding."""
 
     window: tuple[int, ...]
     strides: tuple[int, ...]
@@ -158,7 +158,7 @@ class GlobalMaxPooling(nn.Module):
 
 
 class GlobalAveragePooling(nn.Module):
-    """The mean over the axes between batch and features, of what is not masked."""
+    """The mean over the axes between batch and features, without masked steps."""
 
     keepdims: bool = False
 

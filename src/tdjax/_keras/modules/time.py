@@ -10,9 +10,9 @@ from tdjax._keras.modules.graph import parameters
 class TimeDistributed(linen.TimeDistributed):
     """`tdjax.linen.TimeDistributed` that treats masks as Keras does.
 
-    The layer gets each step's slice of the mask, and masked steps are not zeroed. The
-    mask passes on, without the axes that the output has no place for: where lines of
-    words become vectors, a line is valid if a word is.
+    The layer gets its step's slice of the mask, and masked steps are not zeroed. The
+    mask is passed on, reduced by `any` over axes that the output does not have: where
+    lines of words become vectors, a line is valid if a word is.
 
     Attributes:
       hands_mask: whether the layer gets its slice of the mask.
@@ -39,7 +39,7 @@ def _mask_for(outputs, mask):
 
 
 def ended_axes(mask_shape: tuple, output_shape: tuple) -> tuple[int, ...]:
-    """The axes of a mask behind (batch, time) that an output has no place for."""
+    """The axes of a mask after (batch, time) that an output does not have."""
     kept = 2
     room = min(len(mask_shape), len(output_shape) - 1)
     while kept < room and mask_shape[kept] == output_shape[kept]:

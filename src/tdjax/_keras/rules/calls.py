@@ -20,10 +20,10 @@ class Call:
 
 
 def read_call(node: Any) -> Call:
-    """A node of Keras, less what Keras itself adds to the arguments of a call.
+    """A node of Keras, without the arguments that Keras itself adds to a call.
 
-    `training` says nothing: the model's own, given at each call, takes its place. And
-    some calls have the mask of their input recorded as an argument, others not.
+    `training` is dropped: the module's own argument replaces it. Some calls have the
+    mask of their input recorded as an argument, others not.
     """
     kwargs = {k: v for k, v in node.arguments.kwargs.items() if k != "training"}
     call = Call(node.operation, node.arguments.args, kwargs, node.outputs)
@@ -34,7 +34,7 @@ def read_call(node: Any) -> Call:
 
 
 def has_one_input(call: Call) -> bool:
-    """Keras hands the mask of its input to a layer that has no other input."""
+    """Whether Keras passes the mask of the input: it does to layers with one input."""
     signature = inspect.signature(call.operation.call)
     given = signature.bind(*call.args, **call.kwargs).arguments.values()
     return sum(any(map(_is_tensor, jax.tree.leaves(value))) for value in given) == 1

@@ -82,7 +82,7 @@ def _calls_in_order(functional: Any) -> list[Call]:
 
 
 def _needed(functional: Any) -> list[Call]:
-    """The calls without those that only compute what Keras hands on as a mask."""
+    """The calls, without those that only compute a mask that Keras passes on."""
     used, needed = set(map(id, functional.outputs)), []
     for call in reversed(_calls_in_order(functional)):
         if used.intersection(map(id, call.outputs)):
@@ -96,7 +96,7 @@ def _input_spec(tensor: Any, model: Any) -> Input:
     if tensor.sparse or getattr(layer, "optional", False):
         kind = "sparse" if tensor.sparse else "optional"
         raise refuse(
-            model, f"its input '{tensor.name}' is {kind}; there is none such in Flax."
+            model, f"its input '{tensor.name}' is {kind}; Flax has no equivalent."
         )
     return Input(layer.name, tuple(tensor.shape), tensor.dtype)
 
