@@ -46,7 +46,7 @@ def _parse() -> argparse.Namespace:
     )
     options = parser.parse_args()
     if "smoke" in options.suite and len(options.suite) > 1:
-        parser.error("smoke is all suites in small; give it alone")
+        parser.error("smoke is a quick run of all suites; give it alone")
     return options
 
 

@@ -38,7 +38,7 @@ def compile_all(
             candidate = peers.make(each, case) if isinstance(each, str) else each
             programs[candidate.name] = candidate, candidate.compile(case, of)
         except Exception as error:
-            # A peer may fail in any way, which is its result; ours may not.
+            # A peer may fail in any way, and is then listed as missing; ours may not.
             if not isinstance(each, str):
                 raise
             row = {"case": case.name, "of": of, "candidate": each}

@@ -91,7 +91,7 @@ def logical_lines(source: str) -> list[Line]:
 
 
 def _word(token: tokenize.TokenInfo) -> str:
-    # From Python 3.12 on also FSTRING_START, FSTRING_MIDDLE and the like.
+    # From Python 3.12 on also FSTRING_START, FSTRING_MIDDLE and FSTRING_END.
     if "STRING" in tokenize.tok_name[token.type]:
         return "<string>"
     return "<number>" if token.type == tokenize.NUMBER else token.string
