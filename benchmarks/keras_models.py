@@ -14,7 +14,7 @@ class Reported(NamedTuple):
     Attributes:
       title: what the tables call it.
       build: `build(keras, wrap, step)`, its layers; `wrap` is a `TimeDistributed`.
-      lengths: the steps of one batch after the other; each new length is compiled again.
+      lengths: the steps of one batch after the other; each new one compiles again.
       batch: examples in a batch.
       step: the shape of one step of one example.
       passes: how often one timed `fit` goes through the batches.

@@ -28,7 +28,7 @@ _TAG_OF_TYPE = {
     tokenize.NUMBER: "number",
     tokenize.COMMENT: "comment",
     tokenize.OP: "operator",
-    # STRING, and from Python 3.12 on also FSTRING_START, FSTRING_MIDDLE and FSTRING_END.
+    # STRING, and since Python 3.12 FSTRING_START, FSTRING_MIDDLE and FSTRING_END.
     **{kind: "string" for kind, name in tokenize.tok_name.items() if "STRING" in name},
 }
 

@@ -23,7 +23,7 @@ both on the same parameters.
 What to copy:
 
 * `Tagger`: lengths keep padding out of the recurrence, and
-  `tdjax.linen.TimeDistributed` applies the output layer to every step that is there.
+  `tdjax.linen.TimeDistributed` applies the output layer to every valid step.
 * `masked_cross_entropy`: `tdjax.masked_mean` over the steps that have a label, whatever
   is in the others.
 * `Tagging`: what `run_example` needs to know of a problem. The loop that it runs is in
