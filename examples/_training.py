@@ -45,7 +45,7 @@ def create_state(problem: Problem, settings: Settings) -> State:
 
 @jax.jit
 def train_step(state: State, batch: Any) -> tuple[State, dict[str, jax.Array]]:
-    """One step of gradient descent; returns the new state, the loss and other figures."""
+    """One step of gradient descent; returns the new state, the loss and more."""
     key = jax.random.fold_in(state.key, state.step)
     compute = jax.value_and_grad(state.apply_fn, has_aux=True)
     (loss, metrics), gradients = compute(state.params, batch, key)

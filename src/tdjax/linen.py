@@ -208,14 +208,8 @@ class PerStepDense(_SequenceDense):
     `(timesteps, features)`. The number of steps is fixed by the first input. See
     `tdjax.per_step_dense`.
 
-    Attributes:
-      features: output features of each step.
-      use_bias, dtype, param_dtype, kernel_init, bias_init: as in `nn.Dense`. By default
-        each step's kernel starts as that of a `nn.Dense`.
-
-    Raises:
-      TypeError, ValueError: if `features` is not a positive int, or the input has other
-        steps or features than the kernel.
+    Attributes and errors are those of `FlattenDense`. By default each step's kernel
+    starts as that of an `nn.Dense`.
 
     Example:
       >>> import jax, jax.numpy as jnp, tdjax

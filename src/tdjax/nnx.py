@@ -263,15 +263,8 @@ class PerStepDense(_SequenceDense):
     Parameters: `kernel` `(timesteps, in_features, out_features)` and `bias`
     `(timesteps, out_features)`, or None without one. See `tdjax.per_step_dense`.
 
-    Args:
-      timesteps: number of steps.
-      in_features, out_features: input and output features of each step.
-      use_bias, dtype, param_dtype, kernel_init, bias_init, rngs: as in `nnx.Linear`.
-        By default each step's kernel starts as that of an `nnx.Linear`.
-
-    Raises:
-      TypeError, ValueError: if a size is not a positive int, or the input of a call is
-        not `(..., timesteps, in_features)`.
+    Arguments and errors are those of `FlattenDense`. By default each step's kernel
+    starts as that of an `nnx.Linear`.
 
     Example:
       >>> import jax.numpy as jnp, tdjax

@@ -253,24 +253,22 @@ def _check_options(
     _require_number("z_loss", z_loss)
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"z_loss must be 0 or positive, got {z_loss}.")
-    if logits_soft_cap is not None:
-        _require_number("logits_soft_cap", logits_soft_cap)
-        if not 0 < logits_soft_cap < math.inf:
-            raise ValueError(
-                f"logits_soft_cap must be positive, got {logits_soft_cap}."
-            )
+    if (cap := logits_soft_cap) is not None:
+        _require_number("logits_soft_cap", cap)
+        if not 0 < cap < math.inf:
+            raise ValueError(f"logits_soft_cap must be positive, got {cap}.")
     if ignore_class is not None:
-        is_int = isinstance(ignore_class, int | np.integer)
-        if not is_int or isinstance(ignore_class, bool):
-            raise TypeError(
-                f"ignore_class must be an int, got {describe(ignore_class)}."
-            )
+        _require_number("ignore_class", ignore_class, int | np.integer, "an int")
 
 
-def _require_number(name: str, value: Any) -> None:
-    kinds = int | float | np.integer | np.floating
+def _require_number(
+    name: str,
+    value: Any,
+    kinds: Any = int | float | np.integer | np.floating,
+    wanted: str = "a Python number",
+) -> None:
     if isinstance(value, bool) or not isinstance(value, kinds):
-        raise TypeError(f"{name} must be a Python number, got {describe(value)}.")
+        raise TypeError(f"{name} must be {wanted}, got {describe(value)}.")
 
 
 def _valid_steps(labels, mask, ignore_class):

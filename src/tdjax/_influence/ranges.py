@@ -7,9 +7,7 @@ function takes the equation and the ranges of its operands.
 import jax.numpy as jnp
 import numpy as np
 
-
-def _increasing(fun):
-    return lambda eqn, x: fun(x)
+_increasing = lambda fun: lambda eqn, x: fun(x)
 
 
 def _times(x, y):
@@ -43,12 +41,8 @@ def _ratio(x, y):
 # A comparison gives (certainly true, possibly true). Unknown ranges decide nothing.
 
 
-def _less(eqn, x, y):
-    return x[1] < y[0], ~(x[0] >= y[1])
-
-
-def _less_equal(eqn, x, y):
-    return x[1] <= y[0], ~(x[0] > y[1])
+_less = lambda eqn, x, y: (x[1] < y[0], ~(x[0] >= y[1]))
+_less_equal = lambda eqn, x, y: (x[1] <= y[0], ~(x[0] > y[1]))
 
 
 def _equal(eqn, x, y):
@@ -67,8 +61,7 @@ def _comparison(compare):
     )
 
 
-def _swapped(compare):
-    return lambda eqn, x, y: compare(eqn, y, x)
+_swapped = lambda compare: lambda eqn, x, y: compare(eqn, y, x)
 
 
 def _logical(fun):
@@ -77,8 +70,7 @@ def _logical(fun):
     def ranges(eqn, *operands):
         if eqn.outvars[0].aval.dtype == np.bool_:
             return fun(*operands)
-        unknown = np.full(np.broadcast_shapes(*(x.shape for x in operands)), np.nan)
-        return unknown
+        return np.full(np.broadcast_shapes(*(x.shape for x in operands)), np.nan)
 
     return ranges
 

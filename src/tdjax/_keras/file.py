@@ -22,9 +22,7 @@ PARTS = (
     keras.constraints.Constraint,
     keras.DTypePolicy,
     keras.layers.InputLayer,
-    keras.layers.SimpleRNNCell,
-    keras.layers.LSTMCell,
-    keras.layers.GRUCell,
+    *(keras.layers.SimpleRNNCell, keras.layers.LSTMCell, keras.layers.GRUCell),
     keras.layers.StackedRNNCells,
     # A model inside was compiled with these.
     keras.optimizers.Optimizer,
@@ -32,18 +30,10 @@ PARTS = (
     keras.losses.Loss,
     keras.metrics.Metric,
 )
-MODULES = (
-    "layers",
-    "models",
-    "initializers",
-    "regularizers",
-    "constraints",
-    "dtype_policies",
-    "losses",
-    "metrics",
-    "optimizers",
-    "optimizers.schedules",
-)
+MODULES = """
+    layers models initializers regularizers constraints dtype_policies losses metrics
+    optimizers optimizers.schedules
+"""
 # Keras searches several of its modules for a function of "builtins".
 FUNCTIONS = {*activations.FUNCTIONS, *activations.OPERATIONS}
 HOMES = ("builtins", "keras.activations", "keras.ops")
@@ -150,21 +140,19 @@ def _is_known(part: dict[str, Any]) -> bool:
 
 
 def _is_registered(name: Any) -> bool:
-    return (
-        isinstance(name, str) and keras.saving.get_registered_object(name) is not None
-    )
+    known = isinstance(name, str) and keras.saving.get_registered_object(name)
+    return bool(known)
 
 
 def _is_of_keras(module: Any, name: str) -> bool:
     """Whether this is a class of Keras with a rule, or one that its rule reads."""
-    if any(
-        (kind.__module__, kind.__name__) == (module, name) for kind in known_classes()
-    ):
+    known = {(kind.__module__, kind.__name__) for kind in known_classes()}
+    if (module, name) in known:
         return True
     homes = {
-        "keras": keras,
-        **{f"keras.{home}": operator.attrgetter(home)(keras) for home in MODULES},
+        f"keras.{home}": operator.attrgetter(home)(keras) for home in MODULES.split()
     }
+    homes["keras"] = keras
     kind = getattr(homes.get(module), name, None)
     if not isinstance(kind, type):
         return False

@@ -56,23 +56,16 @@ def register_rule(layer_class: type) -> Callable[[AnyRule], AnyRule]:
 
     Example:
       >>> import flax.linen as nn, jax.numpy as jnp, keras, tdjax.keras
-      >>> class Scale(keras.layers.Layer):
-      ...     def build(self, input_shape):
-      ...         self.factor = self.add_weight(shape=(), initializer="ones")
-      ...
+      >>> class Double(keras.layers.Layer):
       ...     def call(self, inputs):
-      ...         return inputs * self.factor
-      >>> class FlaxScale(nn.Module):
-      ...     @nn.compact
-      ...     def __call__(self, inputs):
-      ...         return inputs * self.param("factor", nn.initializers.ones, ())
-      >>> @tdjax.keras.register_rule(Scale)
-      ... def convert_scale(layer):
-      ...     return FlaxScale(), {"params": {"factor": layer.factor}}
-      >>> model = keras.Sequential([keras.Input((3,)), Scale(name="scale")])
+      ...         return 2 * inputs
+      >>> @tdjax.keras.register_rule(Double)
+      ... def convert_double(layer):
+      ...     return nn.Sequential([lambda x: 2 * x]), {}
+      >>> model = keras.Sequential([keras.Input((3,)), Double()])
       >>> module, variables = tdjax.keras.to_flax(model)
       >>> module.apply(variables, jnp.ones((1, 3)))
-      Array([[1., 1., 1.]], dtype=float32)
+      Array([[2., 2., 2.]], dtype=float32)
     """
     if not (isinstance(layer_class, type) and issubclass(layer_class, keras.Operation)):
         raise TypeError(

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from tdjax._keras.modules import stateless
 from tdjax._keras.modules.activations import FUNCTIONS, OPERATIONS
 
 
@@ -22,7 +23,7 @@ OWN = {"cast": cast, "get_item": get_item, "stop_gradient": jax.lax.stop_gradien
 
 def find_function(name: str) -> Any:
     """The function of that name: an operation, an activation, or one of `jax.numpy`."""
-    for table in (OWN, OPERATIONS, FUNCTIONS):
+    for table in (OWN, stateless.FUNCTIONS, OPERATIONS, FUNCTIONS):
         if name in table:
             return table[name]
     return getattr(jnp, name, None)

@@ -56,107 +56,6 @@ class Rescaling(nn.Module):
         return inputs * scale + offset
 
 
-class Flatten(nn.Module):
-    """`(batch, ...)` -> `(batch, features)`."""
-
-    def __call__(self, inputs):
-        return inputs.reshape(inputs.shape[0], math.prod(inputs.shape[1:]))
-
-
-class Reshape(nn.Module):
-    """Reshapes each example; one size may be -1."""
-
-    shape: tuple[int, ...]
-
-    def __call__(self, inputs):
-        # JAX can't infer -1 for an empty batch.
-        known = -math.prod(self.shape) if -1 in self.shape else 1
-        rest = math.prod(inputs.shape[1:]) // known if known else 0
-        sizes = (rest if size == -1 else size for size in self.shape)
-        return inputs.reshape(inputs.shape[0], *sizes)
-
-
-class Permute(nn.Module):
-    """Reorders the axes of each example, which count from 1."""
-
-    axes: tuple[int, ...]
-
-    def __call__(self, inputs):
-        return inputs.transpose(0, *self.axes)
-
-
-class RepeatVector(nn.Module):
-    """`(batch, features)` -> `(batch, n, features)`."""
-
-    n: int
-
-    def __call__(self, inputs):
-        return jnp.repeat(inputs[:, None], self.n, axis=1)
-
-
-class ZeroPadding(nn.Module):
-    """Zeros before and after along the axes between batch and features."""
-
-    padding: tuple[tuple[int, int], ...]
-
-    def __call__(self, inputs):
-        return jnp.pad(inputs, ((0, 0), *self.padding, (0, 0)))
-
-
-class Cropping(nn.Module):
-    """Cuts both ends of the axes between batch and features."""
-
-    cropping: tuple[tuple[int, int], ...]
-
-    def __call__(self, inputs):
-        sizes = inputs.shape[1:]
-        cuts = [slice(a, size - b) for (a, b), size in zip(self.cropping, sizes)]
-        return inputs[:, *cuts]
-
-
-class UpSampling(nn.Module):
-    """Repeats every step along the axes between batch and features."""
-
-    size: tuple[int, ...]
-
-    def __call__(self, inputs):
-        for axis, times in enumerate(self.size, 1):
-            inputs = jnp.repeat(inputs, times, axis)
-        return inputs
-
-
-class MaxPooling(nn.Module):
-    """The largest value of each window."""
-
-    window: tuple[int, ...]
-    strides: tuple[int, ...]
-    padding: str
-
-    def __call__(self, inputs):
-        return nn.max_pool(inputs, self.window, self.strides, self.padding)
-
-
-class AveragePooling(nn.Module):
-    """The mean of each window, without its padding."""
-
-    window: tuple[int, ...]
-    strides: tuple[int, ...]
-    padding: str
-
-    def __call__(self, inputs):
-        settings = self.window, self.strides, self.padding
-        return nn.avg_pool(inputs, *settings, count_include_pad=False)
-
-
-class GlobalMaxPooling(nn.Module):
-    """The largest value over the axes between batch and features."""
-
-    keepdims: bool = False
-
-    def __call__(self, inputs):
-        return jnp.max(inputs, _between(inputs), keepdims=self.keepdims)
-
-
 class GlobalAveragePooling(nn.Module):
     """The mean over the axes between batch and features, without masked steps."""
 
@@ -176,3 +75,65 @@ class GlobalAveragePooling(nn.Module):
 
 def _between(x):
     return tuple(range(1, x.ndim - 1))
+
+
+# Functions of examples, which `Operation` finds by name. Padding and pooling are over
+# the axes between batch and features.
+
+
+def flatten(x):
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+
+
+def reshape_examples(x, shape):
+    """Reshapes each example; one size may be -1."""
+    # JAX can't infer -1 for an empty batch.
+    known = -math.prod(shape) if -1 in shape else 1
+    rest = math.prod(x.shape[1:]) // known if known else 0
+    return x.reshape(x.shape[0], *(rest if size == -1 else size for size in shape))
+
+
+def permute(x, axes):
+    """Reorders the axes of each example, which count from 1."""
+    return x.transpose(0, *axes)
+
+
+def repeat_vector(x, n):
+    """`(batch, features)` -> `(batch, n, features)`."""
+    return jnp.repeat(x[:, None], n, axis=1)
+
+
+def zero_padding(x, padding):
+    return jnp.pad(x, ((0, 0), *padding, (0, 0)))
+
+
+def cropping(x, cropping):
+    ends = zip(cropping, x.shape[1:])
+    return x[:, *(slice(before, size - after) for (before, after), size in ends)]
+
+
+def up_sampling(x, size):
+    for axis, times in enumerate(size, 1):
+        x = jnp.repeat(x, times, axis)
+    return x
+
+
+def average_pooling(x, **window):
+    """The mean of each window, without its padding."""
+    return nn.avg_pool(x, **window, count_include_pad=False)
+
+
+def global_max_pooling(x, keepdims):
+    return jnp.max(x, _between(x), keepdims=keepdims)
+
+
+FUNCTIONS = {
+    "max_pooling": nn.max_pool,
+    **{
+        function.__name__: function
+        for function in (
+            *(flatten, reshape_examples, permute, repeat_vector, zero_padding),
+            *(cropping, up_sampling, average_pooling, global_max_pooling),
+        )
+    },
+}

@@ -10,6 +10,7 @@ from keras import layers
 
 from tdjax._keras.modules import merging, stateless
 from tdjax._keras.modules.activations import Activation
+from tdjax._keras.modules.operations import Operation
 from tdjax._keras.registry import refuse, register_rule, where
 from tdjax._keras.rules.activations import activation
 from tdjax._keras.rules.layers import Converted, require_channels_last
@@ -20,6 +21,10 @@ def _function(name: str, **options: Any) -> nn.Module:
     if options:
         function = functools.partial(function, **options)
     return stateless.Activation(function)
+
+
+def _operation(name: str, **options: Any) -> nn.Module:
+    return Operation(name, tuple(options.items()))
 
 
 def _relu(layer: Any) -> nn.Module:
@@ -57,11 +62,12 @@ def _up_sampling(layer: Any) -> nn.Module:
             f"interpolation must be 'nearest', got interpolation={interpolation!r}.",
         )
     size = (layer.size,) if isinstance(layer.size, int) else tuple(layer.size)
-    return stateless.UpSampling(size)
+    return _operation("up_sampling", size=size)
 
 
-def _pooling(module_class: Any, layer: Any) -> nn.Module:
-    return module_class(layer.pool_size, layer.strides, layer.padding.upper())
+def _pooling(name: str, layer: Any) -> nn.Module:
+    window = {"window_shape": layer.pool_size, "strides": layer.strides}
+    return _operation(name, **window, padding=layer.padding.upper())
 
 
 def _dot(layer: Any) -> nn.Module:
@@ -82,10 +88,10 @@ _MODULES: dict[str, Callable[[Any], nn.Module]] = {
     "Softmax": _softmax,
     "Masking": lambda layer: stateless.Masking(_numbers(layer.mask_value)),
     "Rescaling": _rescaling,
-    "Flatten": lambda layer: stateless.Flatten(),
-    "Reshape": lambda layer: stateless.Reshape(tuple(layer.target_shape)),
-    "Permute": lambda layer: stateless.Permute(tuple(layer.dims)),
-    "RepeatVector": lambda layer: stateless.RepeatVector(layer.n),
+    "Flatten": lambda layer: _operation("flatten"),
+    "Reshape": lambda x: _operation("reshape_examples", shape=tuple(x.target_shape)),
+    "Permute": lambda layer: _operation("permute", axes=tuple(layer.dims)),
+    "RepeatVector": lambda layer: _operation("repeat_vector", n=layer.n),
     "Concatenate": lambda layer: merging.Concatenate(layer.axis),
     "Dot": _dot,
     "Add": lambda layer: merging.Add(),
@@ -97,12 +103,14 @@ _MODULES: dict[str, Callable[[Any], nn.Module]] = {
 }
 # Likewise for layers of 1, 2 and 3 dimensions: Conv1D, Conv2D, Conv3D.
 _OF_EACH_RANK: dict[str, Callable[[Any], nn.Module]] = {
-    "ZeroPadding{}D": lambda layer: stateless.ZeroPadding(_pairs(layer.padding)),
-    "Cropping{}D": lambda layer: stateless.Cropping(_pairs(layer.cropping)),
+    "ZeroPadding{}D": lambda x: _operation("zero_padding", padding=_pairs(x.padding)),
+    "Cropping{}D": lambda x: _operation("cropping", cropping=_pairs(x.cropping)),
     "UpSampling{}D": _up_sampling,
-    "MaxPooling{}D": functools.partial(_pooling, stateless.MaxPooling),
-    "AveragePooling{}D": functools.partial(_pooling, stateless.AveragePooling),
-    "GlobalMaxPooling{}D": lambda x: stateless.GlobalMaxPooling(x.keepdims),
+    "MaxPooling{}D": functools.partial(_pooling, "max_pooling"),
+    "AveragePooling{}D": functools.partial(_pooling, "average_pooling"),
+    "GlobalMaxPooling{}D": lambda x: _operation(
+        "global_max_pooling", keepdims=x.keepdims
+    ),
     "GlobalAveragePooling{}D": lambda x: stateless.GlobalAveragePooling(x.keepdims),
 }
 
