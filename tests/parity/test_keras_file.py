@@ -197,7 +197,7 @@ def test_what_is_no_keras_file(tmp_path):
         to_flax(text)
     text.write_text("not a zip")
     with pytest.raises(
-        ValueError, match=r"is not a \.keras file, but a file that is no zip"
+        ValueError, match=r"is not a \.keras file, but a file that is not a zip"
     ):
         to_flax(text)
     with pytest.raises(ValueError, match=r"is not a \.keras file, but a directory"):

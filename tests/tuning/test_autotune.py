@@ -13,12 +13,7 @@ import tdjax
 from helpers import assert_trees_close, normal
 from tdjax._steps.lowering import Lowering
 from tdjax._tuning import search as _search
-
-QUICK = {
-    "budget": 60.0,
-    "candidates": [{"method": "fold"}, {"chunk_size": 2}, {"chunk_size": 1}],
-}
-X = normal(0, 3, 6, 4)
+from tuning.tuned_dense import QUICK, X, tune_dense
 
 
 def scale(x):
@@ -27,16 +22,6 @@ def scale(x):
 
 def verdicts(result):
     return {str(each): each.verdict for each in result.candidates}
-
-
-@pytest.fixture
-def params(key):
-    return tdjax.init_dense(key, 4, 5)
-
-
-def tune_dense(params, **options):
-    options = {**QUICK, **options}
-    return tdjax.autotune(tdjax.dense, params, X, in_axes=(None, 1), **options)
 
 
 @pytest.mark.parametrize("argnums", [None, 0, (0, 1)])

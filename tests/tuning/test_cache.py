@@ -10,27 +10,12 @@ import jax.numpy as jnp
 import pytest
 
 import tdjax
-from helpers import assert_trees_close, normal
+from helpers import assert_trees_close
 from tdjax._steps.lowering import Lowering
 from tdjax._tuning import cache
 from tdjax._tuning.candidates import Candidate
 from tdjax._tuning.result import Tuning
-
-QUICK = {
-    "budget": 60.0,
-    "candidates": [{"method": "fold"}, {"chunk_size": 2}, {"chunk_size": 1}],
-}
-X = normal(0, 3, 6, 4)
-
-
-@pytest.fixture
-def params(key):
-    return tdjax.init_dense(key, 4, 5)
-
-
-def tune_dense(params, **options):
-    options = {**QUICK, **options}
-    return tdjax.autotune(tdjax.dense, params, X, in_axes=(None, 1), **options)
+from tuning.tuned_dense import QUICK, X, tune_dense
 
 
 def test_results_are_found_again_for_the_same_question_only(params, tmp_path):

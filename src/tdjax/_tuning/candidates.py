@@ -264,12 +264,8 @@ def _deviation(got, want):
     return jnp.max(jnp.where(same, 0, jnp.where(jnp.isnan(error), jnp.inf, error)))
 
 
-def default_tolerance(tree) -> list[float]:
-    """For each leaf, the deviation that another order of summation may cause."""
-    return [_tolerance(x.dtype) for x in jax.tree.leaves(tree)]
-
-
-def _tolerance(dtype) -> float:
+def default_tolerance(dtype) -> float:
+    """The deviation that another order of summation may cause."""
     if not jnp.issubdtype(dtype, jnp.inexact):
         return 0.0
     name = jnp.finfo(dtype).dtype.name  # of a complex number's parts

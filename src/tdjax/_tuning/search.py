@@ -137,15 +137,17 @@ def _try(candidate: Candidate, search: _Search) -> None:
     try:
         run = search.program_of(candidate.lowering)
         program = compile_candidate(candidate, run, search.args)
-        if _exceeds(candidate.temporary_bytes, search.limits.memory_limit):
+        used, limit = candidate.temporary_bytes, search.limits.memory_limit
+        if used is not None and limit is not None and used > limit:
             candidate.verdict = "over the memory limit"
             return
         seconds, results = timed(program, search.args)
     except Exception as error:
         # XLA and fun may raise anything for one lowering; others may still work.
-        if search.reference is None and not _is_out_of_memory(error):
+        if search.reference is None and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        candidate.verdict = f"failed: {type(error).__name__}: {_first_line(error)}"
+        line = (str(error).splitlines() or [""])[0]
+        candidate.verdict = f"failed: {type(error).__name__}: {line}"
         return
     if search.reference is None:
         search.reference = results
@@ -154,18 +156,6 @@ def _try(candidate: Candidate, search: _Search) -> None:
     del results
     if candidate.measured:
         _time_once_more(candidate, program, seconds, search)
-
-
-def _exceeds(used: int | None, limit: int | None) -> bool:
-    return used is not None and limit is not None and used > limit
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return "RESOURCE_EXHAUSTED" in str(error)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
 
 
 def _compare(candidate: Candidate, results, search: _Search) -> None:
@@ -187,7 +177,7 @@ def _tolerances(reference, run: Callable, search: _Search) -> list[float]:
     """The deviation to allow in each result of the reference."""
     if search.limits.tolerance is not None:
         return [search.limits.tolerance] * len(jax.tree.leaves(reference))
-    by_dtype = default_tolerance(reference)
+    by_dtype = [default_tolerance(x.dtype) for x in jax.tree.leaves(reference)]
     floats = [x for x in jax.tree.leaves(reference) if is_float(x)]
     if not any(x.dtype.itemsize == 2 for x in floats):
         return by_dtype

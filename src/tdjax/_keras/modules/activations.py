@@ -55,36 +55,17 @@ def threshold(x, threshold, default_value):
 
 
 # Without sparsemax: that of Keras (3.15) has outputs which don't sum to one.
+_OF_JAX = """
+    celu elu glu hard_sigmoid hard_silu hard_tanh log_sigmoid log_softmax relu6 selu
+    sigmoid silu softmax softplus sparse_plus sparse_sigmoid
+"""
+_OWN = (gelu, hard_shrink, leaky_relu, linear, mish, relu, soft_shrink, squareplus)
 FUNCTIONS = {
-    "celu": jax.nn.celu,
-    "elu": jax.nn.elu,
+    **{name: getattr(jax.nn, name) for name in _OF_JAX.split()},
+    **{function.__name__: function for function in (*_OWN, tanh_shrink, threshold)},
     "exponential": jnp.exp,
-    "gelu": gelu,
-    "glu": jax.nn.glu,
-    "hard_shrink": hard_shrink,
-    "hard_sigmoid": jax.nn.hard_sigmoid,
-    "hard_silu": jax.nn.hard_silu,
-    "hard_tanh": jax.nn.hard_tanh,
-    "leaky_relu": leaky_relu,
-    "linear": linear,
-    "log_sigmoid": jax.nn.log_sigmoid,
-    "log_softmax": jax.nn.log_softmax,
-    "mish": mish,
-    "relu": relu,
-    "relu6": jax.nn.relu6,
-    "selu": jax.nn.selu,
-    "sigmoid": jax.nn.sigmoid,
-    "silu": jax.nn.silu,
-    "soft_shrink": soft_shrink,
-    "softmax": jax.nn.softmax,
-    "softplus": jax.nn.softplus,
     "softsign": jax.nn.soft_sign,
-    "sparse_plus": jax.nn.sparse_plus,
-    "sparse_sigmoid": jax.nn.sparse_sigmoid,
-    "squareplus": squareplus,
     "tanh": jnp.tanh,
-    "tanh_shrink": tanh_shrink,
-    "threshold": threshold,
 }
 
 

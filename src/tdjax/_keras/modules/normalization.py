@@ -13,17 +13,8 @@ EPSILON = 1e-7
 class BatchNormalization(nn.Module):
     """Batch normalisation that can leave masked positions out of the statistics.
 
-    Variables: those of `nn.BatchNorm`, which leaves NaN where nothing is valid.
-
-    Attributes:
-      axis: the axis of the features.
-      momentum: of the running statistics.
-      epsilon: added to the variance.
-      use_scale: whether there is a scale.
-      use_bias: whether there is a bias.
-      frozen: whether training is as inference.
-      dtype: of the result.
-      param_dtype: of the variables.
+    Variables: those of `nn.BatchNorm`, which gives NaN where nothing is valid. Training
+    is as inference if `frozen`.
     """
 
     axis: int = -1

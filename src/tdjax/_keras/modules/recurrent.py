@@ -29,26 +29,9 @@ class Recurrent(nn.Module):
       gradient, even if it is NaN.
     * **Dropout**: the noise of an example is the same at all steps.
 
-    Attributes:
-      units: the size of each state and of the output.
-      activation: makes the output.
-      use_bias: whether there is a bias.
-      return_sequences: whether to return the outputs of all steps, or the last one.
-      return_state: whether to return `(output, *states)`.
-      go_backwards: whether to start from the last step; outputs come in that order.
-      unroll: whether to compile straight-line code. As in Keras, masked steps before
-        the first valid one then give zeros, not the initial state, and
-        `zero_output_for_mask` does not count.
-      zero_output_for_mask: whether masked steps give zeros.
-      dropout: rate for the inputs.
-      recurrent_dropout: rate for the state.
-      implementation: 1 to draw noise for each gate, as recurrent dropout always does.
-      dtype: dtype of the computation, by default that of JAX's promotion.
-      param_dtype: dtype of the parameters.
-
-    Raises:
-      TypeError: if an input is of the wrong kind.
-      ValueError: if one has another shape than it should.
+    The fields have the names and meanings of Keras' arguments. With `unroll`, as in
+    Keras, masked steps before the first valid one give zeros, not the initial state,
+    and `zero_output_for_mask` does not count. `dtype` and `param_dtype` are Flax's.
     """
 
     units: int
@@ -254,7 +237,7 @@ def _check_shapes(sequences, mask) -> None:
 
 
 class SimpleRNN(Recurrent):
-    """`h = activation(x @ kernel + bias + h @ recurrent_kernel)`. See `Recurrent`."""
+    """`h = activation(x @ kernel + bias + h @ recurrent_kernel)`."""
 
     gates: ClassVar[int] = 1
 
@@ -264,11 +247,7 @@ class SimpleRNN(Recurrent):
 
 
 class LSTM(Recurrent):
-    """Long short-term memory. See `Recurrent`; gates are input, forget, cell, output.
-
-    Attributes:
-      recurrent_activation: makes the gates.
-    """
+    """Long short-term memory. Gates are input, forget, cell, output."""
 
     recurrent_activation: Callable[..., Any] = SIGMOID
 
@@ -291,12 +270,10 @@ class LSTM(Recurrent):
 
 
 class GRU(Recurrent):
-    """Gated recurrent unit. See `Recurrent`; gates are update, reset, candidate.
+    """Gated recurrent unit. Gates are update, reset, candidate.
 
-    Attributes:
-      recurrent_activation: makes the gates.
-      reset_after: whether to reset after the recurrent product, which then has a bias
-        of its own: `bias` is `(2, 3 * units)`.
+    With `reset_after` the recurrent product has its own bias: `bias` is
+    `(2, 3 * units)`.
     """
 
     recurrent_activation: Callable[..., Any] = SIGMOID

@@ -21,15 +21,9 @@ _MERGE = {
 class Bidirectional(nn.Module):
     """Two recurrent layers, one from each end, and their outputs merged.
 
-    Attributes:
-      forward_layer: a layer that takes the steps in their order.
-      backward_layer: one that goes backwards; its outputs are put in order.
-      merge_mode: how outputs become one: "concat", "sum", "ave" or "mul"; with None
-        they are returned as two.
-      return_sequences: as in both layers.
-      return_state: as in both layers: `(output, *states)`, the states of the forward
-        layer first; without merging `(forward, backward, *states)`.
-      dtype: dtype of inputs and outputs, by default as they come.
+    The fields are those of Keras' layer. The outputs of `backward_layer`, which goes
+    backwards, are put in order. With `return_state` the states of the forward layer
+    come first: `(output, *states)`, or `(forward, backward, *states)` without merging.
     """
 
     forward_layer: nn.Module
@@ -71,10 +65,8 @@ class Bidirectional(nn.Module):
 class StackedRNN(nn.Module):
     """Recurrent layers on top of each other: what Keras' `StackedRNNCells` compute.
 
-    Attributes:
-      cells: the layers. All return their states; all but the last return sequences,
-        and only the first may go backwards.
-      return_state: whether to return `(output, *states)`, a list for each layer.
+    All `cells` return their states; all but the last return sequences, and only the
+    first may go backwards. With `return_state`, `(output, *states)`: a list per layer.
     """
 
     cells: tuple[nn.Module, ...]
