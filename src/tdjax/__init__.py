@@ -73,13 +73,10 @@ def __getattr__(name: str):
     if name in _LAYERS:
         message = (
             f"tdjax has layers for each framework: take tdjax.linen.{name} for Flax "
-            f"Linen or tdjax.nnx.{name} for Flax NNX."
+            f"Linen or tdjax.nnx.{name} for Flax NNX. There are "
+            "tdjax.keras.TimeDistributed for Keras and tdjax.time_distributed for "
+            "functions."
         )
-        if name == "TimeDistributed":
-            message += (
-                " There is tdjax.keras.TimeDistributed for Keras, and "
-                "tdjax.time_distributed for functions."
-            )
         # `from tdjax import ...` would replace the message of an AttributeError.
         is_import = sys._getframe(1).f_code.co_name == "_handle_fromlist"
         raise (ImportError if is_import else AttributeError)(message)

@@ -79,10 +79,7 @@ def init_flatten_dense(
     """Makes the parameters of `flatten_dense`.
 
     Args:
-      key: a PRNG key.
-      timesteps: number of steps.
-      in_features, features: input and output features of each step.
-      use_bias, dtype, kernel_init, bias_init: as in `init_dense`.
+      timesteps: number of steps; the other arguments are those of `init_dense`.
 
     Returns:
       `{"kernel": (timesteps * in_features, timesteps * features),
@@ -116,11 +113,8 @@ def init_per_step_dense(
     """Makes the parameters of `per_step_dense`.
 
     Args:
-      key: a PRNG key.
-      timesteps: number of steps.
-      in_features, features: input and output features of each step.
-      use_bias, dtype, kernel_init, bias_init: as in `init_dense`. By default each
-        step's kernel starts as that of a `dense`.
+      timesteps: number of steps; the other arguments are those of `init_dense`. By
+        default each step's kernel starts as that of a `dense`.
 
     Returns:
       `{"kernel": (timesteps, in_features, features), "bias": (timesteps, features)}`.
@@ -182,7 +176,7 @@ def flatten_dense(
 
     Args:
       params: `{"kernel": (timesteps * in_features, timesteps * features),
-        "bias": (timesteps * features,)}`; the bias may be absent or None.
+        "bias": (timesteps * features,)}`; the bias is optional.
       x: `(..., timesteps, in_features)`, any rank from 2.
 
     Returns:

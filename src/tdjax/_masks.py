@@ -24,8 +24,7 @@ def lengths_to_mask(
 
     Raises:
       TypeError: if `lengths` is not an array of integers, or `timesteps` not an int.
-      ValueError: if `lengths` does not have the shape `(batch,)`, or has a value
-        below 0 or above `timesteps`.
+      ValueError: if `lengths` is not `(batch,)` or not from 0 to `timesteps`.
 
     Example:
       >>> import jax.numpy as jnp, tdjax
@@ -63,8 +62,7 @@ def masked_mean(
       The mean, in the dtype that `jnp.mean` gives.
 
     Raises:
-      TypeError: if `mask` is not bool.
-      ValueError: if the shape of `mask` is not that of the leading axes of `values`.
+      TypeError, ValueError: if `mask` is not bool or does not fit `values`.
 
     Example:
       >>> import jax.numpy as jnp, tdjax

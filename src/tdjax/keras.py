@@ -248,9 +248,8 @@ def replace_time_distributed(
       `model`.
 
     Raises:
-      RuntimeError: if Keras has another backend than JAX.
-      TypeError: if `model` is not a Keras model.
-      ValueError: if `tdjax.time_distributed` refuses an option.
+      RuntimeError, TypeError, ValueError: if Keras does not use JAX, `model` is not a
+        Keras model, or `tdjax.time_distributed` refuses an option.
 
     Example:
       >>> import keras, tdjax.keras

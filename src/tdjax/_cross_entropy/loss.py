@@ -40,14 +40,11 @@ def linear_cross_entropy(
 ) -> Float[Array, "..."]:
     """The cross-entropy of `dense(params, hidden)`, without storing the logits.
 
-    Equals `optax.softmax_cross_entropy_with_integer_labels(logits, labels)` of a Dense
-    head at every step, averaged over the valid steps. But only one block of logits
-    exists at a time, and `reduction="mean"` and `"sum"` compute their gradients in the
-    same pass. So memory is needed for one block and for the gradients only.
-
-    Works under `jit`, `vmap`, `grad`, `jax.hessian` and `jax.checkpoint`, and under
-    `jax.shard_map` with `check_vma=False`. Call it under `jit`: otherwise its loops
-    are compiled at every call. See docs/guide.md#loss for memory and precision.
+    Equals `optax.softmax_cross_entropy_with_integer_labels` of a Dense head's logits,
+    averaged over the valid steps. But only one block of logits exists at a time, and
+    `"mean"` and `"sum"` compute their gradients in the same pass. Call it under `jit`:
+    otherwise its loops are compiled at every call. See docs/guide.md#loss for memory,
+    precision and transformations.
 
     Args:
       params: `{"kernel": (features, words), "bias": (words,)}`, as in `dense` and
@@ -80,9 +77,8 @@ def linear_cross_entropy(
       are.
 
     Raises:
-      TypeError: if an argument is of the wrong kind; in forward mode (`jax.jvp`,
-        `jax.jacfwd`, or calling what `jax.linearize` returned). Use `jax.grad` or
-        `jax.vjp`. Around or inside `jit` the message is JAX's own, about `custom_vjp`.
+      TypeError: if an argument is of the wrong kind, or in forward mode (`jax.jvp`);
+        under `jit` with JAX's own message about `custom_vjp`.
       ValueError: if shapes do not match, an option is out of range, or an unmasked
         label is outside the vocabulary.
 
@@ -98,8 +94,7 @@ def linear_cross_entropy(
       Wijmans et al., Cut Your Losses, 2024, https://arxiv.org/abs/2411.09009.
       Hsu et al., Liger Kernel, 2024, https://arxiv.org/abs/2410.10989.
       Chowdhery et al., PaLM, 2022, https://arxiv.org/abs/2204.02311 (z-loss).
-      Bello et al., Neural Combinatorial Optimization with Reinforcement Learning, 2016,
-      https://arxiv.org/abs/1611.09940 (soft cap).
+      Bello et al., 2016, https://arxiv.org/abs/1611.09940 (soft cap).
     """
     params, hidden = _require_head(params, hidden, labels)
     features, words = params["kernel"].shape

@@ -190,57 +190,33 @@ def _anywhere(out, steps, x: Spread, axis: int, bound: float) -> Spread:
     return spread(out.dtype, steps, low, high, True, bound)
 
 
-_ELEMENTWISE = """
-    abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp
-    conj convert_element_type cos cosh digamma div eq erf erf_inv erfc exp exp2
-    expm1 floor ge gt imag integer_pow is_finite le lgamma log log1p logistic lt
-    max min mul ne neg nextafter not or pow real reduce_precision rem round
-    rsqrt shift_left shift_right_arithmetic shift_right_logical sign sin sinh
-    sqrt square sub tan tanh xor
-"""
-
 # `name` is the primitive of `jax.ad_checkpoint.checkpoint_name`.
-_IDENTITIES = (
-    "copy",
-    "name",
-    "optimization_barrier",
-    "sharding_constraint",
-    "stop_gradient",
-)
-
-RULES: dict[str, Callable[..., list[Spread]]] = {
-    **dict.fromkeys(_ELEMENTWISE.split(), _elementwise),
-    **dict.fromkeys(_IDENTITIES, _identity),
-    **{
-        name: functools.partial(move, data, bind_same)
-        for name, data in {
-            "broadcast_in_dim": (0,),
-            "concatenate": None,
-            "dynamic_slice": (0,),
-            "dynamic_update_slice": (0, 1),
-            "pad": (0, 1),
-            "reshape": (0,),
-            "rev": (0,),
-            "slice": (0,),
-            "split": (0,),
-            "squeeze": (0,),
-            "transpose": (0,),
-        }.items()
-    },
-    **dict.fromkeys(("dot_general", "conv_general_dilated"), _bilinear),
-    **dict.fromkeys(
-        ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _accumulate
-    ),
-    **{
-        f"reduce_{name}": _reduce
-        for name in ("sum", "max", "min", "prod", "and", "or", "xor")
-    },
-    **dict.fromkeys(("argmax", "argmin"), _reduce),
-    **{f"reduce_window{kind}": _window for kind in ("", "_sum", "_max", "_min")},
-    "gather": gather,
-    "scatter": scatter,
-    "scatter-add": scatter_add,
-    "scatter_add": scatter_add,
-    "select_n": _select,
-    "sort": _sort,
+_PRIMITIVES: dict[Callable[..., list[Spread]], str] = {
+    _elementwise: """
+        abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp
+        conj convert_element_type cos cosh digamma div eq erf erf_inv erfc exp exp2
+        expm1 floor ge gt imag integer_pow is_finite le lgamma log log1p logistic lt
+        max min mul ne neg nextafter not or pow real reduce_precision rem round
+        rsqrt shift_left shift_right_arithmetic shift_right_logical sign sin sinh
+        sqrt square sub tan tanh xor
+    """,
+    _identity: "copy name optimization_barrier sharding_constraint stop_gradient",
+    functools.partial(move, (0,), bind_same): """
+        broadcast_in_dim dynamic_slice reshape rev slice split squeeze transpose
+    """,
+    functools.partial(move, (0, 1), bind_same): "dynamic_update_slice pad",
+    functools.partial(move, None, bind_same): "concatenate",
+    _bilinear: "dot_general conv_general_dilated",
+    _accumulate: "cumsum cumprod cummax cummin cumlogsumexp",
+    _reduce: """
+        reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor
+        argmax argmin
+    """,
+    _window: "reduce_window reduce_window_sum reduce_window_max reduce_window_min",
+    gather: "gather",
+    scatter: "scatter",
+    scatter_add: "scatter-add scatter_add",
+    _select: "select_n",
+    _sort: "sort",
 }
+RULES = {name: rule for rule, names in _PRIMITIVES.items() for name in names.split()}

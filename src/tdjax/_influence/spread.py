@@ -21,8 +21,8 @@ class Spread(NamedTuple):
         nothing: this is how a mask cuts a path.
 
     A float without a known range lies within `bound`, or anywhere if it was computed
-    from a constant beyond `bound`. NaN ends stand for complex numbers and random keys,
-    which have no order, and for integers that may have any value.
+    from a constant beyond `bound`. NaN ends are those of complex numbers and random
+    keys, which have no order, and of integers that may have any value.
     """
 
     steps: np.ndarray

@@ -49,9 +49,8 @@ def step_influence(
       depends on input step j, for any example of the batch.
 
     Raises:
-      TypeError: if `fun` is not callable, or it or `x` is not one array.
-      ValueError: if `x` or the result has fewer than two axes, or `bound` is not
-        positive.
+      TypeError: if `fun` is not callable, or its argument or result is not one array.
+      ValueError: if one has fewer than two axes, or `bound` is not positive.
 
     Example:
       >>> import jax.numpy as jnp, tdjax

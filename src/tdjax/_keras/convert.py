@@ -43,11 +43,9 @@ def to_flax(model: Any) -> tuple[nn.Module, Variables]:
       The module, and its variables as JAX arrays.
 
     Raises:
-      TypeError: if a layer has no rule (see `register_rule`), or `model` is neither a
-        model nor a path.
+      TypeError: if a layer has no rule (see `register_rule`).
       ValueError: if the model has no weights yet, a layer has settings without a
         counterpart, or the file is not a `.keras` file that is safe to load.
-      FileNotFoundError: if there is no such file.
 
     Example:
       >>> import jax, jax.numpy as jnp, keras, tdjax.keras
@@ -203,39 +201,41 @@ def _refuse_shared(tree: Variables) -> None:
             )
 
 
+def _layers(model: Any) -> list:
+    return [model, *model._flatten_layers(include_self=False)]
+
+
 def _warn_of_training(model: Any) -> None:
     """Warns of layers called with training=True, as for Monte Carlo dropout."""
-    layers = [model, *model._flatten_layers(include_self=False)]
-    found = {
+    names = {
         f"'{layer.name}'"
-        for layer in layers
+        for layer in _layers(model)
         for node in getattr(layer, "_inbound_nodes", ())
         if node.arguments.kwargs.get("training")
     }
-    if found:
+    if names:
         warnings.warn(
             "The Flax module trains all layers or none, by `train`; in the Keras model "
-            f"these were called with training=True: {', '.join(sorted(found))}.",
+            f"these were called with training=True: {', '.join(sorted(names))}.",
             stacklevel=3,
         )
 
 
 def _warn_of_penalties(model: Any, tree: Variables) -> None:
-    found = [
+    penalties = [
         f"{kind} of {path}"
         for path, variable in leaves_by_path(tree).items()
         for kind in ("regularizer", "constraint")
         if getattr(variable, kind, None) is not None
     ]
-    layers = [model, *model._flatten_layers(include_self=False)]
-    found += [
+    penalties += [
         f"activity regularizer of '{layer.name}'"
-        for layer in layers
+        for layer in _layers(model)
         if getattr(layer, "activity_regularizer", None) is not None
     ]
-    if found:
+    if penalties:
         warnings.warn(
             "The Flax module leaves out what Keras adds to the loss or does to weights "
-            f"in training: {', '.join(found)}.",
+            f"in training: {', '.join(penalties)}.",
             stacklevel=3,
         )

@@ -141,8 +141,7 @@ def convert_layer(layer: Any) -> tuple[nn.Module, Variables]:
       The module, and its variables: a tree with the layer's Keras variables as leaves.
 
     Raises:
-      TypeError: if no rule is known for the layer, or a rule returns something else.
-      ValueError: if the layer has no weights yet or settings without a counterpart.
+      TypeError, ValueError: as `to_flax`.
 
     Example:
       >>> import keras, tdjax.keras

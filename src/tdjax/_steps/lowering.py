@@ -61,17 +61,18 @@ class Lowering:
                 f"axis_name={self.axis_name!r} lets fun see all steps at once; "
                 f"chunk_size={self.chunk_size} must then be None."
             )
-        for name in ("axis_name", "spmd_axis_name"):
-            if self.method != "vmap" and getattr(self, name) is not None:
+        names = {"axis_name": self.axis_name, "spmd_axis_name": self.spmd_axis_name}
+        for name, value in names.items():
+            if value is not None and self.method != "vmap":
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} names the axis that vmap maps "
-                    f"over; it needs method='vmap', got method={self.method!r}."
+                    f"{name}={value!r} names the axis that vmap maps over; it needs "
+                    f"method='vmap', got method={self.method!r}."
                 )
-            if self.capacity is not None and getattr(self, name) is not None:
+            if value is not None and self.capacity is not None:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} names the time axis, which "
-                    f"capacity={self.capacity} replaces by the valid steps of all "
-                    "examples. Give only one of the two."
+                    f"{name}={value!r} names the time axis, which capacity="
+                    f"{self.capacity} replaces by the valid steps of all examples. "
+                    "Give only one of the two."
                 )
 
 

@@ -20,15 +20,12 @@ class Steps(Protocol):
 
     def run(self, call, out_axes, lowering: Lowering) -> Any:
         """The results of `call`, a function of one step's leaves, for the caller."""
-        ...
 
     def hide(self, results, out_axes) -> Any:
         """Results of the computed steps as the caller sees them: zeros where masked."""
-        ...
 
     def hide_sown(self, sown) -> Any:
         """Zeros where masked, in values that a layer has sown: time first."""
-        ...
 
     def with_inputs(self, inputs: Inputs) -> "Steps":
         """The same steps, with other inputs."""

@@ -34,36 +34,30 @@ def time_distributed(
     `unroll=True`.
 
     `method="vmap"` is this definition, and the reference. `method="fold"` merges batch
-    and time into one axis and calls `fun` once, which is often faster, but **wrong**
-    where `fun` mixes the examples of a batch. `chunk_size` bounds the memory. Which
-    lowering is fastest depends on `fun` and on the device: `tdjax.autotune` measures.
-    See docs/guide.md#methods.
+    and time and calls `fun` once: often faster, but **wrong** where `fun` mixes the
+    examples of a batch. `chunk_size` bounds the memory. `tdjax.autotune` measures which
+    lowering is fastest. See docs/guide.md#methods.
 
-    Called with `mask`, bool, `(batch, time)` for any `in_axes`, masked steps give zeros
-    and no gradient, even if they contain NaN or infinity. With `capacity` only valid
-    steps are computed; like `"fold"`, this is wrong where `fun` mixes examples. See
-    docs/guide.md#masks and docs/guide.md#packing.
+    Called with `mask`, bool, `(batch, time)`, masked steps give zeros and no gradient,
+    even if they contain NaN or infinity (docs/guide.md#masks). With `capacity` only
+    valid steps are computed; like `"fold"`, this is wrong where `fun` mixes examples
+    (docs/guide.md#packing).
 
     Args:
-      fun: a function of positional arguments that are pytrees of arrays. Keyword
-        arguments of the call, except `mask`, are passed to it as they are, for all
-        steps.
+      fun: a function of pytrees of arrays. Keyword arguments of the call, except
+        `mask`, are passed to it as they are.
       in_axes: the time axis of the positional arguments, as in `jax.vmap`: an int, None
-        for what every step shares, or a pytree prefix (a tuple with an entry for each
-        argument).
-      out_axes: the time axis of the results, likewise. None is for a result that does
-        not depend on the step.
+        for what every step shares, or a tuple or other pytree prefix of these.
+      out_axes: that of the results; None if a result does not depend on the step.
       method: `"vmap"` or `"fold"`.
       chunk_size: steps per block; None for all steps in one block. The last block may
         be shorter.
-      unroll: how the loop over blocks is compiled, as in `jax.lax.scan`: the number of
-        blocks per iteration, or True for straight-line code.
-      remat: recompute the activations of a block in the backward pass
-        (`jax.checkpoint`) instead of keeping them.
-      axis_name: a name for the time axis, so that `fun` can use collectives over steps.
-        It needs `method="vmap"` and all steps in one block.
-      spmd_axis_name: the mesh axis over which time is sharded, as in `jax.vmap`. It
-        needs `method="vmap"`.
+      unroll: blocks per iteration of the loop, as in `jax.lax.scan`, or True for
+        straight-line code.
+      remat: recompute a block's activations in the backward pass (`jax.checkpoint`).
+      axis_name: a name for the time axis, for collectives over steps. It needs
+        `method="vmap"` and all steps in one block.
+      spmd_axis_name: the mesh axis that shards time, as in `jax.vmap`; needs `"vmap"`.
       capacity: compute the valid steps only, at most this many. Steps beyond the
         capacity become NaN (integers: the lowest or highest value).
 

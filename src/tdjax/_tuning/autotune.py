@@ -49,12 +49,11 @@ def autotune(
     Args:
       fun: a function of one step, or what `time_distributed` returned. The options of
         the latter are kept, and its lowering is one of the candidates.
-      *args: the arguments of a call, of the shapes and dtypes that the program will
-        see. Give real data if you can: with constants a wrong lowering may look right.
-        A constant float array with a time axis is replaced by random numbers.
-      in_axes: as in `time_distributed`; only for a function of one step.
-      out_axes: likewise.
-      capacity: likewise.
+      *args: the arguments of a call, real data if you can: with constants a wrong
+        lowering may look right. A constant float array with a time axis is replaced by
+        random numbers.
+      in_axes, out_axes, capacity: as in `time_distributed`; only for a function of one
+        step.
       argnums: None to time the call alone; or the positions of the arguments to
         differentiate by, as in `jax.grad`, to time call and gradient together.
       budget: seconds for everything. A compilation that has begun is finished; none is
@@ -62,14 +61,12 @@ def autotune(
       memory_limit: bytes of temporary memory that the compiled program may use, by
         XLA's analysis, without inputs and results.
       tolerance: the largest deviation from the reference, relative to the largest
-        value of the result. By default 2e-4 for float32 on CPU, 3e-2 where matrix units
-        may round, 1e-10 for float64; for bfloat16 (3e-2) and float16 (5e-3) at least
-        twice the reference's own deviation from float32.
+        value of the result. By default 1e-10 for float64, 2e-4 for float32 on a CPU and
+        3e-2 elsewhere; for bfloat16 (3e-2) and float16 (5e-3) at least twice the
+        reference's own deviation from float32.
       candidates: the options to try instead of the default list, as mappings. The
         reference is measured too.
-      cache: a folder that keeps results, for any number of functions and processes. A
-        result is used again for the same function, shapes, device, versions and
-        arguments of `autotune`.
+      cache: a folder that keeps results, for any number of functions and processes.
       **kwargs: keyword arguments of the call, such as `mask`.
 
     Returns:
@@ -79,8 +76,7 @@ def autotune(
     Raises:
       TypeError: if an argument is of the wrong kind.
       ValueError: if a number is out of range, an option is given twice, `cache` is not
-        a folder, or no lowering was found within `memory_limit`. Errors that `fun`
-        raises under the reference are passed on.
+        a folder, or no lowering fits `memory_limit`.
 
     Example:
       >>> import jax, jax.numpy as jnp, tdjax
@@ -114,26 +110,18 @@ def _over_time(fun, in_axes, out_axes, capacity) -> Distributed:
 
 
 class Subject(NamedTuple):
-    """What is tuned.
+    """What is tuned."""
 
-    Attributes:
-      base: the lowering that it has now.
-      in_axes: the time axes of its inputs.
-      make: what the user gets back, for a lowering.
-      program: the function to measure, for a lowering.
-      variables: arguments of the program that stand before the inputs.
-    """
-
-    base: Lowering
+    base: Lowering  # The one that it has now.
     in_axes: Any
-    make: Callable[[Lowering], Any]
-    program: Callable[[Lowering], Callable[..., Any]]
-    variables: tuple = ()
+    make: Callable[[Lowering], Any]  # What the user gets back.
+    program: Callable[[Lowering], Callable[..., Any]]  # The function to measure.
+    variables: tuple = ()  # Arguments of the program before the inputs.
 
 
 def tune(subject: Subject, inputs: tuple, settings: Settings) -> Tuning:
     """Measures the candidates of a subject, or finds them in the cache."""
-    limits = settings.limits()
+    limits = Limits(settings.budget, settings.memory_limit, settings.tolerance)
     inputs, timesteps = prepare_inputs(inputs, subject.in_axes)
     args = jax.tree.map(jnp.asarray, (*subject.variables, *inputs))
     candidates = list_candidates(

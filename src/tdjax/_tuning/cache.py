@@ -68,5 +68,5 @@ def _write_atomically(path: Path, text: str) -> None:
 
 def _warn(path: Path, problem: str) -> None:
     message = f"The cache entry {str(path)!r} {problem}."
-    # From here over `load` or `store`, `tune` and `autotune` to the user's line.
+    # The user called `autotune`, this `tune`, and this `load` or `store`.
     warnings.warn(message, UserWarning, stacklevel=5)

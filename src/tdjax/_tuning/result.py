@@ -16,9 +16,8 @@ class Tuning:
     Attributes:
       tuned: the function or module with the chosen options; None if the result was
         loaded by `from_json`.
-      candidates: every lowering that was considered, with its measurements:
-        `options`, `verdict`, `run_seconds`, `spread`, `compile_seconds`,
-        `temporary_bytes` and `deviation`.
+      candidates: every lowering that was considered, with its `options`, `verdict`,
+        `run_seconds`, `spread`, `compile_seconds`, `temporary_bytes` and `deviation`.
       about: what was measured and where: device, versions, shapes, arguments.
       from_cache: whether the measurements were read from the cache, not made.
       best: the candidate that was chosen.
@@ -66,10 +65,7 @@ class Tuning:
         return f"Tuning({self.best}; {timed} of {len(self.candidates)} measured)"
 
     def to_json(self) -> str:
-        """Everything but `tuned`, as JSON: times in seconds, memory in bytes.
-
-        JSON has no infinity: an infinite deviation is null.
-        """
+        """Everything but `tuned`, as JSON; an infinite deviation is null."""
         fields = {
             "options": self.options,
             "from_cache": self.from_cache,
@@ -81,13 +77,6 @@ class Tuning:
     @classmethod
     def from_json(cls, text: str) -> "Tuning":
         """Reads what `to_json` wrote; `tuned` is None.
-
-        Args:
-          text: the JSON text.
-
-        Returns:
-          The result, whose `options` can be given to `time_distributed` or to a
-          `TimeDistributed`.
 
         Raises:
           ValueError: if `text` is not what `to_json` writes.

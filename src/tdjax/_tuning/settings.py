@@ -10,7 +10,6 @@ import jax
 
 from tdjax._checks import describe
 from tdjax._tuning.candidates import is_float
-from tdjax._tuning.search import Limits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +29,6 @@ class Settings:
             if value is not None or name == "budget":
                 _require_positive(name, value)
         self.folder()
-
-    def limits(self) -> Limits:
-        """The limits of a search that starts now."""
-        return Limits(self.budget, self.memory_limit, self.tolerance)
 
     def folder(self) -> Path | None:
         """The folder of the cache."""

@@ -102,25 +102,15 @@ class Input:
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """One call of a module.
-
-    Attributes:
-      name: the module's name; nodes of the same name share its variables.
-      module: an unbound module.
-      arguments: its positional and keyword arguments.
-      outputs: where its results go.
-      takes_mask: whether it is given the mask of its input.
-      keeps_mask: whether its output has a mask.
-      dtype: what floating inputs are cast to, or None to leave them.
-    """
+    """One call of a module. Nodes of the same name share its variables."""
 
     name: str
     module: nn.Module
     arguments: Structure
     outputs: tuple[Slot, ...]
-    takes_mask: bool = False
-    keeps_mask: bool = False
-    dtype: str | None = None
+    takes_mask: bool = False  # Whether it is given the mask of its input.
+    keeps_mask: bool = False  # Whether its output has a mask.
+    dtype: str | None = None  # What floating inputs are cast to.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,15 +126,14 @@ class Graph:
 class FlaxModel(nn.Module):
     """A Keras model as a Flax Linen module; `to_flax` makes it.
 
-    Every Keras layer is a submodule of the layer's name. Call it as the Keras model:
-    on an array, a list or a dict, as the model has its inputs.
+    Every Keras layer is a submodule of the layer's name. Call it as the Keras model: on
+    an array, a list or a dict.
 
     Attributes:
       graph: the calls of its layers.
 
     Raises:
-      ValueError: if the inputs don't have the structure or shapes of the model's, or
-        a mask does not fit its input.
+      ValueError: if inputs or masks do not fit those of the model.
 
     Example:
       >>> import jax.numpy as jnp, keras, tdjax.keras
@@ -158,14 +147,10 @@ class FlaxModel(nn.Module):
 
     @nn.compact
     def __call__(self, inputs, mask=None, train: bool = False, return_mask=False):
-        """Runs the layers.
+        """Runs the layers; `inputs` and `mask` are as the Keras model takes them.
 
-        Args:
-          inputs: as the Keras model takes them.
-          mask: the mask of the inputs, in the same structure, or None.
-          train: whether layers train (dropout, batch statistics), even those that
-            were called with their own `training`.
-          return_mask: whether to return `(outputs, masks)` instead of the outputs.
+        With `train` all layers train, even those called with their own `training`.
+        With `return_mask` it returns `(outputs, masks)`.
         """
         graph, bound = self.graph, {}
         values, masks = _enter(graph, inputs, mask)

@@ -9,12 +9,7 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Initializer:
-    """One of `jax.nn.initializers` by its name, with its options.
-
-    Attributes:
-      name: the function of `jax.nn.initializers` that makes the initializer.
-      options: its keyword arguments, as pairs.
-    """
+    """One of `jax.nn.initializers` by its name, with keyword arguments as pairs."""
 
     name: str
     options: tuple[tuple[str, Any], ...] = ()

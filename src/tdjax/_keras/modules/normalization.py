@@ -104,10 +104,8 @@ class VarianceScaling(nn.Module):
 class Dropout(nn.Module):
     """`nn.Dropout` in training.
 
-    Attributes:
-      rate: the share of zeros.
-      noise_shape: 1 for axes that share their noise, None for the others, counted from
-        the last axis; axes in front of them share it too.
+    `noise_shape` has 1 for axes that share their noise and None for the others, counted
+    from the last axis; axes in front of them share it too.
     """
 
     rate: float

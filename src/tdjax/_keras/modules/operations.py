@@ -30,12 +30,7 @@ def find_function(name: str) -> Any:
 
 
 class Operation(nn.Module):
-    """A function of arrays by its name.
-
-    Attributes:
-      function: the name.
-      options: its keyword arguments, as pairs.
-    """
+    """A function of arrays by its name, with its keyword arguments as pairs."""
 
     function: str
     options: tuple[tuple[str, Any], ...] = ()

@@ -53,18 +53,11 @@ class Recurrent(nn.Module):
 
     @nn.compact
     def __call__(self, sequences, initial_state=None, mask=None, train: bool = False):
-        """Runs over the steps.
+        """Runs over `sequences`, `(batch, time, features)`.
 
-        Args:
-          sequences: `(batch, time, features)`.
-          initial_state: the states before the first step, each `(batch, units)`; zeros
-            by default.
-          mask: `(batch, time)`, False where a step is to be left out, or None.
-          train: whether to drop; draws from the stream "dropout".
-
-        Returns:
-          `(batch, time, units)`, or `(batch, units)` of the last step. With
-          `return_state`, `(output, *states)`.
+        Returns `(batch, time, units)`, or `(batch, units)` of the last step; with
+        `return_state`, `(output, *states)`. `initial_state` holds the states, each
+        `(batch, units)`. `mask`, `(batch, time)`, is False at the steps to leave out.
         """
         require_array("sequences", sequences, 3, LAYOUT)
         _check_shapes(sequences, mask)
@@ -88,12 +81,10 @@ class Recurrent(nn.Module):
 
     @nn.nowrap
     def cell(self, states, x, recurrent: "Product") -> list:
-        """The states after a step, the one that is its output first.
+        """The states after a step, each `(batch, units)`, the output first.
 
-        Args:
-          states: those before it, each `(batch, units)`.
-          x: what the step's input gives to each gate, each `(batch, units)`.
-          recurrent: the product that the state goes through.
+        `x` is what the step's input gives to each gate; the state goes through the
+        product `recurrent`.
         """
         raise NotImplementedError
 

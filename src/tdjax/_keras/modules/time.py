@@ -13,12 +13,9 @@ class TimeDistributed(linen.TimeDistributed):
     The layer gets its step's slice of the mask, and masked steps are not zeroed. The
     mask is passed on, reduced by `any` over axes that the output does not have: where
     lines of words become vectors, a line is valid if a word is.
-
-    Attributes:
-      hands_mask: whether the layer gets its slice of the mask.
     """
 
-    hands_mask: bool = False
+    hands_mask: bool = False  # Whether the layer gets its slice of the mask.
 
     def __call__(self, inputs, mask=None, train: bool = False, return_mask=False):
         accepted = parameters(type(self.layer))

@@ -23,21 +23,12 @@ _MODULES: dict[type, type[Recurrent]] = {
     keras.layers.LSTMCell: LSTM,
     keras.layers.GRUCell: GRU,
 }
-_CELL_FIELDS = (
-    "units",
-    "use_bias",
-    "dropout",
-    "recurrent_dropout",
-    "implementation",
-    "reset_after",
-)
-_LOOP_FIELDS = (
-    "return_sequences",
-    "return_state",
-    "go_backwards",
-    "unroll",
-    "zero_output_for_mask",
-)
+_CELL_FIELDS = """
+    units use_bias dropout recurrent_dropout implementation reset_after
+"""
+_LOOP_FIELDS = """
+    return_sequences return_state go_backwards unroll zero_output_for_mask
+"""
 
 
 @register_rule(keras.layers.SimpleRNN)
@@ -47,7 +38,7 @@ _LOOP_FIELDS = (
 def convert_rnn(layer: Any) -> tuple[nn.Module, Variables]:
     """Any of them is a cell in a loop."""
     _check_loop(layer)
-    loop = {name: getattr(layer, name) for name in _LOOP_FIELDS}
+    loop = {name: getattr(layer, name) for name in _LOOP_FIELDS.split()}
     if type(layer.cell) is keras.layers.StackedRNNCells:
         return _convert_stack(layer, loop)
     return _convert_cell(layer, layer.cell, loop)
@@ -89,7 +80,8 @@ def _convert_stack(layer: Any, loop: dict) -> tuple[nn.Module, Variables]:
 
 def _convert_cell(layer: Any, cell: Any, loop: dict) -> tuple[nn.Module, Variables]:
     _check_cell(layer, cell)
-    fields = {name: getattr(cell, name) for name in _CELL_FIELDS if hasattr(cell, name)}
+    names = [name for name in _CELL_FIELDS.split() if hasattr(cell, name)]
+    fields = {name: getattr(cell, name) for name in names}
     for name in ("activation", "recurrent_activation"):
         if hasattr(cell, name):
             fields[name] = activation(getattr(cell, name), where(layer))
