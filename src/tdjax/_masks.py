@@ -68,8 +68,6 @@ def masked_mean(
       >>> import jax.numpy as jnp, tdjax
       >>> losses = jnp.array([[1.0, 3.0, jnp.nan], [jnp.inf, jnp.nan, 0.0]])
       >>> mask = tdjax.lengths_to_mask(jnp.array([2, 0]), 3)
-      >>> tdjax.masked_mean(losses, mask).item()
-      2.0
       >>> tdjax.masked_mean(losses, mask, axis=1).tolist()
       [2.0, 0.0]
     """

@@ -103,10 +103,7 @@ class TimeDistributed(nn.Module):
         object.__setattr__(self, "layer", layer)
 
     def __call__(self, *args, mask=None, **kwargs):
-        """Calls `layer` on every step; keyword arguments are shared by all steps.
-
-        With `mask`, bool, `(batch, time)`, masked steps give zeros.
-        """
+        """Calls `layer` on every step; keyword arguments are shared by all steps."""
         if self.scope is None:
             raise CallCompactUnboundModuleError()
         if self.is_initializing():
@@ -176,8 +173,7 @@ class FlattenDense(_SequenceDense):
     """Dense over time and features together: every step sees every step.
 
     Parameters: `kernel` `(timesteps * in_features, timesteps * features)` and `bias`
-    `(timesteps * features,)`. The number of steps is fixed by the first input. See
-    `tdjax.flatten_dense`.
+    `(timesteps * features,)`. The first input fixes the number of steps.
 
     Attributes:
       features: output features of each step.
@@ -205,8 +201,7 @@ class PerStepDense(_SequenceDense):
     """Dense with separate weights for each step.
 
     Parameters: `kernel` `(timesteps, in_features, features)` and `bias`
-    `(timesteps, features)`. The number of steps is fixed by the first input. See
-    `tdjax.per_step_dense`.
+    `(timesteps, features)`. The first input fixes the number of steps.
 
     Attributes and errors are those of `FlattenDense`. By default each step's kernel
     starts as that of an `nn.Dense`.
@@ -243,9 +238,8 @@ def autotune(
 ) -> Tuning:
     """Finds the fastest lowering of a `TimeDistributed` for these inputs.
 
-    What is measured is `module.apply(variables, *args, ...)`; `tdjax.autotune` says
-    how. A lowering under which the layer gives other numbers is refused: `"fold"` for a
-    layer with dropout in training, say, which then draws other noise.
+    It measures `module.apply(variables, *args, ...)` as `tdjax.autotune` does. A layer
+    with dropout in training draws other noise under `"fold"`, which is then refused.
 
     Args:
       module: a `TimeDistributed`, or a layer to wrap in one.

@@ -90,10 +90,7 @@ class TimeDistributed(nnx.Module):
         make_lowering(self)
 
     def __call__(self, *args, mask=None, **kwargs):
-        """Calls `layer` on every step; keyword arguments are shared by all steps.
-
-        With `mask`, bool, `(batch, time)`, masked steps give zeros.
-        """
+        """Calls `layer` on every step; keyword arguments are shared by all steps."""
         _refuse_rngs(args, kwargs)
         graphdef, keys, params, state = nnx.split(
             self.layer, nnx.RngKey, nnx.Param, ...
@@ -291,10 +288,9 @@ def autotune(
 ) -> Tuning:
     """Finds the fastest lowering of a `TimeDistributed` for these inputs.
 
-    What is measured is `module(*args, **kwargs)` under `jax.jit`, in the mode that the
-    module is in; `tdjax.autotune` says how. The module's own variables stay as they
-    are. A lowering under which the layer gives other numbers, or writes others to its
-    variables, is refused.
+    It measures `module(*args, **kwargs)` under `jax.jit` as `tdjax.autotune` does, in
+    the mode that the module is in, and leaves its variables as they are. A lowering
+    that writes other numbers to variables is refused too.
 
     Args:
       module: a `TimeDistributed`, or a layer to wrap in one.

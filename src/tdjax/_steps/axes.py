@@ -1,5 +1,6 @@
 """Time axes of pytrees: prefixes, positions, slices, and the merging of blocks."""
 
+import enum
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from tdjax._checks import describe, is_array
 
 
-class PerStep:
+class PerStep(enum.Enum):
     """The time axis of what adapters add: time first, and no batch axis behind it.
 
     Random keys go in and layer state comes out this way. `vmap` maps it as axis 0.
@@ -17,16 +18,12 @@ class PerStep:
     and copies what comes out to every step of the block.
     """
 
-    def __init__(self, name: str):
-        self.name = name
-
-    def __repr__(self):
-        return self.name
+    PER_STEP = "PER_STEP"
+    # For results that may have a batch axis: `fold` then splits it.
+    PER_STEP_OR_BATCH = "PER_STEP_OR_BATCH"
 
 
-PER_STEP = PerStep("PER_STEP")
-# The same, for results that may have a batch axis: `fold` then splits it.
-PER_STEP_OR_BATCH = PerStep("PER_STEP_OR_BATCH")
+PER_STEP, PER_STEP_OR_BATCH = PerStep
 Axis = int | None | PerStep
 
 _SHARE = (

@@ -115,7 +115,7 @@ def list_candidates(
     if given is None:
         lowerings = _default_lowerings(base, timesteps, with_remat)
     else:
-        lowerings = [_given_lowering(base, options) for options in given]
+        lowerings = [_change(base, **_checked(options)) for options in given]
     # Compared by their text: True == 1, and means another thing.
     lowerings = {repr(x): x for x in (_change(base), base, *lowerings)}.values()
     blocks = lambda size: math.ceil(timesteps / (size or timesteps))
@@ -150,14 +150,14 @@ def _is_possible(base: Lowering, options: dict[str, Any]) -> bool:
     return "chunk_size" not in options or base.axis_name is None
 
 
-def _given_lowering(base: Lowering, options: Any) -> Lowering:
+def _checked(options: Any) -> Mapping[str, Any]:
     """One of the user's `candidates`."""
     if not isinstance(options, Mapping) or not set(options) <= set(OPTIONS):
         raise TypeError(
             f"candidates must be mappings with the keys {', '.join(OPTIONS)}, got "
             f"{options!r}."
         )
-    return _change(base, **options)
+    return options
 
 
 def _change(
