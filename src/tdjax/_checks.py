@@ -43,12 +43,15 @@ def require_array(name: str, value: Any, min_rank: int, layout: str) -> None:
         raise ValueError(f"{name} must have shape {layout}, got {describe(value)}.")
 
 
-def require_positive_int(name: str, value: Any) -> None:
-    """Refuses bools, floats, zero and negative numbers."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be a positive int, got {describe(value)}.")
-    if value < 1:
-        raise ValueError(f"{name} must be a positive int, got {value}.")
+def require_sizes(optional: bool = False, **values: Any) -> None:
+    """Refuses bools, floats, zero and negative numbers; None too, unless `optional`."""
+    for name, value in values.items():
+        if optional and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise TypeError(f"{name} must be a positive int, got {describe(value)}.")
+        if value < 1:
+            raise ValueError(f"{name} must be a positive int, got {value}.")
 
 
 def require_params(

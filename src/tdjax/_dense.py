@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, Shaped
 
-from tdjax._checks import describe, require_array, require_params, require_positive_int
+from tdjax._checks import describe, require_array, require_params, require_sizes
 
 Params = dict[str, Array]
 Initializer = Callable[..., Any]
@@ -60,7 +60,7 @@ def init_dense(
       >>> sum(p.size for p in params.values())
       55
     """
-    _require_sizes(in_features=in_features, features=features)
+    require_sizes(in_features=in_features, features=features)
     shape = (in_features, features)
     return _init(key, shape, use_bias, dtype, kernel_init, bias_init)
 
@@ -94,7 +94,7 @@ def init_flatten_dense(
       >>> sum(p.size for p in params.values())
       260
     """
-    _require_sizes(timesteps=timesteps, in_features=in_features, features=features)
+    require_sizes(timesteps=timesteps, in_features=in_features, features=features)
     shape = (timesteps * in_features, timesteps * features)
     return _init(key, shape, use_bias, dtype, kernel_init, bias_init)
 
@@ -128,7 +128,7 @@ def init_per_step_dense(
       >>> sum(p.size for p in params.values())
       80
     """
-    _require_sizes(timesteps=timesteps, in_features=in_features, features=features)
+    require_sizes(timesteps=timesteps, in_features=in_features, features=features)
     shape = (timesteps, in_features, features)
     return _init(key, shape, use_bias, dtype, kernel_init, bias_init)
 
@@ -265,7 +265,7 @@ def as_per_step(params: Mapping[str, Any], timesteps: int) -> Params:
       (4, 3, 5)
     """
     kernel, bias = require_params(params, 2, "(in_features, features)", "(features,)")
-    require_positive_int("timesteps", timesteps)
+    require_sizes(timesteps=timesteps)
     repeat = lambda a: jnp.broadcast_to(a, (timesteps, *a.shape))
     return _as_params(repeat(kernel), None if bias is None else repeat(bias))
 
@@ -307,11 +307,6 @@ def as_flatten(params: Mapping[str, Any], timesteps: int) -> Params:
         )
     flat_bias = None if bias is None else jnp.reshape(bias, (-1,))
     return _as_params(_block_diagonal(kernel), flat_bias)
-
-
-def _require_sizes(**sizes: Any) -> None:
-    for name, size in sizes.items():
-        require_positive_int(name, size)
 
 
 def _init(key, kernel_shape, use_bias, dtype, kernel_init, bias_init) -> Params:

@@ -1,10 +1,10 @@
 """How a Linen layer shares the scope of its wrapper, and is lifted over time.
 
-A scope holds the variables and random streams of one module. The layer gets its
-wrapper's own scope (`adopt`), so that its variables have the names and initial values
-that they have without a wrapper. In a call, `flax.core.lift.pack` opens the scope into
-plain variables and keys and builds scopes of them again, which makes the layer a pure
-function that `distribute_stateful` can run over all steps.
+A scope holds the variables and random streams of one module. The layer gets the scope
+of its wrapper (`adopt`), so that its variables have the names and initial values that
+they have without one. In a call, `flax.core.lift.pack` opens the scope into variables
+and keys and makes scopes of them again: the layer becomes a pure function that
+`distribute_stateful` can run over all steps.
 """
 
 import dataclasses

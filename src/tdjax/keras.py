@@ -107,18 +107,16 @@ class TimeDistributed(keras.layers.TimeDistributed):
     ):
         _require_jax()
         super().__init__(layer, **kwargs)
-        _check_options(method, chunk_size, unroll, remat, share_rng)
         self._set_options(method, chunk_size, unroll, remat, share_rng)
 
     def _set_options(self, method, chunk_size, unroll, remat, share_rng):
+        _check_options(method, chunk_size, unroll, remat, share_rng)
         self.method, self.chunk_size, self.unroll = method, chunk_size, unroll
         self.remat, self.share_rng = remat, share_rng
 
     def lowering(self) -> Lowering:
         """How the steps are lowered, with the method that None means here."""
-        method = self.method
-        if method is None:
-            method = equal_method(self.layer, share_rng=self.share_rng)
+        method = self.method or equal_method(self.layer, share_rng=self.share_rng)
         return Lowering(method, self.chunk_size, self.unroll, self.remat)
 
     def get_config(self):
@@ -128,7 +126,8 @@ class TimeDistributed(keras.layers.TimeDistributed):
 
     def build(self, input_shape):
         """Builds the wrapped layer for one step."""
-        keras.layers.Wrapper.build(self, _without_time(input_shape))
+        step_shape = keras.tree.map_shape_structure(_step_shape, input_shape)
+        keras.layers.Wrapper.build(self, step_shape)
 
     def compute_output_shape(self, input_shape) -> Any:
         """The shapes that the wrapped layer gives for one step, with time."""
@@ -197,10 +196,6 @@ def _step_shape(shape) -> tuple:
             f"time, ...), got the shape {tuple(shape)}."
         )
     return (shape[0], *shape[2:])
-
-
-def _without_time(input_shape):
-    return keras.tree.map_shape_structure(_step_shape, input_shape)
 
 
 def _check_mask(mask, inputs):

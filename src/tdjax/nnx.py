@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tdjax._checks import describe, require_array, require_layer, require_positive_int
+from tdjax._checks import describe, require_array, require_layer, require_sizes
 from tdjax._dense import (
     Initializer,
     default_bias_init,
@@ -134,11 +134,8 @@ def _refuse_rngs(args, kwargs) -> None:
 
 def _static_attributes(layer) -> dict:
     static = bool | int | float | str | None
-    return {
-        path: value
-        for path, value in nnx.iter_graph(layer)
-        if isinstance(value, static)
-    }
+    items = nnx.iter_graph(layer)
+    return {path: value for path, value in items if isinstance(value, static)}
 
 
 def _refuse_new_attributes(before: dict, after: dict) -> None:
@@ -189,7 +186,7 @@ class _SequenceDense(nnx.Module):
         bias_init: Initializer = default_bias_init,
         rngs: nnx.Rngs,
     ):
-        require_positive_int("out_features", out_features)
+        require_sizes(out_features=out_features)
         options = {} if kernel_init is None else {"kernel_init": kernel_init}
         params = type(self)._init(
             rngs.params(),

@@ -16,7 +16,7 @@ from tdjax._checks import (
     is_concrete,
     require_array,
     require_params,
-    require_positive_int,
+    require_sizes,
 )
 from tdjax._cross_entropy.blocks import Head, losses_of_steps, weighted_loss
 from tdjax._masks import over_trailing_axes, require_mask_dtype
@@ -100,7 +100,8 @@ def linear_cross_entropy(
     features, words = params["kernel"].shape
     _check_steps(hidden, labels, mask, words)
     _check_options(reduction, label_smoothing, z_loss, logits_soft_cap, ignore_class)
-    _check_sizes(chunk_size=chunk_size, vocab_chunk_size=vocab_chunk_size)
+    chunks = {"chunk_size": chunk_size, "vocab_chunk_size": vocab_chunk_size}
+    require_sizes(**chunks, optional=True)
     # The vocabulary's size may not fit the labels' dtype.
     labels = jnp.asarray(labels)
     labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
@@ -229,12 +230,6 @@ def _check_steps(hidden: Any, labels: Any, mask: Any, words: int) -> None:
                 "mask must have the shape of labels, got "
                 f"{describe(mask)} for labels {describe(labels)}.{hint}"
             )
-
-
-def _check_sizes(**sizes: int | None) -> None:
-    for name, size in sizes.items():
-        if size is not None:
-            require_positive_int(name, size)
 
 
 def _check_options(

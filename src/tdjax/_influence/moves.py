@@ -81,7 +81,9 @@ def bind_same(eqn, *args):
 def gather(eqn, args, bound: float) -> list[Spread]:
     operand, indices = args
     if not isinstance(indices, Spread):
-        return move((0,), _gather_numbers, eqn, args, bound)
+        filled = {**eqn.params, "fill_value": -1}
+        bind = lambda eqn, *args: eqn.primitive.bind(*args, **filled)
+        return move((0,), bind, eqn, args, bound)
     # Unknown indices: a row depends on its index and on the whole operand.
     operand, _ = as_spreads(args, bound)
     out = eqn.outvars[0].aval
@@ -98,10 +100,6 @@ def _any_row(eqn, operand: Spread):
         fill = _fill_value(eqn)
         ends += [] if np.isnan(fill) else [fill]
     return (np.min(ends), np.max(ends)) if ends else (np.nan, np.nan)
-
-
-def _gather_numbers(eqn, operand, indices):
-    return eqn.primitive.bind(operand, indices, **{**eqn.params, "fill_value": -1})
 
 
 def scatter(eqn, args, bound: float) -> list[Spread]:

@@ -161,8 +161,10 @@ def _check_paths(targets: dict[str, Any], values: dict[str, Any]) -> None:
     missing = [path for path in targets if path not in values]
     extra = [path for path in values if path not in targets]
     if missing or extra:
-        found = {"lacks": missing, "has no place in the model for": extra}
-        parts = [f"{what} {_listed(paths)}" for what, paths in found.items() if paths]
+        problems = {"lacks": missing, "has no place in the model for": extra}
+        parts = [
+            f"{verb} {_listed(paths)}" for verb, paths in problems.items() if paths
+        ]
         raise ValueError(f"variables {'; '.join(parts)}.{_hint(targets, values)}")
 
 

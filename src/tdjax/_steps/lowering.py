@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from tdjax._checks import describe, is_array, require_positive_int
+from tdjax._checks import describe, is_array, require_sizes
 from tdjax._steps.axes import (
     Axis,
     Inputs,
@@ -46,11 +46,10 @@ class Lowering:
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {METHODS}, got {self.method!r}.")
-        for name in ("chunk_size", "capacity"):
-            if getattr(self, name) is not None:
-                require_positive_int(name, getattr(self, name))
+        sizes = {"chunk_size": self.chunk_size, "capacity": self.capacity}
+        require_sizes(**sizes, optional=True)
         if not isinstance(self.unroll, bool):
-            require_positive_int("unroll", self.unroll)
+            require_sizes(unroll=self.unroll)
         if not isinstance(self.remat, bool):
             raise TypeError(f"remat must be a bool, got {describe(self.remat)}.")
         self._check_names()

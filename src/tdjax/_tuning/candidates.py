@@ -28,11 +28,10 @@ class Candidate:
     Attributes:
       lowering: how the steps are compiled.
       blocks: the number of blocks of steps.
-      verdict: `"measured"`; `"behind"` for one that was too slow to be measured as
-        often as the others; or why it was refused or not tried.
+      verdict: `"measured"`; `"behind"` if too slow to be measured as often as the
+        others; or why it was refused or not tried.
       compile_seconds: the time of tracing and compilation.
-      run_seconds: the time of one call, the median of all measurements.
-      spread: the lower and upper quartiles of `run_seconds`.
+      run_seconds, spread: the time of one call, median and quartiles.
       temporary_bytes: the compiled program's memory for temporaries, without inputs
         and outputs.
       deviation: the largest difference from the reference, relative to the largest

@@ -127,13 +127,6 @@ def global_max_pooling(x, keepdims):
     return jnp.max(x, _between(x), keepdims=keepdims)
 
 
-FUNCTIONS = {
-    "max_pooling": nn.max_pool,
-    **{
-        function.__name__: function
-        for function in (
-            *(flatten, reshape_examples, permute, repeat_vector, zero_padding),
-            *(cropping, up_sampling, average_pooling, global_max_pooling),
-        )
-    },
-}
+_OWN = (flatten, reshape_examples, permute, repeat_vector, zero_padding, cropping)
+_OWN += (up_sampling, average_pooling, global_max_pooling)
+FUNCTIONS = {"max_pooling": nn.max_pool} | {f.__name__: f for f in _OWN}

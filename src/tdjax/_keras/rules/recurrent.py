@@ -23,12 +23,8 @@ _MODULES: dict[type, type[Recurrent]] = {
     keras.layers.LSTMCell: LSTM,
     keras.layers.GRUCell: GRU,
 }
-_CELL_FIELDS = """
-    units use_bias dropout recurrent_dropout implementation reset_after
-"""
-_LOOP_FIELDS = """
-    return_sequences return_state go_backwards unroll zero_output_for_mask
-"""
+_CELL_FIELDS = "units use_bias dropout recurrent_dropout implementation reset_after"
+_LOOP_FIELDS = "return_sequences return_state go_backwards unroll zero_output_for_mask"
 
 
 @register_rule(keras.layers.SimpleRNN)
