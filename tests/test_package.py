@@ -14,7 +14,8 @@ import pytest
 import tdjax
 
 ROOT = Path(__file__).parent.parent
-SOURCE = ROOT / "src" / "tdjax"
+# Of what is imported, which may be an installed package.
+SOURCE = Path(tdjax.__file__).parent
 MODULES = {
     "tdjax." + ".".join(path.relative_to(SOURCE).with_suffix("").parts): path
     for path in SOURCE.rglob("*.py")
