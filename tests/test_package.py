@@ -78,6 +78,11 @@ def test_the_types_are_marked():
     assert (Path(tdjax.__file__).parent / "py.typed").exists()
 
 
+@tdjax.time_distributed
+def decorated(x):
+    return x
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_all_and_dir_are_the_public_names(name):
     module = importlib.import_module(name)
@@ -97,6 +102,7 @@ def test_public_functions_are_pickled_by_their_public_names():
             assert pickle.loads(pickle.dumps(value)) is value
     over_time = tdjax.time_distributed(tdjax.dense, in_axes=(None, 1))
     assert pickle.loads(pickle.dumps(over_time)).fun is tdjax.dense
+    assert pickle.loads(pickle.dumps(decorated)) is decorated
     assert b"tdjax._dense" not in pickle.dumps(tdjax.dense)
 
 

@@ -54,7 +54,7 @@ __all__ = [
     "time_distributed",
 ]
 # Whoever lists or imports all names must not fail for want of Keras on JAX.
-if find_spec("keras") and os.environ.get("KERAS_BACKEND") == "jax":
+if os.environ.get("KERAS_BACKEND") == "jax" and find_spec("keras"):
     __all__ += ["keras"]
 
 _ADAPTERS = ("keras", "linen", "nnx")

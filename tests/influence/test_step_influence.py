@@ -331,3 +331,32 @@ def test_a_large_integer_is_not_taken_for_its_neighbour(compare):
         fun = lambda x: jnp.where(same(x), 0.0, x[:, ::-1])
         x = jnp.ones((1, 3, 1))
         assert (tdjax.step_influence(fun, x) >= np.eye(3, dtype=bool)[::-1]).all()
+
+
+@pytest.mark.parametrize(
+    "fun",
+    [
+        lambda x: (x - 1e9).astype(jnp.int32) & -8,
+        lambda x: x.astype(jnp.int32) * 1_000_000,
+        lambda x: jnp.cumsum(x.astype(jnp.int32), 1),
+        lambda x: x.astype(jnp.int32).at[:, 0].add(5),
+    ],
+)
+def test_an_integer_may_have_any_value_as_a_float_too(fun):
+    moves = lambda x: jnp.where(fun(x).astype(jnp.float32) > 2e6, x, 0.0)
+    below = lambda x: jnp.where(fun(x).astype(jnp.float32) < -2e6, x, 0.0)
+    x = jnp.ones((1, 2, 1))
+    for either in (moves, below):
+        assert np.diagonal(tdjax.step_influence(either, x)).all()
+
+
+def test_integer_inputs_may_have_any_value():
+    x = jax.ShapeDtypeStruct((1, 2, 1), jnp.int32)
+    for fun in (
+        lambda x: x.astype(jnp.float32) > 2e6,
+        lambda x: jax.nn.relu(x.astype(jnp.float32) - 2e6),
+    ):
+        assert (tdjax.step_influence(fun, x) == np.eye(2, dtype=bool)).all()
+    small = jax.ShapeDtypeStruct((1, 2, 1), jnp.uint8)
+    above = lambda x: x.astype(jnp.float32) > 150
+    assert tdjax.step_influence(above, small, bound=100.0).any()

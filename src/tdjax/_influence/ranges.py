@@ -80,7 +80,7 @@ def _convert(eqn, x):
     if dtype == np.bool_:
         surely = (x[0] > 0) | (x[1] < 0)
         return surely.astype(float), ((x[0] != 0) | (x[1] != 0)).astype(float)
-    return np.trunc(x) if np.issubdtype(dtype, np.integer) else x
+    return np.trunc(x) if jnp.issubdtype(dtype, jnp.integer) else x
 
 
 RANGES = {

@@ -21,8 +21,8 @@ class Spread(NamedTuple):
         nothing: this is how a mask cuts a path.
 
     A float without a known range lies within `bound`, or anywhere if it was computed
-    from a constant beyond `bound`. NaN ends are those of complex numbers and random
-    keys, which have no order, and of integers that may have any value.
+    from a constant beyond `bound`. Complex numbers and random keys have no order, and
+    NaN ends.
     """
 
     steps: np.ndarray
@@ -68,6 +68,9 @@ def spread(dtype, steps, low, high, far, bound: float) -> Spread:
         high = np.where(inside | np.isnan(high), np.fmin(high, most), high)
     if dtype == np.bool_:
         low, high = np.nan_to_num(low, nan=0.0), np.nan_to_num(high, nan=1.0)
+    if jnp.issubdtype(dtype, jnp.integer):
+        info = jnp.iinfo(dtype)
+        low, high = np.nan_to_num(low, nan=info.min), np.nan_to_num(high, nan=info.max)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         low, high = np.where(far, -np.inf, np.nan), np.where(far, np.inf, np.nan)
     return Spread(steps & (low != high), low, high)

@@ -161,10 +161,8 @@ def _check_paths(targets: dict[str, Any], values: dict[str, Any]) -> None:
     missing = [path for path in targets if path not in values]
     extra = [path for path in values if path not in targets]
     if missing or extra:
-        problems = {"lacks": missing, "has no place in the model for": extra}
-        parts = [
-            f"{verb} {_listed(paths)}" for verb, paths in problems.items() if paths
-        ]
+        lists = {"lacks": missing, "has no place in the model for": extra}
+        parts = [f"{verb} {_listed(paths)}" for verb, paths in lists.items() if paths]
         raise ValueError(f"variables {'; '.join(parts)}.{_hint(targets, values)}")
 
 

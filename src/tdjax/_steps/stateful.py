@@ -88,8 +88,7 @@ def _refuse_new_carried(new, is_carried) -> None:
         if is_carried(path):
             raise ValueError(
                 "State that goes from step to step must be there before the first "
-                f"step, got none at {jax.tree_util.keystr(path)}. Create it with "
-                "`init`."
+                f"step, got none at {jax.tree_util.keystr(path)}. Make it by `init`."
             )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -112,7 +113,11 @@ class Distributed:
             raise
 
     def __reduce__(self):
-        """Pickled as what it was made of; `update_wrapper` copies what can't be."""
+        """Pickles a decorated function by its name, others as what they are made of."""
+        name = getattr(self, "__qualname__", "")
+        module = sys.modules.get(getattr(self, "__module__", ""))
+        if getattr(module, name, None) is self:
+            return name
         return Distributed, (self.fun, self.in_axes, self.out_axes, self.lowering)
 
     def __get__(self, instance, owner=None):

@@ -22,7 +22,8 @@ def load(folder: Path, about: dict[str, Any]) -> Tuning | None:
     path = _entry(folder, about)
     try:
         tuning = Tuning.from_json(_read(path))
-        if tuning.about != about:
+        options = [candidate.options for candidate in tuning.candidates]
+        if tuning.about != about or options != about.get("candidates", options):
             raise ValueError("it holds other measurements")
         return tuning
     except FileNotFoundError:

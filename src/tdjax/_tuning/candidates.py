@@ -83,7 +83,7 @@ class Candidate:
             _number(int, fields["temporary_bytes"]),
             _number(float, fields["deviation"]),
         )
-        if candidate.measured and candidate.run_seconds is None:
+        if candidate.measured and not candidate.run_seconds:
             raise ValueError("a candidate was measured and has no time")
         return candidate
 
@@ -139,7 +139,7 @@ def _default_lowerings(
             options.append(block)
             remats.append({**block, "remat": True})
     options += remats if with_remat else []
-    return [_change(base, **each) for each in options if _is_possible(base, each)]
+    return [_change(base, **given) for given in options if _is_possible(base, given)]
 
 
 def _is_possible(base: Lowering, options: dict[str, Any]) -> bool:

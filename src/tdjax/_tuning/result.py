@@ -87,7 +87,7 @@ class Tuning:
             about, from_cache = dict(content["about"]), bool(content["from_cache"])
         except (LookupError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(
-                f"text must be what Tuning.to_json writes, got {text[:80]!r} "
+                f"text must be what Tuning.to_json writes, got {str(text)[:80]!r} "
                 f"({type(error).__name__}: {error})."
             ) from error
         if not any(candidate.measured for candidate in candidates):

@@ -20,31 +20,21 @@ _GLOBAL_POOLS = ("GlobalMaxPooling{}D", "GlobalAveragePooling{}D")
 _SPATIAL = ("UpSampling{}D", "ZeroPadding{}D", "Cropping{}D")
 _OF_ANY_RANK = _CONVS + _POOLS + _GLOBAL_POOLS + _SPATIAL
 _NAMES = _PLAIN + _ACTIVATIONS + _NORMS + _SHAPES + _SUMS + _RECURRENT
-_INDEPENDENT = frozenset(
-    getattr(layers, name)
-    for name in (
-        *_NAMES,
-        "Bidirectional",
-        *(name.format(rank) for name in _OF_ANY_RANK for rank in (1, 2, 3)),
-    )
-    # The oldest supported Keras lacks some, and some are not there for every rank.
-    if hasattr(layers, name)
-)
+_NAMES += ("Bidirectional",)
+_NAMES += tuple(name.format(rank) for name in _OF_ANY_RANK for rank in (1, 2, 3))
+# The oldest supported Keras lacks some, and some are not there for every rank.
+_INDEPENDENT = {getattr(layers, name, None) for name in _NAMES}
 _KERAS = layers.TimeDistributed.__module__
 
 
-def treats_examples_independently(layer: keras.Layer) -> bool:
-    """Whether an example's result certainly depends on that example only.
-
-    Not on other examples, noise or what a call has written; and the call adds no loss.
-    Only Keras' own layers are certain to.
-    """
-    return all(map(_is_independent, layer._flatten_layers()))
-
-
 def equal_method(layer: keras.Layer, *, share_rng: bool = False) -> Method:
-    """The fastest method that certainly equals a loop over steps."""
-    independent = not share_rng and treats_examples_independently(layer)
+    """The fastest method that certainly equals a loop over steps.
+
+    It is "fold" if an example's result certainly depends on that example only: not on
+    other examples, noise or what a call has written; and if the call adds no loss. Only
+    Keras' own layers are certain to be so.
+    """
+    independent = not share_rng and all(map(_is_independent, layer._flatten_layers()))
     return "fold" if independent else "vmap"
 
 
