@@ -1,4 +1,4 @@
-"""Masks: which steps of a sequence are valid, and the mean over those."""
+"""Masks and means over valid steps. A call's mask is applied in `_steps/masked.py`."""
 
 from typing import Any
 

@@ -59,7 +59,7 @@ class TimeDistributed(nn.Module):
       share_rng: whether all steps draw the same noise; needs `"vmap"`.
       variable_carry: the collections that go from step to step, as in `nn.scan`;
         `"batch_stats"` moves running statistics step by step, as Keras does. It needs
-        `"vmap"`.
+        `"vmap"`, without `axis_name` and `capacity`.
 
     Raises:
       TypeError: if `layer` is not a Linen module.

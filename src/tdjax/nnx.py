@@ -40,7 +40,7 @@ class TimeDistributed(nnx.Module):
 
     Each step draws its own noise from the streams that `layer` holds
     (docs/guide.md#randomness), and what `layer` writes to its variables is kept
-    (docs/guide.md#state); parameters can't be written to. Called with `mask`, bool,
+    (docs/guide.md#state), except to parameters. Called with `mask`, bool,
     `(batch, time)`, masked steps give zeros and no gradient (docs/guide.md#masks); with
     `capacity` only valid steps are computed (docs/guide.md#packing).
 
@@ -54,7 +54,7 @@ class TimeDistributed(nnx.Module):
 
     Raises:
       TypeError: if `layer` is not an NNX module, if a call is given an `nnx.Rngs`, or
-        if `layer` sets an attribute to a number, a string or None in the call.
+        if `layer` changes a number, a string or None among its attributes.
       ValueError: as `tdjax.time_distributed`.
 
     Example:

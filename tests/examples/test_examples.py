@@ -1,4 +1,4 @@
-"""Every example runs from end to end in small."""
+"""Every example runs from end to end, in a small version."""
 
 import importlib
 import json

@@ -30,7 +30,7 @@ class LineSettings(_options.Settings):
 class Line(_problem.Problem):
     """Fits a line to points.
 
-    Noise is added anew in every step, so that a resumed run must go on with it.
+    Every step draws noise, so a resumed run is right only if it draws the same noise.
     """
 
     quantities = {"loss": ".3f"}

@@ -1,4 +1,4 @@
-"""The softmax head of every step and its cross-entropy in one: arguments and checks."""
+"""`linear_cross_entropy`: its arguments and checks. The computation is in `blocks`."""
 
 import contextlib
 import math

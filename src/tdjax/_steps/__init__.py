@@ -5,8 +5,8 @@ A call goes through the modules in this order:
 1. `transform` (functions) and `stateful` (Flax layers with state and random keys) are
    the entrances.
 2. `axes` pairs each array of the arguments with its time axis.
-3. `selection` chooses the steps to compute: all of them (`steps`), all but hidden where
-   masked (`masked`), or only the valid ones (`packed`).
+3. `select_steps` says which steps are computed: all (`steps`), those that a mask hides
+   replaced (`masked`), or only the valid ones (`packed`).
 4. `lowering` compiles the steps: by `vmap` or `fold`, at once or in the `loops`.
 
 `carried` runs state that goes from step to step, such as Keras' running statistics.

@@ -2,7 +2,7 @@
 
 `fun` and JAX raise errors in their own terms. `add_hints` adds what they can't know:
 which arguments were mapped over time and which were shared, and why a Flax module
-inside `fun` needs an adapter.
+inside `fun` needs an adapter. Hints of tdjax's own errors stand where they are raised.
 """
 
 import contextlib

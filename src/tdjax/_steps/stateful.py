@@ -26,7 +26,7 @@ from tdjax._steps.axes import (
 )
 from tdjax._steps.carried import distribute_carried
 from tdjax._steps.lowering import Lowering
-from tdjax._steps.selection import select_steps
+from tdjax._steps.select_steps import select_steps
 
 
 class LayerState(NamedTuple):

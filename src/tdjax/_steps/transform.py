@@ -10,7 +10,7 @@ from tdjax._checks import describe, refuse_module
 from tdjax._steps.axes import Inputs, flatten_inputs
 from tdjax._steps.hints import add_hints
 from tdjax._steps.lowering import Lowering
-from tdjax._steps.selection import select_steps
+from tdjax._steps.select_steps import select_steps
 
 
 def time_distributed(

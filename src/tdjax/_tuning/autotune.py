@@ -190,7 +190,7 @@ def _measure(
 
 
 def _about(reference, args, argnums, candidates, limits: Limits) -> dict[str, Any]:
-    """What the measurements depend on, as JSON has it."""
+    """What the measurements depend on, as JSON: the key of an entry in the cache."""
     device = _device(args)
     about = {
         "device": device.device_kind,
