@@ -1,4 +1,4 @@
-"""Keras 3: a drop-in `TimeDistributed` that compiles in constant time.
+"""Keras 3: a `TimeDistributed` that compiles in constant time, and models to Flax.
 
 It needs Keras with the JAX backend: `pip install "tdjax[keras]"`, and
 `KERAS_BACKEND=jax` in the environment before Keras is imported.

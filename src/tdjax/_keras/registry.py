@@ -34,8 +34,8 @@ def register_rule(layer_class: type) -> Callable[[AnyRule], AnyRule]:
     """Makes the decorated function the rule by which `to_flax` converts a layer.
 
     A rule takes the Keras layer and returns an unbound Flax Linen module and its
-    variables: a tree like Flax's own, whose leaves are the layer's Keras variables
-    themselves, in their layout, so that `from_flax` can write into them.
+    variables: a tree like Flax's own, whose leaves are all of the layer's Keras
+    variables themselves, in their layout, so that `from_flax` can write into them.
 
     The module is called with the layer's inputs. `train` is passed if its `__call__`
     takes it, and `mask` if both it and the layer's `call` take it. A method

@@ -3,7 +3,7 @@
 A call goes through the modules in this order:
 
 1. `transform` (functions) and `stateful` (Flax layers with state and random keys) are
-   the entrances.
+   the entrances; `_keras.drop_in.steps` is that of Keras layers.
 2. `axes` pairs each array of the arguments with its time axis.
 3. `select_steps` says which steps are computed: all (`steps`), those that a mask hides
    replaced (`masked`), or only the valid ones (`packed`).

@@ -1,9 +1,9 @@
 """How the steps are compiled: the options, and the choice that follows from them.
 
 `distribute` takes a function of one step and all steps' inputs. It makes a function of
-one block of steps out of it (`_vmap_block`, `fold.fold_block`, `_step_block`) and calls
-this once, or for block after block (`loops`). All blocks give the numbers of
-`method="vmap"`, which is the definition.
+one block of steps out of it (`_block`, or `_step_block` for one step) and calls this
+once, or for block after block (`loops`). `method="vmap"` is the definition, and the
+reference.
 """
 
 import dataclasses
