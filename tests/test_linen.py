@@ -592,3 +592,110 @@ def test_frozen_dict_axes_are_accepted(key):
     inputs = {"a": normal(1, B, T, 2), "b": normal(2, B, T, 2)}
     model = TimeDistributed(Add(), in_axes=(FrozenDict({"a": 1, "b": 1}),))
     np.testing.assert_array_equal(model.apply({}, inputs), inputs["a"] + inputs["b"])
+
+
+# Names, methods and intermediates
+
+
+class Named(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = TimeDistributed(nn.Dense(5), name="encoder")(x)
+        x = TimeDistributed(nn.Dense(4))(x)
+        return nn.Dense(3)(x)
+
+
+def test_a_name_given_to_the_wrapper_is_the_layers(key, x):
+    over_time = nn.vmap(
+        nn.Dense, {"params": None}, {"params": False}, in_axes=1, out_axes=1
+    )
+
+    class ByVmap(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = over_time(5, name="encoder")(x)
+            x = nn.Dense(4)(x)
+            return nn.Dense(3)(x)
+
+    variables = Named().init(key, x)
+    assert_trees_equal(variables, ByVmap().init(key, x))
+    got = Named().apply(variables, x)
+    assert_trees_close(got, ByVmap().apply(variables, x))
+
+
+def test_two_names_for_one_layer_are_refused(key, x, user_errors):
+    class Twice(nn.Module):
+        used: bool = False
+
+        @nn.compact
+        def __call__(self, x):
+            layer = nn.Dense(5, name=None if self.used else "a")
+            x = layer(x) if self.used else x
+            return TimeDistributed(layer, name="b")(x)
+
+    for used, old in ((False, "a"), (True, "Dense_0")):
+        with pytest.raises(
+            ValueError, match=f"name='b' names the layer, which .* '{old}'"
+        ):
+            Twice(used).init(key, x)
+
+
+class AutoEncoder(nn.Module):
+    def setup(self):
+        self.encoder, self.decoder = nn.Dense(2), nn.Dense(5)
+
+    def encode(self, x, scale=1.0):
+        return scale * self.encoder(x)
+
+    def __call__(self, x):
+        return self.decoder(self.encode(x))
+
+
+@methods
+def test_other_methods_of_the_layer_run_over_time_too(key, x, options):
+    model, layer = TimeDistributed(AutoEncoder(), **options), AutoEncoder()
+    variables = model.init(key, x)
+    want = layer.apply(variables, x, scale=2.0, method="encode")
+    got = model.apply(variables, x, scale=2.0, method="encode")
+    assert_trees_close(got, want)
+    mask = jnp.ones((B, T), bool).at[0, 1].set(False)
+    masked = model.apply(variables, x, mask=mask, method="encode")
+    assert_trees_close(masked, jnp.where(mask[..., None], want / 2, 0))
+    assert_trees_close(model.bind(variables).encode(x), want / 2)
+    with pytest.raises(AttributeError, match="decode"):
+        model.apply(variables, x, method="decode")
+
+
+def test_intermediates_of_layer_and_wrapper_are_kept_apart(key, x):
+    model = TimeDistributed(nn.Dense(2))
+    variables = model.init(key, x)
+    y, state = model.apply(variables, x, capture_intermediates=True)
+    assert_trees_equal(state["intermediates"]["TimeDistributed.__call__"], (y,))
+    (steps,) = state["intermediates"]["__call__"]
+    assert_trees_close(jnp.moveaxis(steps, 0, 1), y)
+
+
+def test_statistics_under_a_mask_that_the_layer_does_not_get_are_warned_of(key, x):
+    class Norm(nn.Module):
+        @nn.compact
+        def __call__(self, x, mask):
+            norm = nn.BatchNorm(use_running_average=False, momentum=0.0)
+            return norm(x, mask=mask[:, None])
+
+    mask = jnp.ones((B, T), bool).at[0, 1].set(False)
+    plain = TimeDistributed(nn.BatchNorm(use_running_average=False))
+    variables = plain.init(key, x)
+    run = lambda mask: plain.apply(variables, x, mask=mask, mutable=["batch_stats"])
+    with pytest.warns(
+        UserWarning, match=r"writes statistics .*mean.*mask=mask\[:, None\]"
+    ):
+        run(mask)
+    with pytest.warns(UserWarning, match="writes statistics"):
+        jax.jit(run)(mask)
+    run(jnp.ones((B, T), bool).at[:, 1].set(False))  # Whole steps: no stand-ins count.
+    model = TimeDistributed(Norm())
+    variables = model.init(key, x, mask)
+    _, state = model.apply(variables, x, mask, mask=mask, mutable=["batch_stats"])
+    means = [x[mask[:, t], t].mean(0) for t in range(T)]
+    got = state["batch_stats"]["BatchNorm_0"]["mean"]
+    assert_trees_close(got, jnp.stack(means).mean(0))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tdjax
-from helpers import BAD, normal, spoil
+from helpers import BAD, normal, spoil, x64
 
 B, T, F = 3, 4, 5
 MASK = tdjax.lengths_to_mask(jnp.array([4, 2, 0]), T)
@@ -24,11 +24,29 @@ def test_lengths_to_mask_marks_the_first_steps(timesteps, data):
     assert mask.tolist() == want
 
 
+def test_a_time_major_mask_is_the_other_transposed():
+    lengths = jnp.array([4, 2, 0])
+    mask = tdjax.lengths_to_mask(lengths, T, time_major=True)
+    assert mask.shape == (T, B)
+    assert mask.T.tolist() == MASK.tolist()
+
+
 def test_lengths_out_of_range_are_clipped_inside_jit():
-    mask = jax.jit(lambda lengths: tdjax.lengths_to_mask(lengths, 2))(
-        jnp.array([-3, 7])
+    make = jax.jit(lambda lengths: tdjax.lengths_to_mask(lengths, 2))
+    want = [[False, False], [True, True]]
+    assert make(jnp.array([-3, 7])).tolist() == want
+    assert make(jnp.array([0, 2**32 - 1], jnp.uint32)).tolist() == want
+    with x64():
+        assert make(jnp.array([-(2**32) + 1, 2**32])).tolist() == want
+        assert make(jnp.array([0, 2**64 - 1], jnp.uint64)).tolist() == want
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int4", "uint2"])
+def test_lengths_of_few_bits_and_many_steps(dtype):
+    mask = jax.jit(tdjax.lengths_to_mask, static_argnums=1)(
+        jnp.array([0, 1], dtype), 300
     )
-    assert mask.tolist() == [[False, False], [True, True]]
+    assert mask.sum(axis=1).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -102,3 +120,10 @@ def test_masked_mean_of_integers_is_a_float_and_half_sums_in_float32():
 def test_errors_of_masked_mean(user_errors, mask, error, message):
     with pytest.raises(error, match=message):
         tdjax.masked_mean(jnp.ones((2, 3)), mask)
+
+
+def test_means_of_narrow_floats_are_summed_in_float32():
+    values = jnp.ones((2, 300), "float8_e4m3fn")
+    mean = tdjax.masked_mean(values, jnp.ones((2, 300), bool))
+    assert mean.dtype == values.dtype
+    assert float(mean) == 1.0

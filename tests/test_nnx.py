@@ -407,3 +407,64 @@ class Calls(nnx.Module):
 def test_bad_input_names_the_argument(user_errors, x, call, error, message):
     with pytest.raises(error, match=message):
         call(x)
+
+
+# State from step to step, and other methods
+
+
+class Encoder(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.BatchNorm(5, momentum=0.9, rngs=rngs)
+        self.calls = nnx.Intermediate(jnp.zeros((), int))
+
+    def encode(self, x):
+        return self.norm(x)
+
+    def __call__(self, x):
+        self.calls[...] += 1
+        return self.encode(x)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize("call", ["__call__", "encode"])
+def test_statistics_can_go_from_step_to_step(x, chunk_size, call):
+    options = {"chunk_size": chunk_size, "variable_carry": nnx.BatchStat}
+    model, layer = (
+        TimeDistributed(Encoder(nnx.Rngs(0)), **options),
+        Encoder(nnx.Rngs(0)),
+    )
+    for run in (
+        lambda m, x: getattr(m, call)(x),
+        nnx.jit(lambda m, x: getattr(m, call)(x)),
+    ):
+        steps = [getattr(layer, call)(x[:, t]) for t in range(T)]
+        np.testing.assert_allclose(
+            run(model, x), jnp.stack(steps, 1), rtol=1e-4, atol=1e-5
+        )
+        assert_trees_close(values(model, nnx.BatchStat), values(layer, nnx.BatchStat))
+
+
+def test_filters_that_carry_nothing_and_unordered_options_are_refused(user_errors):
+    layer = nnx.BatchNorm(5, rngs=nnx.Rngs(0))
+    for carry in ("batch_stats", True, None, 3):
+        with pytest.raises(
+            TypeError, match=r"variable_carry must be False or a filter"
+        ):
+            TimeDistributed(layer, variable_carry=carry)
+    with pytest.raises(ValueError, match="needs method='vmap', got 'fold'"):
+        TimeDistributed(layer, variable_carry=nnx.BatchStat, method="fold")
+
+
+@methods
+def test_other_methods_of_an_nnx_layer_run_over_time_too(x, options):
+    model = TimeDistributed(Encoder(nnx.Rngs(0)), **options)
+    model.eval()
+    want = model.layer.encode(x)
+    np.testing.assert_allclose(model.encode(x), want, rtol=1e-5, atol=1e-6)
+    assert model.layer.calls[...] == 0
+    mask = jnp.ones((B, T), bool).at[0, 1].set(False)
+    assert not model.encode(x, mask=mask)[0, 1].any()
+    with pytest.raises(
+        AttributeError, match="TimeDistributed has no attribute 'decode'"
+    ):
+        model.decode(x)

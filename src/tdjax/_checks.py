@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -13,7 +14,8 @@ def describe(value: Any) -> str:
     if not is_array(value):
         text = " ".join(repr(value).split())
         return f"{type(value).__name__} ({text:.80})"
-    return f"{value.dtype}[{','.join(str(size) for size in value.shape)}]"
+    dtype = "float0" if value.dtype == jax.dtypes.float0 else value.dtype
+    return f"{dtype}[{','.join(str(size) for size in value.shape)}]"
 
 
 def is_array(value: Any) -> bool:
@@ -27,6 +29,20 @@ def is_concrete(value: Any) -> bool:
         return False
     # This process may hold only a part of the array.
     return getattr(value, "is_fully_addressable", True)
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """The dtype to sum floats of this dtype in: float32 for narrower ones."""
+    is_narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    return np.dtype(np.float32) if is_narrow else dtype
+
+
+def clipped_int32(x: Any, least: int, most: int) -> Any:
+    """Integers of any dtype as int32, clipped: a cast alone would wrap around."""
+    info = jnp.iinfo(x.dtype)
+    # JAX would cut NumPy's 64 bits to 32 at once.
+    clip = np.clip if isinstance(x, np.ndarray) and info.bits == 64 else jnp.clip
+    return jnp.asarray(clip(x, max(least, info.min), min(most, info.max)), jnp.int32)
 
 
 def leaves_by_path(tree: Any) -> dict[str, Any]:
@@ -132,3 +148,15 @@ def require_layer(name: str, layer: Any, module_class: type, adapter: str) -> No
         f"{name} must be an instance of flax.{framework}.Module, got "
         f"{describe(layer)}. {remedy}".rstrip()
     )
+
+
+def refuse_inner_layers(module: Any, layers: list[str], adapter: str) -> None:
+    """Refuses to tune a whole model as if it were a layer of one step."""
+    if layers:
+        raise ValueError(
+            f"module must be a TimeDistributed, or a layer of one step; got a "
+            f"{type(module).__name__} that runs layers over time itself: "
+            f"{', '.join(layers)}. Tune each of them on the inputs that reach it. If "
+            "the module is for one step of a longer sequence, wrap it in "
+            f"{adapter}.TimeDistributed first."
+        )

@@ -323,7 +323,10 @@ def _as_params(kernel, bias) -> Params:
 
 
 def _add_bias(y, bias):
-    return y if bias is None else y + bias
+    if bias is None:
+        return y
+    # Of y's rank, as `jax_numpy_rank_promotion="raise"` wants it.
+    return y + jnp.reshape(bias, (*[1] * (y.ndim - bias.ndim), *bias.shape))
 
 
 def _block_diagonal(blocks):

@@ -56,6 +56,48 @@ def bind(eqn, args) -> list[Any]:
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
+def has_references(program) -> bool:
+    """Whether it or a program inside writes to arrays (`jax.new_ref`)."""
+    jaxpr, _ = open_program(program)
+    results = [v for eqn in jaxpr.eqns for v in eqn.outvars]
+    variables = [*jaxpr.constvars, *jaxpr.invars, *results]
+    if any(type(v.aval).__name__ == "AbstractRef" for v in variables):
+        return True
+    parameters = [value for eqn in jaxpr.eqns for value in eqn.params.values()]
+    return any(map(has_references, _programs(parameters)))
+
+
+def _programs(value: Any) -> list:
+    """The programs in a parameter, or in a tuple or list of such."""
+    if isinstance(value, tuple | list):
+        return [program for item in value for program in _programs(item)]
+    return [value] if hasattr(open_program(value)[0], "eqns") else []
+
+
+def map_constants(program, change: Callable) -> Any:
+    """A program with `change(constant)` for each array that it or an inner one holds.
+
+    These are the arrays that functions close over.
+    """
+    jaxpr, consts = open_program(program)
+    inner = lambda value: _map_in_parameter(value, change)
+    eqns = [
+        eqn.replace(params={name: inner(value) for name, value in eqn.params.items()})
+        for eqn in jaxpr.eqns
+    ]
+    jaxpr = jaxpr.replace(eqns=eqns)
+    if not hasattr(program, "consts"):
+        return jaxpr
+    return program.replace(jaxpr=jaxpr, consts=list(map(change, consts)))
+
+
+def _map_in_parameter(value: Any, change: Callable) -> Any:
+    if type(value) in (tuple, list):
+        return type(value)(_map_in_parameter(item, change) for item in value)
+    is_program = hasattr(open_program(value)[0], "eqns")
+    return map_constants(value, change) if is_program else value
+
+
 def open_program(program) -> tuple[Any, Any]:
     """`(jaxpr, constants)` of a jaxpr, closed or without constants."""
     return getattr(program, "jaxpr", program), getattr(program, "consts", ())

@@ -8,6 +8,7 @@ and keys and makes scopes of them again: the layer becomes a pure function that
 """
 
 import dataclasses
+import re
 import weakref
 from typing import Any
 
@@ -34,6 +35,29 @@ def adopt(layer: nn.Module, scope: Scope) -> nn.Module:
     return layer
 
 
+def renamed(layer: nn.Module, name: str) -> nn.Module:
+    """A layer made inside of a compact method, with the name given to its wrapper.
+
+    Linen has named it already, `Dense_0` for example; that name is free again.
+    """
+    parent, old, kind = layer.parent, layer.name or "", type(layer).__name__
+    if old == name:
+        return layer
+    is_automatic = re.fullmatch(rf"{kind}_\d+", old)
+    is_new = layer._state.setup_called == flax_module.SetupState.NEW
+    if not is_automatic or not is_new or not isinstance(parent, nn.Module):
+        raise ValueError(
+            f"name={name!r} names the layer, which has the name {old!r} already. Give "
+            f"the name to the layer alone, {kind}(..., name={name!r})."
+        )
+    del parent._state.children[old]
+    parent.scope.reservations.pop(old, None)  # pyright: ignore
+    cursors = parent._state.autoname_cursor
+    if old == f"{kind}_{cursors.get(kind, 0) - 1}":
+        cursors[kind] -= 1
+    return layer.clone(parent=parent, name=name)
+
+
 def _clones(root: Scope):
     """Where Flax keeps the clones of modules that were made outside of others."""
     if hasattr(flax_module, "_caches"):
@@ -45,7 +69,7 @@ def _clones(root: Scope):
 
 
 def lift_over_time(call, options, mask, kwargs):
-    """Lifts `call(scope, *args)`, a function of one step, to all steps."""
+    """Lifts `call(layer, *args)`, a function of one step, to all steps."""
     initializing = options.is_initializing()
     axes = thaw(options.in_axes), thaw(options.out_axes)
     lowering = make_lowering(options)
@@ -102,10 +126,10 @@ def lift_one_step(call, axis_name):
     return lambda scopes, *args, **kwargs: packed(scopes, args, kwargs)
 
 
-def call_layer(layer, *args, **kwargs):
-    """Calls the layer on one step."""
+def call_layer(method: str, layer, *args, **kwargs):
+    """Calls a method of the layer on one step."""
     with explained(args):
-        return layer(*args, **kwargs)
+        return getattr(layer, method)(*args, **kwargs)
 
 
 def thaw(axes: Any) -> Any:

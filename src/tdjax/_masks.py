@@ -6,24 +6,36 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Integer, Num
 
-from tdjax._checks import describe, is_concrete, require_array
+from tdjax._checks import (
+    at_least_float32,
+    clipped_int32,
+    describe,
+    is_concrete,
+    require_array,
+)
 
 
 def lengths_to_mask(
-    lengths: Integer[Array | np.ndarray, " batch"], timesteps: Any
-) -> Bool[Array, "batch timesteps"]:
+    lengths: Integer[Array | np.ndarray, " batch"],
+    timesteps: Any,
+    *,
+    time_major: bool = False,
+) -> Bool[Array, "..."]:
     """Marks the first `lengths[b]` of `timesteps` steps as valid.
 
     Args:
       lengths: `(batch,)`, integers from 0 to `timesteps`. Inside `jit`, where values
         can't be checked, lengths outside of this range are clipped to it.
       timesteps: the number of steps of the padded sequences.
+      time_major: whether the mask is for time-major data, `(time, batch, ...)`.
 
     Returns:
-      `(batch, timesteps)`, bool: `mask[b, t] = t < lengths[b]`.
+      `(batch, timesteps)`, bool: `mask[b, t] = t < lengths[b]`; or `(timesteps, batch)`
+      with `time_major=True`.
 
     Raises:
-      TypeError: if `lengths` is not an array of integers, or `timesteps` not an int.
+      TypeError: if `lengths` is not an array of integers, `timesteps` not an int, or
+        `time_major` not a bool.
       ValueError: if `lengths` is not `(batch,)` or not from 0 to `timesteps`.
 
     Example:
@@ -32,6 +44,8 @@ def lengths_to_mask(
       [[True, True, False], [False, False, False]]
     """
     _check_timesteps(timesteps)
+    if not isinstance(time_major, bool):
+        raise TypeError(f"time_major must be a bool, got {describe(time_major)}.")
     require_array("lengths", lengths, 1, "(batch,)")
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(f"lengths must be integers, got {describe(lengths)}.")
@@ -39,7 +53,9 @@ def lengths_to_mask(
         raise ValueError(f"lengths must have shape (batch,), got {describe(lengths)}.")
     if is_concrete(lengths):
         _check_range(np.asarray(lengths), timesteps)
-    return jnp.arange(timesteps) < jnp.asarray(lengths)[:, None]
+    steps = jnp.arange(timesteps, dtype=jnp.int32)
+    mask = steps[None, :] < clipped_int32(lengths, 0, 2**31 - 1)[:, None]
+    return mask.T if time_major else mask
 
 
 def masked_mean(
@@ -82,10 +98,10 @@ def masked_mean(
     valid = jnp.broadcast_to(over_trailing_axes(mask, values.ndim), values.shape)
     kept = jnp.where(valid, values, jnp.zeros((), values.dtype))
     count = jnp.maximum(jnp.sum(valid, axis=axis), 1)
-    # Like `jnp.mean`, sum half precision in float32.
-    dtype = jnp.mean(jnp.zeros((1,), values.dtype)).dtype
-    wide = jnp.promote_types(dtype, jnp.float32)
-    return (jnp.sum(kept, axis=axis, dtype=wide) / count).astype(dtype)
+    is_inexact = jnp.issubdtype(values.dtype, jnp.inexact)
+    dtype = values.dtype if is_inexact else jnp.result_type(float)
+    wide = at_least_float32(dtype)
+    return (jnp.sum(kept, axis=axis, dtype=wide) / count.astype(wide)).astype(dtype)
 
 
 def require_mask_dtype(mask: Any) -> None:

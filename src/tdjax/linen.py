@@ -1,17 +1,25 @@
 """Flax Linen: `TimeDistributed` for any layer, and the Dense family."""
 
+import contextlib
 import functools
 import os
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import Scope
 from flax.errors import CallCompactUnboundModuleError
 from flax.linen.dtypes import promote_dtype
 
-from tdjax._checks import describe, require_array, require_layer
+from tdjax._checks import (
+    describe,
+    refuse_inner_layers,
+    require_array,
+    require_layer,
+)
 from tdjax._dense import (
     Initializer,
     default_bias_init,
@@ -22,8 +30,15 @@ from tdjax._dense import (
     init_per_step_dense,
     per_step_dense,
 )
-from tdjax._linen_scopes import adopt, call_layer, lift_one_step, lift_over_time, thaw
-from tdjax._steps.stateful import first_steps, make_lowering
+from tdjax._linen_scopes import (
+    adopt,
+    call_layer,
+    lift_one_step,
+    lift_over_time,
+    renamed,
+    thaw,
+)
+from tdjax._steps.stateful import check_carry, first_steps, make_lowering
 from tdjax._tuning.autotune import Subject, tune
 from tdjax._tuning.result import Tuning
 from tdjax._tuning.settings import Settings
@@ -93,10 +108,15 @@ class TimeDistributed(nn.Module):
         layer = self.layer
         require_layer("layer", layer, nn.Module, "tdjax.linen")
         make_lowering(self)
-        _check_carry(self)
+        check_carry(self)
         # Linen would adopt `layer` and give it a scope below this one, with other names
         # and other initial values. So hide it until there is a scope to share.
         object.__setattr__(self, "layer", None)
+        # Only a module that is made by itself has no parent yet; a copy has one.
+        is_copy = isinstance(self.parent, nn.Module | Scope | None)
+        if self.name is not None and layer.scope is not None and not is_copy:
+            layer = renamed(layer, self.name)
+            object.__setattr__(self, "name", None)
         super().__post_init__()
         if self.scope is not None and layer.scope is None:
             layer = adopt(layer, self.scope)
@@ -104,34 +124,44 @@ class TimeDistributed(nn.Module):
 
     def __call__(self, *args, mask=None, **kwargs):
         """Calls `layer` on every step; keyword arguments are shared by all steps."""
+        return self._over_time("__call__", *args, mask=mask, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Another method of `layer`, over all steps, for `apply(..., method=name)`."""
+        layer = self.__dict__.get("layer")
+        if name.startswith("_") or not callable(getattr(type(layer), name, None)):
+            return super().__getattr__(name)
+
+        def method(self, *args, mask=None, **kwargs):
+            return self._over_time(name, *args, mask=mask, **kwargs)
+
+        return types.MethodType(method, self)
+
+    def sow(self, col: str, name: str, value: Any, *args: Any, **kwargs: Any) -> bool:
+        """As in Linen, under a name apart from what `layer` sows in the same scope."""
+        is_shared = self.scope is not None and self.scope is self.layer.scope
+        name = f"TimeDistributed.{name}" if is_shared else name
+        return super().sow(col, name, value, *args, **kwargs)
+
+    def _over_time(self, method: str, *args, mask, **kwargs):
+        """Calls a method of `layer` on every step."""
         if self.scope is None:
             raise CallCompactUnboundModuleError()
+        call = functools.partial(call_layer, method)
+        functools.update_wrapper(call, call_layer)  # Flax asks for its name.
         if self.is_initializing():
-            self._init_layer(*first_steps(args, thaw(self.in_axes)), **kwargs)
+            self._init_layer(call, *first_steps(args, thaw(self.in_axes)), **kwargs)
         lift = nn.transforms.lift_transform
-        over_time = lift(lift_over_time, call_layer, self, mask, kwargs)
+        over_time = lift(lift_over_time, call, self, mask, kwargs)
         return over_time(self.layer, *args)
 
-    def _init_layer(self, *args, **kwargs):
+    def _init_layer(self, call, *args, **kwargs):
         """Makes the variables by one plain call, as without a wrapper."""
-        call = call_layer
         if self.axis_name is not None:
             # The layer may need the name: give it a time axis of one step.
             lift = nn.transforms.lift_transform
-            call = lift(lift_one_step, call_layer, self.axis_name)
+            call = lift(lift_one_step, call, self.axis_name)
         call(self.layer, *args, **kwargs)
-
-
-def _check_carry(options: TimeDistributed) -> None:
-    carry = options.variable_carry
-    if not carry:
-        return
-    for name, needed in {"method": "vmap", "axis_name": None, "capacity": None}.items():
-        if (given := getattr(options, name)) != needed:
-            raise ValueError(
-                f"variable_carry={carry!r} takes state from step to step, so it needs "
-                f"{name}={needed!r}, got {given!r}."
-            )
 
 
 class _SequenceDense(nn.Module):
@@ -222,6 +252,25 @@ class PerStepDense(_SequenceDense):
         return self._apply(init_per_step_dense, per_step_dense, x)
 
 
+def _inner_layers(calls) -> list[str]:
+    """The layers inside of a module that calls of it run over time."""
+    layers: dict[str, None] = {}
+
+    def note(next_call, args, kwargs, context):
+        module = context.module
+        if isinstance(module, TimeDistributed) and module.path:
+            scope: Any = module.layer.scope or module.scope
+            name = ".".join(scope.path)
+            layers[f"{name} ({type(module.layer).__name__})"] = None
+        return next_call(*args, **kwargs)
+
+    for call in calls:
+        # A module for one step fails on all steps, and the other way round.
+        with nn.intercept_methods(note), contextlib.suppress(Exception):
+            jax.eval_shape(call)
+    return list(layers)
+
+
 def autotune(
     module: nn.Module,
     variables: Any,
@@ -235,7 +284,7 @@ def autotune(
     candidates: Sequence[Mapping[str, Any]] | None = None,
     cache: str | os.PathLike[str] | None = None,
     **kwargs: Any,
-) -> Tuning:
+) -> Tuning[TimeDistributed]:
     """Finds the fastest lowering of a `TimeDistributed` for these inputs.
 
     It measures `module.apply(variables, *args, ...)` as `tdjax.autotune` does. A layer
@@ -255,7 +304,8 @@ def autotune(
 
     Raises:
       TypeError: if an argument is of the wrong kind.
-      ValueError: as `tdjax.autotune`.
+      ValueError: as `tdjax.autotune`; or if `module` is not a `TimeDistributed`, but
+        has one inside.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, tdjax
@@ -270,12 +320,16 @@ def autotune(
     over_time = module if is_wrapped else TimeDistributed(module)
     make = lambda lowering: over_time.clone(**vars(lowering))
 
-    def program(lowering):
-        apply = make(lowering).apply
-        return lambda variables, *args: apply(
-            variables, *args, rngs=rngs, mutable=mutable, **kwargs
-        )
+    def call(module):
+        apply = functools.partial(module.apply, rngs=rngs, mutable=mutable, **kwargs)
+        return lambda variables, *args: apply(variables, *args)
 
+    if not is_wrapped:
+        calls = [
+            functools.partial(call(m), variables, *args) for m in (module, over_time)
+        ]
+        refuse_inner_layers(module, _inner_layers(calls), "tdjax.linen")
+    program = lambda lowering: call(make(lowering))
     base, in_axes = make_lowering(over_time), thaw(over_time.in_axes)
     subject = Subject(base, in_axes, make, program, (variables,))
     settings = Settings(argnums, budget, memory_limit, tolerance, candidates, cache)

@@ -9,7 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tdjax._checks import describe, require_array, require_layer, require_sizes
+from tdjax._checks import (
+    describe,
+    refuse_inner_layers,
+    require_array,
+    require_layer,
+    require_sizes,
+)
 from tdjax._dense import (
     Initializer,
     default_bias_init,
@@ -18,8 +24,21 @@ from tdjax._dense import (
     init_per_step_dense,
     per_step_dense,
 )
+from tdjax._nnx_state import (
+    changed,
+    check_filter,
+    is_in,
+    refuse_new_attributes,
+    refuse_rngs,
+    static_attributes,
+)
 from tdjax._steps.hints import explained
-from tdjax._steps.stateful import LayerState, distribute_stateful, make_lowering
+from tdjax._steps.stateful import (
+    LayerState,
+    check_carry,
+    distribute_stateful,
+    make_lowering,
+)
 from tdjax._tuning.autotune import Subject, tune
 from tdjax._tuning.result import Tuning
 from tdjax._tuning.settings import Settings
@@ -51,6 +70,9 @@ class TimeDistributed(nnx.Module):
       axis_name: a name for the time axis, as `nnx.BatchNorm(axis_name=...)` takes to
         normalise over all steps under `"vmap"`.
       share_rng: whether all steps draw the same noise; needs `"vmap"`.
+      variable_carry: a filter of the variables that go from step to step;
+        `nnx.BatchStat` moves running statistics step by step, as Keras does. It needs
+        `"vmap"`, without `axis_name` and `capacity`.
 
     Raises:
       TypeError: if `layer` is not an NNX module, if a call is given an `nnx.Rngs`, or
@@ -79,6 +101,7 @@ class TimeDistributed(nnx.Module):
         spmd_axis_name: Any = None,
         share_rng: bool = False,
         capacity: int | None = None,
+        variable_carry: Any = False,
     ):
         require_layer("layer", layer, nnx.Module, "tdjax.nnx")
         self.layer = layer
@@ -86,12 +109,25 @@ class TimeDistributed(nnx.Module):
         self.method, self.chunk_size, self.unroll = method, chunk_size, unroll
         self.remat, self.share_rng = remat, share_rng
         self.axis_name, self.spmd_axis_name = axis_name, spmd_axis_name
-        self.capacity = capacity
+        self.capacity, self.variable_carry = capacity, variable_carry
         make_lowering(self)
+        check_filter(variable_carry)
+        check_carry(self)
 
     def __call__(self, *args, mask=None, **kwargs):
         """Calls `layer` on every step; keyword arguments are shared by all steps."""
-        _refuse_rngs(args, kwargs)
+        return self._over_time("__call__", *args, mask=mask, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Another method of `layer`, over all steps."""
+        kind = type(vars(self).get("layer"))
+        if name.startswith("_") or not callable(getattr(kind, name, None)):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
+        return functools.partial(self._over_time, name)
+
+    def _over_time(self, method: str, *args, mask=None, **kwargs):
+        """Calls a method of `layer` on every step."""
+        refuse_rngs(args, kwargs)
         graphdef, keys, params, state = nnx.split(
             self.layer, nnx.RngKey, nnx.Param, ...
         )
@@ -100,71 +136,23 @@ class TimeDistributed(nnx.Module):
             # Rebuilt, the variables belong to the trace that writes to them.
             parts = jax.tree.map(lambda leaf: leaf, (params, state))
             layer = nnx.merge(graphdef, keys, *parts)
-            attributes = _static_attributes(layer)
+            attributes = static_attributes(layer)
             with explained(args):
-                y = layer(*args, **kwargs)
-            _refuse_new_attributes(attributes, _static_attributes(layer))
+                y = getattr(layer, method)(*args, **kwargs)
+            refuse_new_attributes(attributes, static_attributes(layer))
             return y, nnx.split(layer, nnx.RngKey, nnx.Param, ...)[3]
 
         y, after = distribute_stateful(
             step,
-            LayerState(state, keys, self.share_rng),
+            LayerState(state, keys, self.share_rng, is_in(state, self.variable_carry)),
             args,
             mask,
             self.in_axes,
             self.out_axes,
             make_lowering(self),
         )
-        nnx.update(self.layer, _changed(state, after))
+        nnx.update(self.layer, changed(state, after))
         return y
-
-
-def _refuse_rngs(args, kwargs) -> None:
-    """Refuses random streams as arguments: steps can't move the caller's counts."""
-    is_rngs = lambda node: isinstance(node, nnx.Rngs | nnx.RngStream)
-    named = {f"args[{i}]": arg for i, arg in enumerate(args)} | kwargs
-    for name, value in named.items():
-        if any(map(is_rngs, jax.tree.leaves(value, is_leaf=is_rngs))):
-            raise TypeError(
-                f"{name} must hold arrays, got an nnx.Rngs or nnx.RngStream. Give it "
-                "to the layer when it is made, as in nnx.Dropout(0.5, rngs=rngs), or "
-                "pass keys with a time axis of their own."
-            )
-
-
-def _static_attributes(layer) -> dict:
-    static = bool | int | float | str | None
-    items = nnx.iter_graph(layer)
-    return {path: value for path, value in items if isinstance(value, static)}
-
-
-def _refuse_new_attributes(before: dict, after: dict) -> None:
-    """Refuses new values of attributes: a step's copy returns only its variables."""
-    for path, value in after.items():
-        old = before.get(path, value)
-        if old is not value and old != value:
-            name = ".".join(map(str, path))
-            raise TypeError(
-                f"layer must keep what it writes in the call in an nnx.Variable, got "
-                f"the attribute {name!r} set from {old!r} to {value!r}."
-            )
-
-
-def _changed(before, after):
-    """The variables that hold something new.
-
-    NNX lets a function write only to variables of its own trace. A layer in evaluation
-    may be closed over by `jax.jit`, so its unchanged statistics are not written back.
-    """
-    old = {path: jax.tree.leaves(value) for path, value in nnx.to_flat_state(before)}
-
-    def same(path, value) -> bool:
-        leaves, known = jax.tree.leaves(value), old.get(path, [])
-        pairs = zip(leaves, known)
-        return len(leaves) == len(known) and all(new is old for new, old in pairs)
-
-    flat = nnx.to_flat_state(after)
-    return nnx.from_flat_state([item for item in flat if not same(*item)])
 
 
 class _SequenceDense(nnx.Module):
@@ -282,7 +270,7 @@ def autotune(
     candidates: Sequence[Mapping[str, Any]] | None = None,
     cache: str | os.PathLike[str] | None = None,
     **kwargs: Any,
-) -> Tuning:
+) -> Tuning[TimeDistributed]:
     """Finds the fastest lowering of a `TimeDistributed` for these inputs.
 
     It measures `module(*args, **kwargs)` under `jax.jit` as `tdjax.autotune` does, in
@@ -302,7 +290,8 @@ def autotune(
 
     Raises:
       TypeError: if an argument is of the wrong kind.
-      ValueError: as `tdjax.autotune`.
+      ValueError: as `tdjax.autotune`; or if `module` is not a `TimeDistributed`, but
+        has one inside.
 
     Example:
       >>> import jax.numpy as jnp, tdjax
@@ -314,6 +303,8 @@ def autotune(
     """
     require_layer("module", module, nnx.Module, "tdjax.nnx")
     is_wrapped = isinstance(module, TimeDistributed)
+    if not is_wrapped:
+        refuse_inner_layers(module, _inner_layers(module), "tdjax.nnx")
     over_time = module if is_wrapped else TimeDistributed(module)
     make = functools.partial(_with_lowering, over_time, over_time.layer)
     graphdef, state = nnx.split(over_time.layer)
@@ -333,9 +324,19 @@ def autotune(
     return tune(subject, args, settings)
 
 
+def _inner_layers(module) -> list[str]:
+    """The layers inside of a module that it runs over time."""
+    return [
+        f"{'.'.join(map(str, path))} ({type(node.layer).__name__})"
+        for path, node in nnx.iter_graph(module)
+        if isinstance(node, TimeDistributed)
+    ]
+
+
 def _with_lowering(module: TimeDistributed, layer, lowering) -> TimeDistributed:
     """`module` around `layer`, with another lowering."""
     kept = {
-        name: getattr(module, name) for name in ("in_axes", "out_axes", "share_rng")
+        name: getattr(module, name)
+        for name in ("in_axes", "out_axes", "share_rng", "variable_carry")
     }
     return TimeDistributed(layer, **kept, **vars(lowering))

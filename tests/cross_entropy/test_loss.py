@@ -506,3 +506,30 @@ def test_what_the_error_for_an_nnx_layer_says_is_right():
     got = tdjax.linear_cross_entropy(params, hidden, labels)
     losses = optax.softmax_cross_entropy_with_integer_labels(head(hidden), labels)
     np.testing.assert_allclose(got, losses.mean(), 1e-5)
+
+
+def test_labels_beyond_32_bits_are_out_of_range_and_not_wrapped(user_errors):
+    params, hidden, _ = make(1, 2)
+    for wrong in (2**32, 2**32 + 1, -(2**32)):
+        labels = np.array([[1, wrong]], np.int64)
+        loss = functools.partial(tdjax.linear_cross_entropy, params, hidden, labels)
+        with pytest.raises(ValueError, match=f"got {wrong} at \\(0, 1\\)"):
+            loss()
+        want = tdjax.linear_cross_entropy(params, hidden[:, :1], labels[:, :1])
+        np.testing.assert_allclose(loss(ignore_class=wrong), want, 1e-6)
+        masked = lambda mask, loss=loss: loss(mask=mask)
+        np.testing.assert_allclose(
+            jax.jit(masked)(jnp.array([[True, False]])), want, 1e-6
+        )
+        assert np.isnan(jax.jit(masked)(jnp.array([[True, True]])))
+
+
+@pytest.mark.parametrize("ignored", [2**31, -(2**31) - 1, 2**40, 300])
+def test_an_ignored_class_that_labels_cannot_hold_ignores_none(ignored):
+    params, hidden, labels = make()
+    want = tdjax.linear_cross_entropy(params, hidden, labels)
+    for dtype in ("int32", "uint8"):
+        loss = tdjax.linear_cross_entropy(
+            params, hidden, labels.astype(dtype), ignore_class=ignored
+        )
+        np.testing.assert_allclose(loss, want, 1e-6)

@@ -360,3 +360,93 @@ def test_integer_inputs_may_have_any_value():
     small = jax.ShapeDtypeStruct((1, 2, 1), jnp.uint8)
     above = lambda x: x.astype(jnp.float32) > 150
     assert tdjax.step_influence(above, small, bound=100.0).any()
+
+
+TWO = jnp.ones((1, 2, 1))
+DIAGONAL = np.eye(2, dtype=bool)
+
+
+@pytest.mark.parametrize(
+    "fun",
+    [
+        lambda x: jnp.arctan2(x * 0, -1.0),
+        lambda x: jnp.copysign(1.0, x * 0),
+        lambda x: jnp.signbit(-(x * 0)).astype(float),
+        lambda x: jnp.arctan2(jnp.concatenate([x, x], -1)[..., :1] * 0, -1.0),
+        lambda x: lax.scan(lambda c, v: (c, v * 0), 0.0, x)[1] + jnp.arctan2(x * 0, -1.0),
+        lambda x: jax.pure_callback(np.signbit, jax.ShapeDtypeStruct((1, 2, 1), bool), x * 0),
+    ],
+)  # fmt: skip
+def test_the_sign_of_a_zero_is_a_path(fun):
+    assert tdjax.step_influence(fun, TWO)[DIAGONAL].all()
+
+
+@pytest.mark.parametrize(
+    "fun",
+    [
+        lambda x: (x + 1e30) - 1e30,
+        lambda x: (x * 1e-30 + 1) - 1,
+        lambda x: x / 1e30 / 1e30 * 1e30 * 1e30,
+        lambda x: jnp.sum(jnp.stack([x, 0 * x + 1e30, 0 * x - 1e30]), 0),
+        lambda x: (x * 1e-30 * 1e-30) * 1e30 * 1e30,
+        lambda x: jnp.log1p(x * 1e-30) * 1e30,
+        lambda x: (jnp.sqrt(1 + jnp.square(x * 1e-20)) - 1) * 1e38,
+    ],
+)
+def test_what_rounding_absorbs_is_a_path(fun):
+    # Under `jit` XLA may write these sums and products in another way.
+    np.testing.assert_array_equal(tdjax.step_influence(fun, TWO), DIAGONAL)
+
+
+@pytest.mark.parametrize(
+    ("fun", "bound"),
+    [
+        (lambda x: jnp.exp(abs(x - 60.0)) > jnp.exp(60.0), 50.0),
+        (lambda x: jnp.maximum(jnp.exp2(jnp.floor(x + 30.0)), 2.0**29), 20.0),
+        (lambda x: jnp.tanh(abs(x - 3)) > 0.995, 0.5),
+        (lambda x: jnp.exp(jnp.cumsum(x - 60.0, 1) * -1) > jnp.exp(60.0), 50.0),
+        (lambda x: jax.lax.erf(jnp.ceil(x) + 1) > 0.9, 0.8),
+        (lambda x: jnp.expm1((x - 3) ** 2) > 9000.0, 0.1),
+    ],
+)
+def test_a_constant_beyond_the_bound_is_not_forgotten(fun, bound):
+    assert tdjax.step_influence(fun, TWO, bound=bound)[DIAGONAL].all()
+
+
+def test_a_softmax_has_no_positive_exponents_whatever_its_logits():
+    def aligned(x):
+        far = jnp.cumsum(x, 1) - 1e8
+        return jnp.exp(far - jnp.maximum(far.max(1, keepdims=True), -1e30)) > 2.0
+
+    assert not tdjax.step_influence(aligned, TWO).any()
+
+    def misaligned(x):
+        square = x[..., 0]
+        return jnp.exp(square - square.max(1)[None, :])[..., None] > 2.0
+
+    assert tdjax.step_influence(misaligned, jnp.ones((2, 2, 1)), bound=10.0).any()
+
+
+def test_arrays_that_are_written_to_count_as_all_to_all():
+    def fun(x):
+        sums = jax.new_ref(jnp.zeros_like(x))
+        sums[...] = x
+        sums[:, 0] += 1
+        return sums[...]
+
+    assert tdjax.step_influence(fun, TWO).all()
+    assert tdjax.step_influence(jax.jit(fun), TWO).all()
+
+
+@pytest.mark.parametrize(
+    ("fun", "wanted"),
+    [
+        (lambda x: jnp.where(jnp.clip(x, 0.2, 0.5).astype(bool), x[:, ::-1], 0), DIAGONAL[::-1]),
+        (lambda x: jnp.where(jnp.clip(x, 2, 5).astype(bool), 0, x), 0 * DIAGONAL),
+        (lambda x: jnp.where(jax.nn.sigmoid(jnp.clip(x, 1, 2)) < 0.8, x[:, ::-1], 0), DIAGONAL | DIAGONAL[::-1]),
+        (lambda x: jnp.where(jnp.sin(-jnp.exp(x)) > 2e6, x[:, ::-1], 0), 0 * DIAGONAL),
+    ],
+)  # fmt: skip
+def test_choices_by_ranges_of_computed_values(fun, wanted):
+    got = tdjax.step_influence(fun, TWO)
+    np.testing.assert_array_equal(got, wanted.astype(bool))

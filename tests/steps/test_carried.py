@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import tdjax
-from helpers import assert_trees_close, normal
+from helpers import assert_trees_close, normal, x64
 from tdjax.linen import TimeDistributed
 
 BATCH, STEPS = 3, 5
@@ -151,6 +151,7 @@ def test_state_that_cannot_be_carried_is_refused(
         wrapped.apply(variables, x, mutable=["cache"])
 
 
+@pytest.mark.filterwarnings("ignore:With mask=, the layer writes statistics")
 def test_late_results_are_hidden_at_masked_steps(x):
     mask = tdjax.lengths_to_mask(jnp.asarray([5, 2, 0]), STEPS)
     wrapped = TimeDistributed(Whitened(), variable_carry="batch_stats")
@@ -179,3 +180,16 @@ def test_no_steps_leave_the_state_as_it_is(x):
 def test_options_that_have_no_order_of_steps_are_refused(user_errors, options, message):
     with pytest.raises(ValueError, match=message):
         TimeDistributed(nn.Dense(2), variable_carry="batch_stats", **options)
+
+
+def test_float32_statistics_of_float64_inputs_become_float64_as_in_a_loop():
+    with x64():
+        x = normal(0, BATCH, STEPS, 4, dtype=jnp.float64)
+        layer = nn.BatchNorm(use_running_average=False, momentum=0.9)
+        wrapped = TimeDistributed(layer, variable_carry="batch_stats")
+        variables = wrapped.init(jax.random.key(0), x)
+        assert variables["batch_stats"]["mean"].dtype == jnp.float32
+        got = wrapped.apply(variables, x, mutable=["batch_stats"])
+        want = loop(layer, variables, x)
+        assert got[1]["batch_stats"]["mean"].dtype == jnp.float64
+        assert_trees_close(got, want, 1e-6, 1e-6)

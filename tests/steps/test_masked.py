@@ -99,6 +99,44 @@ def test_any_mask_under_any_option(batch, time, dtype, method, chunk, spare, bad
 
 
 @lowerings
+@pytest.mark.parametrize("timesteps", [T, B])
+def test_time_major_data_have_a_time_major_mask(options, timesteps):
+    kernel, weights = normal(1, F, 2), normal(2, B, timesteps, 2)
+    mask = MASK[:, :timesteps]
+    x = spoil(normal(0, B, timesteps, F), mask)
+    want = loop_over_valid_steps(kernel, x, mask, weights)
+    apply = tdjax.time_distributed(unit, in_axes=(None, 0), out_axes=0, **options)
+    turn = lambda a: jnp.swapaxes(a, 0, 1)
+    y, pullback = jax.vjp(lambda k, x: apply(k, x, mask=mask.T), kernel, turn(x))
+    d_kernel, d_x = pullback(turn(weights))
+    assert_trees_close((turn(y), (d_kernel, turn(d_x))), want)
+
+
+@lowerings
+def test_layers_and_keys_of_time_major_data_have_a_time_major_mask(options):
+    x = spoil(normal(0, B, B, F), MASK[:, :B])
+    turn = lambda a: jnp.swapaxes(a, 0, 1)
+    layer, mask = nn.Dense(2), MASK[:, :B]
+    variables = layer.init(jax.random.key(0), x[:, 0])
+    want = jnp.where(mask[..., None], layer.apply(variables, x), 0)
+    model = tdjax.linen.TimeDistributed(layer, in_axes=0, out_axes=0, **options)
+    got = model.apply(variables, turn(x), mask=mask.T)
+    assert_trees_close(turn(got), want)
+    layer = nnx.Linear(F, 2, rngs=nnx.Rngs(0))
+    want = jnp.where(mask[..., None], layer(x), 0)
+    model = tdjax.nnx.TimeDistributed(layer, in_axes=0, out_axes=0, **options)
+    assert_trees_close(turn(model(turn(x), mask=mask.T)), want)
+
+
+def test_one_batch_major_input_makes_the_mask_batch_major():
+    x, times = normal(0, B, B, F), jnp.arange(B)
+    apply = tdjax.time_distributed(lambda x, t: x + t, in_axes=(1, 0))
+    mask = MASK[:, :B]
+    want = jnp.where(mask[..., None], x + times[:, None], 0)
+    assert_trees_close(apply(x, times, mask=mask), want)
+
+
+@lowerings
 def test_any_pytree_of_results_time_axes_and_kinds(options):
     def fun(inputs, shared):
         x, ids = inputs["x"], inputs["ids"]
@@ -335,8 +373,12 @@ def test_masks_reach_the_transform_and_not_the_layer():
          r"mask must have shape \(batch, time\) = \(3, 4\) to go with an input "
          r"float32\[3,4,5\] with time on axis 1, got bool\[3,2\]"),
         (lambda: td(abs)(ONES, mask=MASK[:2]), ValueError, r"\(3, 4\) .* got bool\[2,4\]"),
-        (lambda: td(abs, in_axes=0)(ONES, mask=MASK), ValueError,
-         r"mask must have shape \(batch, time\) = \(4, 3\) .* time on axis 0"),
+        (lambda: td(abs, in_axes=0)(ONES, mask=MASK.T), ValueError,
+         r"mask must have shape \(time, batch\) = \(3, 4\) .* time on axis 0, got bool\[4,3\]"),
+        (lambda: td(abs, in_axes=0)(ONES, mask=MASK[0]), ValueError,
+         r"mask must have shape \(time, batch\), got bool\[4\]"),
+        (lambda: td(abs, in_axes=0, capacity=3)(ONES), ValueError,
+         r"capacity=3 needs a mask .*: call with mask=, bool, \(time, batch\)"),
         (lambda: td(jnp.mean, out_axes=0)(ONES, mask=MASK), ValueError,
          r"mask needs results with the batch on axis 0 .* got float32\[\]"),
     ],

@@ -197,3 +197,25 @@ def test_results_of_packed_steps_are_hidden_wherever_their_time_is(axis):
 def test_errors_of_packing(user_errors, call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_float_without_nan_cannot_mark_the_steps_beyond(user_errors):
+    apply = tdjax.time_distributed(lambda x: x, capacity=2)
+    mask = tdjax.lengths_to_mask(jnp.array([3, 1]), 3)
+    x = jnp.ones((2, 3, 2), "float4_e2m1fn")
+    with pytest.raises(TypeError, match="a float4_e2m1fn result can't show"):
+        jax.jit(lambda mask: apply(x, mask=mask))(mask)
+    small = jnp.ones((2, 3, 2), "float8_e4m3fn")
+    y = jax.jit(lambda mask: apply(small, mask=mask))(mask)
+    assert np.isnan(np.asarray(y, np.float32)[0, 2]).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"capacity": 4}])
+def test_float0_has_no_numbers_to_hide(user_errors, options):
+    apply = tdjax.time_distributed(lambda x, y: y, **options)
+    empty = np.zeros((2, 3, 2), jax.dtypes.float0)
+    mask = tdjax.lengths_to_mask(jnp.array([3, 1]), 3)
+    with pytest.raises(
+        TypeError, match=r"no argument .* float0\[2,3,2\].* Leave it out"
+    ):
+        apply(empty, jnp.ones((2, 3, 2)), mask=mask)

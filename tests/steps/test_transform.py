@@ -535,3 +535,34 @@ def test_unroll_needs_a_known_number_of_steps(user_errors):
             ValueError, match=rf"unroll={unroll} needs a known .* size t"
         ):
             export.export(jax.jit(td(jnp.sin, chunk_size=1, unroll=unroll)))(x)
+
+
+def test_options_can_be_given_to_the_decorator():
+    @tdjax.time_distributed(in_axes=0, out_axes=-1, chunk_size=2)
+    def double(x):
+        """Doubles."""
+        return 2 * x
+
+    x = normal(0, T, 2, 3)
+    np.testing.assert_array_equal(double(x), jnp.moveaxis(2 * x, 0, -1))
+    assert (double.__name__, double.__doc__) == ("double", "Doubles.")
+
+
+def test_a_decorator_checks_its_options_and_its_function(user_errors):
+    with pytest.raises(ValueError, match="method must be one of"):
+        tdjax.time_distributed(method="none")
+    with pytest.raises(TypeError, match="fun must be callable, got float32"):
+        tdjax.time_distributed(in_axes=0)(ONES)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_fold_calls_fun_once(chunk_size):
+    calls = []
+
+    def fun(x):
+        calls.append(x.shape)
+        return x @ jnp.ones((3, 11))
+
+    apply = td(fun, method="fold", chunk_size=chunk_size)
+    assert apply(jnp.ones((2, 4, 3))).shape == (2, 4, 11)
+    assert calls == [(8 if chunk_size is None else 4, 3)]

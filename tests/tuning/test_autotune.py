@@ -404,3 +404,85 @@ def test_a_sum_in_half_precision_may_be_as_far_off_as_the_reference_is():
     strict = {**QUICK, "argnums": 0, "tolerance": 1e-3, "in_axes": (None, 1)}
     result = tdjax.autotune(tdjax.dense, half(params), x, **strict)
     assert verdicts(result)["method='fold'"] == "other numbers than the reference"
+
+
+def gate(gamma, x):
+    return x + gamma * (x * 2 - jnp.mean(x * 2, axis=0))
+
+
+def fold_verdict(result):
+    return verdicts(result)["method='fold'"]
+
+
+def test_parameters_that_are_zero_hide_no_mixing_of_the_batch():
+    zero, other = jnp.zeros(X.shape[-1]), "other numbers than the reference"
+    shared = tdjax.autotune(gate, zero, X, in_axes=(None, 1), **QUICK)
+    assert fold_verdict(shared) == other
+    closed = tdjax.autotune(lambda x: gate(zero, x), X, **QUICK)
+    assert fold_verdict(closed) == other
+    inner = jax.jit(lambda x: gate(zero, x))
+    assert fold_verdict(tdjax.autotune(lambda x: inner(x), X, **QUICK)) == other
+    looped = lambda x: jax.lax.scan(lambda c, _: (gate(zero, c), None), x, None, 2)[0]
+    assert fold_verdict(tdjax.autotune(looped, X, **QUICK)) == other
+    equal_examples = jnp.broadcast_to(X[:1], X.shape)
+    mixes = lambda x: x - jnp.mean(x, axis=0)
+    assert fold_verdict(tdjax.autotune(mixes, equal_examples, **QUICK)) == other
+
+
+def test_zero_parameters_of_layers_and_equal_ids_hide_no_mixing_of_the_batch():
+    class Gate(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return gate(self.param("gamma", nn.initializers.zeros, x.shape[-1:]), x)
+
+    class NnxGate(nnx.Module):
+        def __init__(self):
+            self.gamma = nnx.Param(jnp.zeros(X.shape[-1]))
+
+        def __call__(self, x):
+            return gate(self.gamma[...], x)
+
+    other = "other numbers than the reference"
+    layer = tdjax.linen.TimeDistributed(Gate())
+    variables = layer.init(jax.random.key(0), X)
+    assert fold_verdict(tdjax.linen.autotune(layer, variables, X, **QUICK)) == other
+    assert fold_verdict(tdjax.nnx.autotune(NnxGate(), X, **QUICK)) == other
+    table = normal(3, 5, 4)
+    embed = lambda ids: table[ids] - jnp.mean(table[ids], axis=0)
+    for ids in (0, 4):
+        same = jnp.full((4, 6), ids)
+        assert fold_verdict(tdjax.autotune(embed, same, **QUICK)) == other
+
+
+def test_a_mask_that_is_added_and_other_constants_keep_fold():
+    causal = jnp.where(jnp.tri(3, dtype=bool), 0.0, -1e9)
+    fun = lambda x: jax.nn.softmax(x @ x.swapaxes(-1, -2) + causal) @ x
+    result = tdjax.autotune(fun, normal(0, 4, 6, 3, 3), **QUICK)
+    assert fold_verdict(result) in ("measured", "behind")
+
+
+def test_a_model_with_layers_over_time_inside_is_refused_and_names_them():
+    wrap = tdjax.linen.TimeDistributed
+
+    class Compact(nn.Module):
+        @nn.compact
+        def __call__(self, x, mask=None):
+            return nn.Dense(2)(wrap(nn.Dense(5), name="encoder")(x, mask=mask))
+
+    sequential = nn.Sequential([wrap(nn.Dense(5)), nn.relu, wrap(nn.Dense(2))])
+    for model, message in (
+        (sequential, r"layers_0 \(Dense\), layers_2 \(Dense\)\. Tune each of them"),
+        (Compact(), r"got a Compact .* encoder \(Dense\)"),
+    ):
+        variables = model.init(jax.random.key(0), X)
+        with pytest.raises(ValueError, match=message):
+            tdjax.linen.autotune(model, variables, X, **QUICK)
+    layer = nnx.Linear(X.shape[-1], 5, rngs=nnx.Rngs(0))
+    model = nnx.Sequential(tdjax.nnx.TimeDistributed(layer), nnx.relu)
+    with pytest.raises(ValueError, match=r"layers\.0 \(Linear\)\. Tune each of them"):
+        tdjax.nnx.autotune(model, X, **QUICK)
+
+
+def test_without_jit_there_is_nothing_to_measure(user_errors):
+    with jax.disable_jit(), pytest.raises(ValueError, match="jax_disable_jit is on"):
+        tdjax.autotune(jnp.sin, X, **QUICK)

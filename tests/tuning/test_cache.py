@@ -6,6 +6,7 @@ import os
 import signal
 import time
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -193,3 +194,34 @@ def test_a_killed_writer_leaves_no_damaged_entry(tmp_path):
     os.kill(writer.pid, signal.SIGKILL)
     writer.join()
     assert cache.load(tmp_path, {"entry": 0, "padding": "x" * 10**6})
+
+
+def test_what_comes_out_of_the_cache_is_compared_with_the_reference(tmp_path):
+    """Of two functions with one program, the second may not take the first's fold."""
+    calls = [lambda x: 2 * x, lambda x: x - x.mean(0)]
+
+    def called(number):
+        shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+        host = lambda x: calls[number](x)
+        return lambda x: jax.pure_callback(host, shape(x), x, vmap_method="sequential")
+
+    options = {"cache": tmp_path, "budget": 5, "candidates": [{"method": "fold"}]}
+    first = tdjax.autotune(called(0), X, **options)
+    (entry,) = tmp_path.iterdir()
+    damage(entry, lambda e: e["candidates"][0].update(run_seconds=9.0))
+    assert tdjax.autotune(called(0), X, **options).options["method"] == "fold"
+    second = tdjax.autotune(called(1), X, **options)
+    assert first.about == second.about
+    assert not second.from_cache
+    assert second.options["method"] == "vmap"
+
+
+def test_arrays_that_a_function_closes_over_are_part_of_the_key(tmp_path):
+    options = {"cache": tmp_path, **QUICK}
+    scaled = lambda w: lambda x: x * w
+    inner = lambda w: jax.jit(lambda x: x * w)
+    for make in (scaled, inner):
+        one, two = jnp.full(X.shape[-1], 1.0), jnp.full(X.shape[-1], 2.0)
+        assert not tdjax.autotune(make(one), X, **options).from_cache
+        assert tdjax.autotune(make(one), X, **options).from_cache
+        assert not tdjax.autotune(make(two), X, **options).from_cache

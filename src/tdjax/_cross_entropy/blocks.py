@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tdjax._checks import at_least_float32
+
 Params = dict[str, Any]
 ONE_PER_ROW: dict[str, Any] = {
     "mode": "drop",
@@ -68,7 +70,10 @@ def _weighted_loss_forward(head, params, hidden, labels, weights):
 
 def _weighted_loss_backward(head, residuals, cotangent):
     gradients, losses, like = residuals
-    scale = lambda gradient, x: (cotangent * gradient).astype(x.dtype)
+
+    def scale(gradient, x):
+        return (cotangent * gradient.astype(cotangent.dtype)).astype(x.dtype)
+
     d_params, d_hidden = jax.tree.map(scale, gradients, like)
     return d_params, d_hidden, None, cotangent * losses
 
@@ -214,7 +219,7 @@ class Normalizer(NamedTuple):
 def _block(head: Head, params: Params, hidden, labels, start, count: int) -> Block:
     """The logits of `count` words from `start`; `labels` count from `start` too."""
     params = {name: _slice(x, start, count) for name, x in params.items()}
-    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    wide = at_least_float32(hidden.dtype)
     products = jnp.matmul(hidden, params["kernel"], preferred_element_type=wide)
     label_logit = _at_labels(products, labels).get(mode="fill", fill_value=jnp.nan)
     bias = params.get("bias")
@@ -223,7 +228,7 @@ def _block(head: Head, params: Params, hidden, labels, start, count: int) -> Blo
     # Reading the labels' logits first lets the bias be added in place.
     products, label_logit = jax.lax.optimization_barrier((products, label_logit))
     label_logit = label_logit + bias.at[labels].get(mode="clip")
-    return Block(*_cap(head, products + bias), _cap(head, label_logit)[0])
+    return Block(*_cap(head, products + bias[None, :]), _cap(head, label_logit)[0])
 
 
 def _cap(head: Head, logits):
@@ -246,7 +251,7 @@ def _normalizer(head: Head, block: Block) -> tuple[Any, Normalizer]:
 def _normalizer_over_words(head: Head, params, hidden, labels, size: int) -> Normalizer:
     """The normalizer from blocks of `size` words, with a running maximum."""
     words, rows = _words(params), hidden.shape[0]
-    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    wide = at_least_float32(hidden.dtype)
 
     def add_word_chunk(carry, start, count):
         largest, exp_sum, label_logit, logit_sum = carry
@@ -315,7 +320,8 @@ def _add_products(params: Params, d_params, hidden, d_logits, scale, weights, st
     scale = (weights * scale)[:, None]
     product = functools.partial(jnp.matmul, preferred_element_type=d_logits.dtype)
     narrow = d_logits.astype(hidden.dtype)
-    d_columns = {"kernel": product(narrow.T, (hidden * scale).astype(hidden.dtype))}
+    scaled = (hidden.astype(scale.dtype) * scale).astype(hidden.dtype)
+    d_columns = {"kernel": product(narrow.T, scaled)}
     if "bias" in params:
         d_columns["bias"] = jnp.matmul(scale[:, 0], d_logits)
     add = functools.partial(_add_at, start=start)

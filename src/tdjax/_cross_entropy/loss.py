@@ -12,6 +12,8 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from tdjax._checks import (
     adapter_of,
+    at_least_float32,
+    clipped_int32,
     describe,
     is_concrete,
     require_array,
@@ -102,11 +104,10 @@ def linear_cross_entropy(
     _check_options(reduction, label_smoothing, z_loss, logits_soft_cap, ignore_class)
     chunks = {"chunk_size": chunk_size, "vocab_chunk_size": vocab_chunk_size}
     require_sizes(**chunks, optional=True)
-    # The vocabulary's size may not fit the labels' dtype.
-    labels = jnp.asarray(labels)
-    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
     valid = _valid_steps(labels, mask, ignore_class)
     _check_labels(labels, valid, words)
+    # What is out of range stays so.
+    labels = clipped_int32(labels, -1, words)
     rows, row_is_valid = _flatten_steps(hidden, labels, valid, words)
     sizes = _block_sizes(valid.size, features, words, chunk_size, vocab_chunk_size)
     is_half = jnp.finfo(hidden.dtype).bits < 32
@@ -116,7 +117,7 @@ def linear_cross_entropy(
         if reduction == "none":
             losses: Any = losses_of_steps(head, params, *rows)
             return jnp.reshape(jnp.where(row_is_valid, losses, 0), valid.shape)
-        weights = row_is_valid.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+        weights = row_is_valid.astype(at_least_float32(hidden.dtype))
         if reduction == "mean":
             weights /= jnp.maximum(jnp.sum(weights), 1)
         return weighted_loss(head, params, *rows, weights)
@@ -153,8 +154,7 @@ def _require_head(params: Any, hidden: Any, labels: Any) -> tuple[dict[str, Any]
     dtype = jnp.result_type(hidden, kernel)
     params = {"kernel": jnp.asarray(kernel).astype(dtype)}
     if bias is not None:
-        wide = jnp.promote_types(dtype, jnp.float32)
-        params["bias"] = jnp.asarray(bias).astype(wide)
+        params["bias"] = jnp.asarray(bias).astype(at_least_float32(dtype))
     return params, jnp.asarray(hidden).astype(dtype)
 
 
@@ -263,7 +263,15 @@ def _require_number(
 
 def _valid_steps(labels, mask, ignore_class):
     valid = jnp.ones(labels.shape, bool) if mask is None else jnp.asarray(mask)
-    return valid if ignore_class is None else valid & (labels != ignore_class)
+    if ignore_class is None:
+        return valid
+    info = jnp.iinfo(labels.dtype)
+    # Labels can't have a value that their dtype can't hold.
+    return (
+        valid & (labels != ignore_class)
+        if info.min <= ignore_class <= info.max
+        else valid
+    )
 
 
 def _flatten_steps(hidden, labels, valid, words: int) -> tuple[Any, Any]:
@@ -273,9 +281,10 @@ def _flatten_steps(hidden, labels, valid, words: int) -> tuple[Any, Any]:
     vocabulary makes both NaN.
     """
     over_features = lambda steps: over_trailing_axes(steps, hidden.ndim)
-    known = (labels >= 0) & (labels < words)
-    hidden = jnp.where(over_features(known), hidden, jnp.nan)
+    unknown = valid & ((labels < 0) | (labels >= words))
     hidden = jnp.where(over_features(valid), hidden, 0)
+    # In this order, since `jax_debug_nans` stops at any NaN.
+    hidden = jnp.where(over_features(unknown), jnp.nan, hidden)
     labels, valid = jnp.ravel(jnp.where(valid, labels, 0)), jnp.ravel(valid)
     return (jnp.reshape(hidden, (labels.shape[0], hidden.shape[-1])), labels), valid
 

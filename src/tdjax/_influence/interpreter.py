@@ -13,17 +13,20 @@ import functools
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from tdjax import _jaxprs
 from tdjax._influence.rules import RULES
 from tdjax._influence.spread import (
     Spread,
+    any_far,
     as_spreads,
     everything,
     same_everywhere,
     spread,
     stack,
     union,
+    unknown,
 )
 
 
@@ -41,9 +44,28 @@ def _evaluate_equation(eqn, args, bound: float) -> list[Any]:
     calls = _jaxprs.CALLS_AND_CUSTOM_DERIVATIVES
     if calls.get(name) in eqn.params:
         return run(eqn.params[calls[name]], args)
+    sign_varies = any(x.sign_varies for x in args if isinstance(x, Spread))
     if name in _CONTROL_FLOW:
-        return _CONTROL_FLOW[name](eqn, args, run, bound)
-    return RULES.get(name, everything)(eqn, args, bound)
+        outs = _CONTROL_FLOW[name](eqn, args, run, bound)
+    elif sign_varies and (name in _READS_SIGNS or name not in RULES):
+        return _from_every_step(eqn, args, bound)
+    else:
+        outs = RULES.get(name, everything)(eqn, args, bound)
+    mark = lambda x: x._replace(sign_varies=x.sign_varies or sign_varies)
+    return [mark(x) if isinstance(x, Spread) else x for x in outs]
+
+
+# 0.0 and -0.0 are equal numbers, and only these tell them apart.
+_READS_SIGNS = frozenset(("atan2", "nextafter", "bitcast_convert_type"))
+
+
+def _from_every_step(eqn, args, bound: float) -> list[Any]:
+    """What reads the sign of a zero, whose steps are not known any more."""
+    timesteps = next(len(x.steps) for x in args if isinstance(x, Spread))
+    far = any_far(as_spreads(args, bound), bound)
+    outs = [v.aval for v in eqn.outvars]
+    steps = lambda v: np.ones((timesteps, *v.shape), bool)
+    return [unknown(v.dtype, steps(v), far, bound) for v in outs]
 
 
 def _run(program, args, bound: float) -> list[Any]:

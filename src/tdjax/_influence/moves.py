@@ -37,10 +37,16 @@ def move(data: tuple[int, ...] | None, bind: Callable[..., Any], eqn, args, boun
     outs = bind(eqn, *numbered.values())
     elements = Spread(
         np.concatenate([x.flat_steps for x in spreads], axis=1),
-        *(np.concatenate([x[i].ravel() for x in spreads]) for i in (1, 2)),
+        np.concatenate([x.low.ravel() for x in spreads]),
+        np.concatenate([x.high.ravel() for x in spreads]),
     )
-    outs = outs if isinstance(outs, list | tuple) else [outs]
-    return [_pick(eqn, elements, np.asarray(places), bound) for places in outs]
+    outs = [np.asarray(x) for x in (outs if isinstance(outs, list | tuple) else [outs])]
+    picked = [_pick(eqn, elements, places, bound) for places in outs]
+    largest = spreads[0].largest
+    if largest is None or len(spreads) > 1 or any((x < 0).any() for x in outs):
+        return picked
+    rows = [largest.rows.ravel()[places] for places in outs]
+    return [x._replace(largest=largest._replace(rows=r)) for x, r in zip(picked, rows)]
 
 
 def _numbers(spreads: list[Spread]) -> list[Any]:

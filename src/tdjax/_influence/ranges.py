@@ -4,6 +4,8 @@ A range is `(2, *shape)`: lower and upper ends, NaN where they are not known. Ea
 function takes the equation and the ranges of its operands.
 """
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,6 +20,36 @@ def _times(x, y):
 def _hull(candidates):
     candidates = np.stack(np.broadcast_arrays(*candidates))
     return np.min(candidates, axis=0), np.max(candidates, axis=0)
+
+
+def _abs(eqn, x):
+    holds_zero = (x[0] <= 0) & (x[1] >= 0)
+    return np.where(holds_zero, 0.0, np.minimum(*np.abs(x))), np.maximum(*np.abs(x))
+
+
+def _integer_pow(eqn, x):
+    power = eqn.params["y"]
+    if power < 0:
+        return np.full_like(x, np.nan)
+    return (np.stack(_abs(eqn, x)) if power % 2 == 0 else x) ** power
+
+
+def _is_finite(eqn, x):
+    """True but for infinite constants: what is computed from inputs stays finite."""
+    infinite = (x[0] == x[1]) & np.isinf(x[0])
+    either = (x[0] != x[1]) & np.isinf(x).any(axis=0)
+    return np.where(infinite | either, 0.0, 1.0), np.where(infinite, 0.0, 1.0)
+
+
+def _between(fun, least: float, most: float):
+    """A function that is bounded, and whose turns are not followed."""
+
+    def ranges(eqn, x):
+        constant = x[0] == x[1]
+        value = fun(x[0])
+        return np.where(constant, value, least), np.where(constant, value, most)
+
+    return ranges
 
 
 def _mul(eqn, x, y):
@@ -102,9 +134,46 @@ RANGES = {
     "or": _logical(np.maximum),
     "not": _logical(lambda x: (1 - x[1], 1 - x[0])),
     "convert_element_type": _convert,
+    "abs": _abs,
+    "square": lambda eqn, x: np.stack(_abs(eqn, x)) ** 2,
+    "integer_pow": _integer_pow,
+    "is_finite": _is_finite,
+    "sign": _increasing(np.sign),
+    "floor": _increasing(np.floor),
+    "ceil": _increasing(np.ceil),
+    "round": lambda eqn, x: (np.floor(x[0]), np.ceil(x[1])),
+    "sin": _between(np.sin, -1.0, 1.0),
+    "cos": _between(np.cos, -1.0, 1.0),
+    "tanh": _increasing(np.tanh),
+    "atan": _increasing(np.arctan),
+    "asinh": _increasing(np.arcsinh),
+    "sinh": _increasing(np.sinh),
+    "cbrt": _increasing(np.cbrt),
+    "log1p": _increasing(np.log1p),
+    "expm1": _increasing(np.expm1),
+    "erf": _increasing(np.vectorize(math.erf, otypes=[float])),
+    "erfc": lambda eqn, x: np.vectorize(math.erfc, otypes=[float])(x[::-1]),
     "exp": _increasing(np.exp),
     "exp2": _increasing(np.exp2),
     "log": _increasing(np.log),
     "sqrt": _increasing(np.sqrt),
     "logistic": _increasing(lambda x: 1 / (1 + np.exp(-x))),
 }
+
+# A range that shrinks to one number under these has been rounded: the values may differ
+# all the same, or may once XLA has written the computation in another way.
+_ROUNDED = """
+    add sub mul div square integer_pow sin cos atan asinh sinh cbrt log1p expm1 log sqrt
+"""
+ROUNDED = frozenset(_ROUNDED.split())
+
+
+def outwards(low, high, operands):
+    """The range with different ends, where operands vary and no factor is zero."""
+    varies = np.any([x[0] != x[1] for x in operands], axis=0)
+    is_zero = np.any([(x[0] == 0) & (x[1] == 0) for x in operands], axis=0)
+    rounded = (low == high) & varies & ~((low == 0) & is_zero)
+    return (
+        np.where(rounded, np.nextafter(low, -np.inf), low),
+        np.where(rounded, np.nextafter(high, np.inf), high),
+    )

@@ -14,8 +14,9 @@ import numpy as np
 from jax import lax
 
 from tdjax._influence.moves import bind_same, gather, move, scatter, scatter_add
-from tdjax._influence.ranges import RANGES
+from tdjax._influence.ranges import RANGES, ROUNDED, outwards
 from tdjax._influence.spread import (
+    Largest,
     Spread,
     any_far,
     as_spreads,
@@ -24,7 +25,7 @@ from tdjax._influence.spread import (
     unknown,
 )
 
-# These map a mask's huge constants to small values.
+# These map a mask's huge constants to small values: where their range says so.
 _NEARING = frozenset(("exp", "exp2", "logistic", "tanh", "erf", "erfc", "sign"))
 
 
@@ -37,13 +38,22 @@ def _elementwise(eqn, args, bound: float) -> list[Spread]:
     args = as_spreads(args, bound)
     name, out = eqn.primitive.name, eqn.outvars[0].aval
     steps = np.any([_align(x.steps, out.shape) for x in args], axis=0)
-    low, high, far = np.nan, np.nan, False
-    if name not in _NEARING:
-        far = np.any([np.broadcast_to(x.far(bound), out.shape) for x in args], axis=0)
+    low, high = np.nan, np.nan
+    far = np.any([np.broadcast_to(x.far(bound), out.shape) for x in args], axis=0)
     if name in RANGES:
         with np.errstate(all="ignore"):
-            low, high = RANGES[name](eqn, *(_range(x, out.shape) for x in args))
-    return [spread(out.dtype, steps, low, high, far, bound)]
+            ranges = [_range(x, out.shape) for x in args]
+            low, high = RANGES[name](eqn, *ranges)
+            if name in ROUNDED and jnp.issubdtype(out.dtype, jnp.inexact):
+                low, high = outwards(low, high, ranges)
+    if name in _NEARING:
+        far = far & ((low < -bound) | (high > bound))
+    if name == "sub" and args[1].largest and args[1].largest.bounds(args[0]):
+        high = np.minimum(high, 0.0)
+    result = spread(out.dtype, steps, low, high, far, bound)
+    tops = [x.largest for x in args if x.largest and x.shape == out.shape]
+    # The larger of a maximum and anything else is at least the maximum.
+    return [result._replace(largest=tops[0]) if name == "max" and tops else result]
 
 
 def _range(x: Spread, shape) -> np.ndarray:
@@ -64,6 +74,8 @@ def _select(eqn, args, bound: float) -> list[Spread]:
     out = eqn.outvars[0].aval
     low, high = _range(which, out.shape)
     taken = [~(low > i) & ~(high < i) for i in range(len(cases))]
+    if sum(bool(on.any()) for on in taken) == 1:
+        return [next(x for x, on in zip(cases, taken) if on.any())]
     steps = np.any([x.steps & on for x, on in zip(cases, taken)], axis=0)
     steps = steps | (_align(which.steps, out.shape) & (low != high))
     lows = [np.where(on, x.low, np.inf) for x, on in zip(cases, taken)]
@@ -102,7 +114,11 @@ def _reduce(eqn, args, bound: float) -> list[Spread]:
         return [unknown(dtype, steps, far, bound)]
     with np.errstate(all="ignore"):
         low, high = _REDUCED[name](x, axes, dtype)
-    return [spread(dtype, steps, low, high, far, bound)]
+    result = spread(dtype, steps, low, high, far, bound)
+    if name != "reduce_max":
+        return [result]
+    rows = np.arange(result.low.size).reshape(result.shape)
+    return [result._replace(largest=Largest(x.steps, axes, rows))]
 
 
 def _can_win(name: str, x: Spread, axes):
@@ -205,7 +221,7 @@ _PRIMITIVES: dict[Callable[..., list[Spread]], str] = {
         broadcast_in_dim dynamic_slice reshape rev slice split squeeze transpose
     """,
     functools.partial(move, (0, 1), bind_same): "dynamic_update_slice pad",
-    functools.partial(move, None, bind_same): "concatenate",
+    functools.partial(move, None, bind_same): "concatenate stack",
     _bilinear: "dot_general conv_general_dilated",
     _accumulate: "cumsum cumprod cummax cummin cumlogsumexp",
     _reduce: """

@@ -11,6 +11,26 @@ import jax.numpy as jnp
 import numpy as np
 
 
+class Largest(NamedTuple):
+    """Says that a value is at least the maximum of another along some axes.
+
+    So a softmax, which subtracts the maximum, is known to have no positive exponents.
+    """
+
+    of: np.ndarray  # The `steps` of the other, by which it is known again.
+    axes: tuple[int, ...]
+    rows: np.ndarray  # For each element, the number of the maximum that it is.
+
+    def bounds(self, x: "Spread") -> bool:
+        """Whether each element is at least the one of `x` at the same place."""
+        if self.of is not x.steps:
+            return False
+        reduced = [n for axis, n in enumerate(x.shape) if axis not in self.axes]
+        rows = np.arange(int(np.prod(reduced))).reshape(reduced)
+        rows = np.broadcast_to(np.expand_dims(rows, self.axes), x.shape)
+        return np.array_equal(np.broadcast_to(self.rows, x.shape), rows)
+
+
 class Spread(NamedTuple):
     """What is known of each element of a value.
 
@@ -19,6 +39,9 @@ class Spread(NamedTuple):
       low: `(*shape)`, float64, the lower end of each element's range.
       high: the upper end. If `low == high` the element is a constant and depends on
         nothing: this is how a mask cuts a path.
+      sign_varies: whether it was computed from a zero that may be 0.0 or -0.0, which
+        only matters to what reads a sign bit.
+      largest: of what other value this holds the largest elements, if so.
 
     A float without a known range lies within `bound`, or anywhere if it was computed
     from a constant beyond `bound`. Complex numbers and random keys have no order, and
@@ -28,6 +51,8 @@ class Spread(NamedTuple):
     steps: np.ndarray
     low: np.ndarray
     high: np.ndarray
+    sign_varies: bool = False
+    largest: "Largest | None" = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,7 +73,8 @@ class Spread(NamedTuple):
         return np.logical_or.reduce(self.flat_steps, axis=1)
 
     def take(self, i: int) -> "Spread":
-        return Spread(self.steps[:, i], self.low[i], self.high[i])
+        steps, low, high, sign_varies, _ = self
+        return Spread(steps[:, i], low[i], high[i], sign_varies)
 
     def far(self, bound: float) -> Any:
         """Which elements may lie beyond the bound."""
@@ -73,7 +99,9 @@ def spread(dtype, steps, low, high, far, bound: float) -> Spread:
         low, high = np.nan_to_num(low, nan=info.min), np.nan_to_num(high, nan=info.max)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         low, high = np.where(far, -np.inf, np.nan), np.where(far, np.inf, np.nan)
-    return Spread(steps & (low != high), low, high)
+    is_zero = (low == 0) & (high == 0)
+    sign_varies = jnp.issubdtype(dtype, jnp.inexact) and bool((steps & is_zero).any())
+    return Spread(steps & (low != high), low, high, sign_varies)
 
 
 def _rounded(dtype, low, high):
@@ -139,13 +167,16 @@ def union(spreads: list[Spread]) -> Spread:
         np.any([x.steps for x in spreads], axis=0),
         np.min([x.low for x in spreads], axis=0),
         np.max([x.high for x in spreads], axis=0),
+        any(x.sign_varies for x in spreads),
     )
 
 
 def stack(spreads: list[Spread]) -> Spread:
     """Stacks on a new first axis, as a loop collects its results."""
-    steps, low, high = zip(*spreads)
-    return Spread(np.stack(steps, axis=1), np.stack(low), np.stack(high))
+    steps, low, high, sign_varies, _ = zip(*spreads)
+    return Spread(
+        np.stack(steps, axis=1), np.stack(low), np.stack(high), any(sign_varies)
+    )
 
 
 def everything(eqn, args, bound: float) -> list[Spread]:

@@ -11,6 +11,7 @@ from jaxtyping import Bool
 from tdjax._checks import describe, require_array
 from tdjax._influence.interpreter import evaluate
 from tdjax._influence.spread import Spread, unknown
+from tdjax._jaxprs import has_references
 
 
 def step_influence(
@@ -31,8 +32,9 @@ def step_influence(
       a bound of 1e6. Integers may have any value of their dtype.
     * **True is a path**: a chain of operations with non-zero coefficients. The output
       may still not depend on the input where paths cancel (`x - x`), where a value
-      computed from `x` stays in a range (`relu(-x**2)`), or behind an operation
-      without a rule, for which every output depends on every input.
+      computed from `x` stays in a range (`relu(-x**2)`), behind an operation without
+      a rule, for which every output depends on every input, or in a function that
+      writes to arrays (`jax.new_ref`), all of whose outputs do.
 
     Args:
       fun: a function from `(batch, time, ...)` to `(batch, time, ...)` that JAX can
@@ -70,6 +72,8 @@ def step_influence(
             f"fun must return one array (batch, time, ...), got {type(shape).__name__}."
         )
     require_array("fun(x)", shape, 2, "(batch, time, ...)")
+    if has_references(closed):
+        return np.ones((shape.shape[1], x.shape[1]), bool)
     (y,) = evaluate(closed.jaxpr, closed.consts, [_every_input(x, bound)], bound)
     if not isinstance(y, Spread):
         return np.zeros((shape.shape[1], x.shape[1]), bool)

@@ -71,6 +71,7 @@ class _SortedStep:
     def __init__(self, call, carried, inputs: Inputs):
         one_step = lambda mapped: [*map(first_step, mapped, inputs.mapped_axes)]
         step = jax.eval_shape(one_step, inputs.mapped)
+        carried = jax.tree.map(_widen, carried, jax.eval_shape(call, carried, step)[1])
         program, (self.y, _) = jax.make_jaxpr(call, return_shape=True)(carried, step)
         jaxpr = program.jaxpr
         self.carried, self.structure = jax.tree.flatten(carried)
@@ -158,6 +159,18 @@ class _SortedStep:
         """All of the state, with what the steps wrote."""
         leaves = dict(enumerate(self.carried)) | dict(zip(self.written, after))
         return jax.tree.unflatten(self.structure, [*leaves.values()])
+
+
+def _widen(before, after):
+    """`before` with the dtype of `after`, where a step computes wider floats from it.
+
+    A loop over steps would do so too: with x64, Flax's float32 statistics of float64
+    inputs are float64 after the first step.
+    """
+    are_floats = [jnp.issubdtype(x.dtype, jnp.floating) for x in (before, after)]
+    if all(are_floats) and jnp.finfo(after.dtype).bits > jnp.finfo(before.dtype).bits:
+        return before.astype(after.dtype)
+    return before
 
 
 def _variables(atoms) -> list:

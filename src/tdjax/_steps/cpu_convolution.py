@@ -32,8 +32,7 @@ def with_transposed_convolutions(fun):
     @functools.wraps(fun)
     def rewritten(args):
         program, shapes = jax.make_jaxpr(fun, return_shape=True)(args)
-        if not _has_convolution(program.jaxpr):
-            return fun(args)
+        # `fun` is not called again: it may make modules, as Haiku's functions do.
         results = _run(program, jax.tree.leaves(args))
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 

@@ -46,7 +46,8 @@ class MaskedSteps(Steps):
             return jnp.where(self.weights, x, other), axis
         steps = batch_first(x, axis)
         valid = over_trailing_axes(self.mask, steps.ndim)
-        return time_back(jnp.where(valid, steps, self._stand_ins(steps)), axis), axis
+        others = self._stand_ins(steps)[None]
+        return time_back(jnp.where(valid, steps, others), axis), axis
 
     def _valid_times(self):
         """For each step: itself, or the first that has a valid example."""
@@ -59,7 +60,7 @@ class MaskedSteps(Steps):
         By a sum: devices that share the batch then exchange only one example.
         """
         examples = jnp.arange(self.mask.shape[0])[:, None]
-        first = self.mask & (examples == jnp.argmax(self.mask, axis=0))
+        first = self.mask & (examples == jnp.argmax(self.mask, axis=0, keepdims=True))
         chosen = zeros_unless(first, steps)
         valid = jnp.sum(jax.lax.stop_gradient(chosen), 0, dtype=steps.dtype)
         return stand_in(valid[self._valid_times()], jnp.any(self.mask))
@@ -108,8 +109,18 @@ def zeros_unless(valid, x):
 
 def require_batch(option: str, y, time_axis: int, batch: Any) -> None:
     """Refuses a result that has no such batch beside its time axis."""
+    require_values(option, "fun must not return", y)
     if y.ndim < 2 or batch_size(y, time_axis) != batch:
         raise batch_error(option, step_shape(y, time_axis))
+
+
+def require_values(option: str, complaint: str, x) -> None:
+    """Refuses float0, JAX's gradient by integers: it has no values to hide."""
+    if x.dtype == jax.dtypes.float0:
+        raise TypeError(
+            f"{option} hides numbers, so {complaint} {describe(x)}, the gradient by "
+            "integers, which has none. Leave it out."
+        )
 
 
 def batch_error(option: str, step) -> ValueError:

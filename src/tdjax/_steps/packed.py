@@ -11,6 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tdjax._checks import is_concrete
 from tdjax._masks import over_trailing_axes
@@ -132,12 +133,12 @@ def _check_result(y, axis: Axis) -> None:
 
 def _not_computed(dtype):
     """The mark: NaN; the lowest signed or the highest unsigned integer."""
-    if jnp.issubdtype(dtype, jnp.inexact):
+    if jnp.issubdtype(dtype, jnp.inexact) and np.isnan(np.array(np.nan, dtype)):
         return jnp.asarray(jnp.nan, dtype)
-    if dtype == jnp.bool_:
+    if not jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(
-            "capacity marks the steps beyond it, which a bool result can't show when "
-            "the mask is only known at run time. Return an integer."
+            f"capacity marks the steps beyond it, which a {dtype} result can't show "
+            "when the mask is only known at run time. Return another dtype."
         )
     limits = jnp.iinfo(dtype)
     return jnp.asarray(limits.min or limits.max, dtype)

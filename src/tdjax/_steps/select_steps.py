@@ -8,47 +8,61 @@ from tdjax._checks import describe, is_concrete
 from tdjax._masks import require_mask_dtype
 from tdjax._steps.axes import Inputs, batch_size, time_size
 from tdjax._steps.lowering import Lowering
-from tdjax._steps.masked import MaskedSteps
+from tdjax._steps.masked import MaskedSteps, require_values
 from tdjax._steps.packed import PackedSteps
 from tdjax._steps.steps import AllSteps, Steps
 
 
 def select_steps(inputs: Inputs, mask, lowering: Lowering) -> Steps:
     """The steps to compute, after checking that the mask fits them."""
-    capacity = lowering.capacity
+    capacity, time_major = lowering.capacity, _is_time_major(inputs)
     if mask is None:
         if capacity is not None:
             raise ValueError(
                 f"capacity={capacity} needs a mask that says which steps are valid: "
-                "call with mask=, bool, (batch, time)."
+                f"call with mask=, bool, {_LAYOUT[time_major]}."
             )
         return AllSteps(inputs)
-    _check_mask(mask, inputs)
+    _check_mask(mask, inputs, time_major)
     if is_concrete(mask):
         mask = np.asarray(mask)
+    if time_major:
+        mask = mask.T  # From here on it is (batch, time).
     if capacity is None:
         return MaskedSteps(inputs, mask)
     _check_capacity(mask, capacity)
     return PackedSteps(inputs, mask, capacity)
 
 
-def _check_mask(mask: Any, inputs: Inputs) -> None:
+_LAYOUT = {False: "(batch, time)", True: "(time, batch)"}
+
+
+def _is_time_major(inputs: Inputs) -> bool:
+    """Whether time is axis 0 of all that has a time axis; the mask is then like it."""
+    axes = [axis for axis in inputs.mapped_axes if isinstance(axis, int)]
+    return axes == [0] * len(axes)
+
+
+def _check_mask(mask: Any, inputs: Inputs, time_major: bool) -> None:
     require_mask_dtype(mask)
+    layout = _LAYOUT[time_major]
     if mask.ndim != 2:
         raise ValueError(
-            f"mask must have shape (batch, time), got {describe(mask)}. Give a mask "
-            "that is for fun itself as a positional argument."
+            f"mask must have shape {layout}, got {describe(mask)}. Give a mask that is "
+            "for fun itself as a positional argument."
         )
     timesteps = time_size(inputs)
+    for x in inputs.mapped:
+        require_values("mask", "no argument with a time axis may be", x)
     for x, axis in zip(inputs.mapped, inputs.mapped_axes):
         if not isinstance(axis, int):
             continue
-        batch = mask.shape[0] if x.ndim == 1 else batch_size(x, axis)
-        if mask.shape != (batch, timesteps):
+        batch = mask.shape[time_major] if x.ndim == 1 else batch_size(x, axis)
+        shape = (timesteps, batch) if time_major else (batch, timesteps)
+        if mask.shape != shape:
             raise ValueError(
-                f"mask must have shape (batch, time) = {(batch, timesteps)} to go "
-                f"with an input {describe(x)} with time on axis {axis}, got "
-                f"{describe(mask)}."
+                f"mask must have shape {layout} = {shape} to go with an input "
+                f"{describe(x)} with time on axis {axis}, got {describe(mask)}."
             )
 
 

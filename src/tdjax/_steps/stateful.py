@@ -8,13 +8,15 @@ is kept, and *new* ones, such as sown values, which are stacked over time.
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from tdjax._checks import describe, leaves_by_path
+from tdjax._checks import describe, is_array, is_concrete, leaves_by_path
 from tdjax._masks import masked_mean
 from tdjax._steps.axes import (
     PER_STEP,
@@ -26,6 +28,7 @@ from tdjax._steps.axes import (
 )
 from tdjax._steps.carried import distribute_carried
 from tdjax._steps.lowering import Lowering
+from tdjax._steps.masked import MaskedSteps
 from tdjax._steps.select_steps import select_steps
 
 
@@ -66,6 +69,8 @@ def distribute_stateful(
         _refuse_statistics(changed, lowering.capacity)
     new = jax.tree.map(steps.hide_sown, new)
     before = _replace(layer.variables, carried)
+    if isinstance(steps, MaskedSteps) and not _gets_mask(args, mask):
+        _warn_of_stand_ins(layer.variables, before, changed, steps.mask)
     changed = _after_steps(before, changed, steps.weights)
     return y, _join(before, changed, new)
 
@@ -107,6 +112,19 @@ def check_share_rng(lowering: Lowering) -> None:
         )
 
 
+def check_carry(options: Any) -> None:
+    """Refuses the options under which steps have no order."""
+    carry = options.variable_carry
+    if not carry:
+        return
+    for name, needed in {"method": "vmap", "axis_name": None, "capacity": None}.items():
+        if (given := getattr(options, name)) != needed:
+            raise ValueError(
+                f"variable_carry={carry!r} takes state from step to step, so it needs "
+                f"{name}={needed!r}, got {given!r}."
+            )
+
+
 def _refuse_statistics(changed, capacity: int) -> None:
     for path, leaf in leaves_by_path(changed).items():
         if jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -117,6 +135,31 @@ def _refuse_statistics(changed, capacity: int) -> None:
                 f"{path}, a statistic over examples. Call the layer for inference, or "
                 "leave capacity out."
             )
+
+
+def _gets_mask(args, mask) -> bool:
+    """Whether an argument of the layer may be the mask as well."""
+    leaves = [x for x in jax.tree.leaves(args) if is_array(x)]
+    return any(x.dtype == jnp.bool_ and x.shape == mask.shape for x in leaves)
+
+
+def _warn_of_stand_ins(variables, before, changed, mask) -> None:
+    """Warns of statistics over stand-ins."""
+    if is_concrete(mask) and (np.all(mask, 0) | ~np.any(mask, 0)).all():
+        return  # No step has both valid and masked examples.
+    old, written = leaves_by_path(variables), leaves_by_path(changed)
+    written |= {k: x for k, x in leaves_by_path(before).items() if x is not old[k]}
+    floats = [k for k, x in written.items() if jnp.issubdtype(x.dtype, jnp.floating)]
+    if floats:
+        warnings.warn(
+            f"With mask=, the layer writes statistics ({', '.join(floats[:2])}) over "
+            "copies of valid examples in place of the masked ones. Wrap a module that "
+            "takes the mask of its step, def __call__(self, x, mask), and calls "
+            "BatchNorm with mask=mask[:, None]; then call the wrapper with (x, mask, "
+            "mask=mask).",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def first_steps(args: tuple, in_axes: Any) -> tuple:
@@ -194,7 +237,7 @@ def _after(before, stacked, weights):
         return before
     if jnp.issubdtype(stacked.dtype, jnp.floating):
         # The mean of the moves, not of the values: what did not move stays as it is.
-        moves = stacked - before
+        moves = stacked - jnp.expand_dims(before, 0)
         if weights is None:
             return before + jnp.mean(moves, axis=0)
         return before + masked_mean(moves, jnp.asarray(weights), axis=0)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Generic, Literal, ParamSpec, TypeVar, overload
 
 from tdjax._checks import describe, refuse_module
 from tdjax._steps.axes import Inputs, flatten_inputs
@@ -12,9 +12,13 @@ from tdjax._steps.hints import add_hints
 from tdjax._steps.lowering import Lowering
 from tdjax._steps.select_steps import select_steps
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
+
+@overload
 def time_distributed(
-    fun: Callable[..., Any],
+    fun: Callable[P, R],
     *,
     in_axes: Any = 1,
     out_axes: Any = 1,
@@ -25,7 +29,37 @@ def time_distributed(
     axis_name: Any = None,
     spmd_axis_name: Any = None,
     capacity: int | None = None,
-) -> Callable[..., Any]:
+) -> "Distributed[P, R]": ...
+
+
+@overload
+def time_distributed(
+    *,
+    in_axes: Any = 1,
+    out_axes: Any = 1,
+    method: Literal["vmap", "fold"] = "vmap",
+    chunk_size: int | None = None,
+    unroll: int | bool = 1,
+    remat: bool = False,
+    axis_name: Any = None,
+    spmd_axis_name: Any = None,
+    capacity: int | None = None,
+) -> "Callable[[Callable[P, R]], Distributed[P, R]]": ...
+
+
+def time_distributed(
+    fun: Callable[..., Any] | None = None,
+    *,
+    in_axes: Any = 1,
+    out_axes: Any = 1,
+    method: Literal["vmap", "fold"] = "vmap",
+    chunk_size: int | None = None,
+    unroll: int | bool = 1,
+    remat: bool = False,
+    axis_name: Any = None,
+    spmd_axis_name: Any = None,
+    capacity: int | None = None,
+) -> Any:
     """Applies `fun` to every time step, with the same parameters at each.
 
     For every step t, `y[:, t] = fun(x[:, t])`. Arguments and results are any pytrees.
@@ -39,14 +73,15 @@ def time_distributed(
     examples of a batch. `chunk_size` bounds the memory. `tdjax.autotune` measures which
     lowering is fastest. See docs/guide.md#methods.
 
-    Called with `mask`, bool, `(batch, time)`, masked steps give zeros and no gradient,
-    even if they contain NaN or infinity (docs/guide.md#masks). With `capacity` only
-    valid steps are computed; like `"fold"`, this is wrong where `fun` mixes examples
-    (docs/guide.md#packing).
+    Called with `mask`, bool, `(batch, time)` (`(time, batch)` for time-major data),
+    masked steps give zeros and no gradient, even if they contain NaN or infinity
+    (docs/guide.md#masks). With `capacity` only valid steps are computed; like `"fold"`,
+    this is wrong where `fun` mixes examples (docs/guide.md#packing).
 
     Args:
       fun: a function of pytrees of arrays. Keyword arguments of the call, except
-        `mask`, are passed to it as they are.
+        `mask`, are passed to it as they are. Without `fun` the result is a decorator:
+        `@time_distributed(in_axes=0)`.
       in_axes: the time axis of the positional arguments, as in `jax.vmap`: an int, None
         for what every step shares, or a tuple or other pytree prefix of these.
       out_axes: that of the results; None if a result does not depend on the step.
@@ -80,20 +115,27 @@ def time_distributed(
       >>> y.shape, y[1, 1:].any().item()
       ((2, 4, 5), False)
     """
-    if not callable(fun):
-        raise TypeError(f"fun must be callable, got {describe(fun)}.")
-    refuse_module(fun)
     lowering = Lowering(
         method, chunk_size, unroll, remat, axis_name, spmd_axis_name, capacity
     )
+    distribute = functools.partial(
+        _distribute, in_axes=in_axes, out_axes=out_axes, lowering=lowering
+    )
+    return distribute if fun is None else distribute(fun)
+
+
+def _distribute(fun, /, in_axes, out_axes, lowering: Lowering) -> "Distributed":
+    if not callable(fun):
+        raise TypeError(f"fun must be callable, got {describe(fun)}.")
+    refuse_module(fun)
     return Distributed(fun, in_axes, out_axes, lowering)
 
 
 @dataclasses.dataclass(eq=False)
-class Distributed:
+class Distributed(Generic[P, R]):
     """A function that `time_distributed` made, and what it was made of."""
 
-    fun: Callable[..., Any]
+    fun: Callable[P, R]
     in_axes: Any
     out_axes: Any
     lowering: Lowering
@@ -102,7 +144,13 @@ class Distributed:
         # `updated=()`: the attributes of a callable object are not the wrapper's.
         functools.update_wrapper(self, self.fun, updated=())
 
-    def __call__(self, /, *args, mask=None, **kwargs):
+    @overload
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    @overload
+    def __call__(self, /, *args: Any, mask: Any, **kwargs: Any) -> R: ...
+
+    def __call__(self, /, *args: Any, mask: Any = None, **kwargs: Any) -> Any:
         inputs = flatten_inputs(args, self.in_axes)
         steps = select_steps(inputs, mask, self.lowering)
         call = functools.partial(_call_on_mapped, self.fun, steps.inputs, kwargs)

@@ -3,31 +3,39 @@
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from tdjax._checks import describe
+from tdjax._jaxprs import map_constants
 from tdjax._steps.axes import flatten_inputs, time_size
 from tdjax._steps.lowering import Lowering
-from tdjax._steps.transform import Distributed, time_distributed
+from tdjax._steps.transform import Distributed, P, R, time_distributed
 from tdjax._tuning import cache
-from tdjax._tuning.candidates import Candidate, is_float, list_candidates, with_gradient
+from tdjax._tuning.candidates import (
+    Candidate,
+    list_candidates,
+    vary,
+    vary_integers,
+    with_gradient,
+)
 from tdjax._tuning.report import progress_bar
 from tdjax._tuning.result import Tuning
-from tdjax._tuning.search import Limits, choose, measure_all
+from tdjax._tuning.search import Limits, agree, choose, measure_all
 from tdjax._tuning.settings import Settings
 
 
 def autotune(
-    fun: Callable[..., Any],
+    fun: Callable[P, R],
     *args: Any,
     in_axes: Any = 1,
     out_axes: Any = 1,
@@ -39,7 +47,7 @@ def autotune(
     candidates: Sequence[Mapping[str, Any]] | None = None,
     cache: str | os.PathLike[str] | None = None,
     **kwargs: Any,
-) -> Tuning:
+) -> Tuning[Distributed[P, R]]:
     """Finds the fastest lowering of `time_distributed(fun)` for these inputs.
 
     Compiles the lowerings (`method`, `chunk_size`, `unroll`, `remat`), compares the
@@ -121,9 +129,14 @@ class Subject(NamedTuple):
 
 def tune(subject: Subject, inputs: tuple, settings: Settings) -> Tuning:
     """Measures the candidates of a subject, or finds them in the cache."""
+    if jax.config.jax_disable_jit:  # pyright: ignore
+        raise ValueError(
+            "autotune measures compiled programs, and jax_disable_jit is on. Switch it "
+            "off: with jax.disable_jit(False)."
+        )
     limits = Limits(settings.budget, settings.memory_limit, settings.tolerance)
     inputs, timesteps = prepare_inputs(inputs, subject.in_axes)
-    args = jax.tree.map(jnp.asarray, (*subject.variables, *inputs))
+    args = jax.tree.map(jnp.asarray, (*jax.tree.map(vary, subject.variables), *inputs))
     candidates = list_candidates(
         subject.base,
         subject.base.capacity or timesteps,
@@ -134,11 +147,14 @@ def tune(subject: Subject, inputs: tuple, settings: Settings) -> Tuning:
     reference = subject.program(candidates[0].lowering)
     about = _about(reference, args, argnums, candidates, limits)
     folder = settings.folder()
+    program, args = _program_to_measure(subject, reference, args, argnums)
     stored = folder and cache.load(folder, about)
     if stored:
         best = dataclasses.replace(subject.base, **stored.options)
-        return dataclasses.replace(stored, tuned=subject.make(best), from_cache=True)
-    _measure(candidates, subject, args, argnums, limits)
+        if agree(candidates[0].lowering, best, program, args, limits):
+            tuned = subject.make(best)
+            return dataclasses.replace(stored, tuned=tuned, from_cache=True)
+    _measure(candidates, program, args, limits)
     tuning = Tuning(subject.make(choose(candidates).lowering), candidates, about)
     if folder:
         cache.store(folder, tuning)
@@ -146,10 +162,11 @@ def tune(subject: Subject, inputs: tuple, settings: Settings) -> Tuning:
 
 
 def prepare_inputs(args: tuple, in_axes: Any) -> tuple[tuple, int]:
-    """`(args, timesteps)`, with random numbers in place of constant arrays.
+    """`(args, timesteps)`, with random numbers near those of the arguments.
 
     With the same numbers everywhere, a mean over the batch is what each example has,
-    and a lowering that mixes the batch would look right.
+    and where a parameter is zero, it has no effect: a lowering that mixes the batch
+    would look right.
     """
     for x in jax.tree.leaves(args):
         if isinstance(x, Tracer | jax.ShapeDtypeStruct):
@@ -160,24 +177,19 @@ def prepare_inputs(args: tuple, in_axes: Any) -> tuple[tuple, int]:
     inputs = flatten_inputs(args, in_axes)
     if time_size(inputs) < 1:
         raise ValueError("args must have steps to measure, got 0 steps.")
-    varied = [_vary(jnp.asarray(x), i) for i, x in enumerate(inputs.mapped)]
-    return inputs.rebuild(varied), time_size(inputs)
+    inputs = inputs.replace(lambda x, axis: (vary(x), axis))
+    return inputs.rebuild(map(vary_integers, inputs.mapped)), time_size(inputs)
 
 
-def _vary(x, seed: int):
-    if not is_float(x) or x.size < 2 or not (x == x.ravel()[0]).all():
-        return x
-    return jax.random.normal(jax.random.key(seed), x.shape, x.dtype)
+def _program_to_measure(subject: Subject, reference, args, argnums) -> tuple[Any, Any]:
+    """`(program, args)`: the call, or the call and its gradient, of a lowering."""
+    if not argnums:
+        return subject.program, args
+    differentiate, args = with_gradient(reference, argnums, args)
+    return lambda lowering: differentiate(subject.program(lowering)), args
 
 
-def _measure(
-    candidates: list[Candidate], subject: Subject, args, argnums, limits: Limits
-) -> None:
-    program = subject.program
-    if argnums:
-        reference = subject.program(candidates[0].lowering)
-        differentiate, args = with_gradient(reference, argnums, args)
-        program = lambda lowering: differentiate(subject.program(lowering))
+def _measure(candidates: list[Candidate], program, args, limits: Limits) -> None:
     with progress_bar(len(candidates)) as report:
         measure_all(candidates, program, args, limits, report)
     if not any(candidate.measured for candidate in candidates):
@@ -197,7 +209,7 @@ def _about(reference, args, argnums, candidates, limits: Limits) -> dict[str, An
         "platform": device.client.platform_version,
         "cores": os.cpu_count() if device.platform == "cpu" else None,
         "jax": jax.__version__,
-        "tdjax": importlib.metadata.version("tdjax"),
+        "tdjax": sys.modules["tdjax"].__version__,
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "precision": getattr(jax.config, "jax_default_matmul_precision", None),
         "shapes": [str(jax.typeof(x)) for x in jax.tree.leaves(args)],
@@ -218,6 +230,15 @@ def _device(args) -> Any:
 
 
 def _fingerprint(reference, args) -> str:
+    program = jax.make_jaxpr(reference)(*args)
     # Functions inside of a jaxpr are printed with their addresses.
-    program = re.sub(r" at 0x[0-9a-f]+", "", str(jax.make_jaxpr(reference)(*args)))
-    return hashlib.sha256(program.encode()).hexdigest()
+    text = re.sub(r" at 0x[0-9a-f]+", "", str(program))
+    fingerprint = hashlib.sha256(text.encode())
+    map_constants(program, lambda x: fingerprint.update(_as_bytes(x)))
+    return fingerprint.hexdigest()
+
+
+def _as_bytes(constant: Any) -> bytes:
+    if jnp.issubdtype(constant.dtype, jax.dtypes.extended):
+        constant = jax.random.key_data(constant)
+    return np.asarray(constant).tobytes()

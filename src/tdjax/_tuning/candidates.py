@@ -3,12 +3,15 @@
 import dataclasses
 import math
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from tdjax._jaxprs import bind, evaluate, map_constants, open_program
 from tdjax._steps.lowering import METHODS, Lowering
 
 OPTIONS = ("method", "chunk_size", "unroll", "remat")
@@ -175,12 +178,58 @@ def _change(
 def compile_candidate(candidate: Candidate, run: Callable, args) -> Any:
     """Compiles a candidate and notes the time and memory that it takes."""
     start = time.perf_counter()
-    program = jax.jit(run).lower(*args).compile()
+    program = jax.jit(_with_varied_constants(run, args)).lower(*args).compile()
     candidate.compile_seconds = time.perf_counter() - start
     memory = program.memory_analysis()
     if memory is not None:
         candidate.temporary_bytes = int(memory.temp_size_in_bytes)
     return program
+
+
+def _with_varied_constants(run: Callable, args) -> Callable:
+    """`run`, with the arrays that it closes over varied: a zero may hide a path."""
+    program, shapes = jax.make_jaxpr(run, return_shape=True)(*args)
+    constants: list[Any] = []
+    map_constants(program, constants.append)
+    if not any(map(_is_float_array, constants)):
+        return run
+    program = map_constants(program, vary)
+
+    def varied(*args):
+        leaves = evaluate(*open_program(program), jax.tree.leaves(args), bind)
+        return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+    return varied
+
+
+def vary(x: Any) -> Any:
+    """Random floats near those of `x`: of the same sign, and no larger.
+
+    Where all are zero they become positive; where only some are, as in a mask that is
+    added, these stay. The same `x` always gives the same numbers.
+    """
+    if not _is_float_array(x):
+        return x
+    seed = zlib.crc32(np.asarray(x).tobytes())
+    noise = np.random.default_rng(seed).uniform(0.5, 1.0, x.shape)
+    values = np.asarray(x)
+    if not values.any():
+        values = np.ones_like(values)
+    return jnp.asarray(values * noise.astype(values.dtype))
+
+
+def vary_integers(x: Any) -> Any:
+    """Two different integers, where all of `x` are the same: ids of a dummy input."""
+    x = np.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.integer) or x.size < 2 or (x != x.flat[0]).any():
+        return x
+    ones = np.random.default_rng(0).integers(0, 2, x.shape).astype(x.dtype)
+    # Towards zero: if the one is a valid index, so is the other.
+    return x - ones if x.flat[0] > 0 else x + ones
+
+
+def _is_float_array(x) -> bool:
+    return hasattr(x, "dtype") and is_float(x) and getattr(x, "size", 0) > 0
 
 
 def timed(program, args, calls: int = 1) -> tuple[float, Any]:

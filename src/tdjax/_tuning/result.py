@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 from tdjax._tuning.candidates import Candidate
 from tdjax._tuning.report import rich_table
 from tdjax._tuning.search import choose
 
+T = TypeVar("T")
+
 
 @dataclasses.dataclass
-class Tuning:
+class Tuning(Generic[T]):
     """The result of `autotune`.
 
     Attributes:
@@ -34,7 +36,7 @@ class Tuning:
       >>> tuned = tdjax.time_distributed(jnp.sin, **options)
     """
 
-    tuned: Any
+    tuned: T
     candidates: list[Candidate]
     about: dict[str, Any]
     from_cache: bool = False
@@ -75,7 +77,7 @@ class Tuning:
         return json.dumps(fields, indent=1, allow_nan=False)
 
     @classmethod
-    def from_json(cls, text: str) -> "Tuning":
+    def from_json(cls, text: str) -> "Tuning[Any]":
         """Reads what `to_json` wrote; `tuned` is None.
 
         Raises:
@@ -92,7 +94,7 @@ class Tuning:
             ) from error
         if not any(candidate.measured for candidate in candidates):
             raise ValueError("text must hold a candidate that was measured, got none.")
-        return cls(None, candidates, about, from_cache)
+        return cls(cast(T, None), candidates, about, from_cache)
 
 
 def _refuse_constant(name: str):

@@ -109,6 +109,23 @@ def measure_all(
     _take_turns(search)
 
 
+def agree(
+    reference: Lowering,
+    lowering: Lowering,
+    program_of: Callable[[Lowering], Callable],
+    args: tuple,
+    limits: Limits,
+) -> bool:
+    """Whether a lowering, one from a cache, gives the numbers of the reference."""
+    if lowering == reference:
+        return True
+    search = _Search(program_of, args, limits)
+    pair = Candidate(reference), Candidate(lowering)
+    for candidate in pair:
+        _try(candidate, search)
+    return all(candidate.verdict in ("measured", "behind") for candidate in pair)
+
+
 def _may_be_reference(candidate: Candidate) -> bool:
     return candidate.lowering.method == "vmap"
 
