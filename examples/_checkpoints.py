@@ -18,7 +18,10 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 class Checkpoints:
-    """The checkpoints in a folder: arrays, and beside them a record in JSON."""
+    """The checkpoints in a folder: arrays, and beside them a record in JSON.
+
+    The record has a checksum of the arrays: Orbax restores a flipped byte as it is.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder.absolute()
@@ -35,17 +38,55 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
-        if step != self.latest:
-            arrays, json = ocp.args.StandardSave(state), ocp.args.JsonSave(record)
+        if step == self.latest:
+            return
+        record = {**record, "checksum": checksum(state)}
+        arrays, json = ocp.args.StandardSave(state), ocp.args.JsonSave(record)
+        try:
             self._manager.save(step, args=ocp.args.Composite(state=arrays, record=json))
+        except Exception as error:
+            if "No space left" not in str(error):
+                raise
+            raise InputError(
+                f"no space left on the disk for {self.folder / str(step)}: make some, "
+                "and go on with --resume"
+            ) from error
 
-    def record(self) -> dict[str, Any]:
-        args = ocp.args.Composite(record=ocp.args.JsonRestore())
-        return self._manager.restore(self.latest, args=args)["record"]
+    def restore(
+        self, like: Any, check: Callable[[dict[str, Any]], None]
+    ) -> tuple[dict[str, Any], Any, list[str]]:
+        """`(record, state, damages)` of the newest checkpoint that is sound.
 
-    def state(self, like: Any) -> Any:
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-        return self._manager.restore(self.latest, args=args)["state"]
+        `check(record)` refuses a run that is another one. Newer checkpoints, which are
+        damaged, are deleted; `damages` says so.
+        """
+        damages: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                record = self._load(step, record=ocp.args.JsonRestore())
+                check(record)
+                state = self._load(step, state=ocp.args.StandardRestore(like))
+                if checksum(state) != record["checksum"]:
+                    raise ValueError("its numbers are not those that were saved")
+            except InputError:
+                raise
+            except Exception as error:
+                # A damaged file may make Orbax and its parts raise anything.
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                damages[step] = f"{self.folder / str(step)} is damaged: {reason:.100}"
+                continue
+            for damaged in damages:
+                self._manager.delete(damaged)
+            return record, state, list(damages.values())
+        raise InputError(
+            f"{'; '.join(damages.values())}. No other checkpoint is kept: start again, "
+            "with another --out"
+        )
+
+    def _load(self, step: int, **args: Any) -> Any:
+        restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        (name,) = args
+        return restored[name]
 
     def path(self) -> Path:
         return self.folder / str(self.latest)

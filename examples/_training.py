@@ -77,13 +77,18 @@ class Run:
             self._resume()
 
     def _resume(self) -> None:
-        record = self.checkpoints.record()
-        for part, now in self.identity.items():
-            refuse_differences(self.settings.out, record[part], now)
+        record, arrays, damages = self.checkpoints.restore(
+            self._arrays(), self._refuse_other_run
+        )
+        for damage in damages:
+            print(f"{damage}. It is deleted; the run goes on from the one before.")
         self.curve = record["curve"]
-        arrays = self.checkpoints.state(self._arrays())
         key = jax.random.wrap_key_data(arrays["key"])
         self.state = self.state.replace(**{**arrays, "key": key})
+
+    def _refuse_other_run(self, record: dict[str, Any]) -> None:
+        for part, now in self.identity.items():
+            refuse_differences(self.settings.out, record[part], now)
 
     def save(self) -> None:
         record = {**self.identity, "curve": self.curve}

@@ -533,3 +533,20 @@ def test_an_ignored_class_that_labels_cannot_hold_ignores_none(ignored):
             params, hidden, labels.astype(dtype), ignore_class=ignored
         )
         np.testing.assert_allclose(loss, want, 1e-6)
+
+
+@pytest.mark.parametrize("vocab_chunk_size", [None, 2])
+def test_gradients_are_summed_in_float32(vocab_chunk_size):
+    params, hidden, labels = make(dtype=jnp.bfloat16)
+    loss = lambda params: tdjax.linear_cross_entropy(
+        params, hidden, labels, chunk_size=3, vocab_chunk_size=vocab_chunk_size
+    )
+    program = jax.make_jaxpr(jax.grad(loss))(params)
+    sums = [
+        variable.aval
+        for eqn in program.jaxpr.eqns
+        if eqn.primitive.name == "scan"
+        for variable in eqn.outvars
+        if variable.aval.shape == params["kernel"].shape[::-1]
+    ]
+    assert [aval.dtype for aval in sums] == [jnp.float32]

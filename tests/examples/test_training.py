@@ -1,6 +1,8 @@
 """The loop of all examples, on a problem that takes no time."""
 
 import json
+import os
+import shutil
 import signal
 from dataclasses import dataclass
 
@@ -129,6 +131,69 @@ def test_a_crashed_run_goes_on_from_its_last_checkpoint(whole, tmp_path, capsys)
     assert run(out, "--resume") == 0
     assert ending(capsys) == (EVERY, parameters)
     assert curve(out) == curve(folder)
+
+
+def data_file(checkpoint):
+    """The largest of its files: the arrays."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "flipped at the start": lambda step: flip(data_file(step / "state"), 8),
+    "flipped in the middle": lambda step: flip(
+        data_file(step / "state"), data_file(step / "state").stat().st_size // 2
+    ),
+    "flipped at the end": lambda step: flip(data_file(step / "state"), -1),
+    "cut": lambda step: os.truncate(data_file(step / "state"), 10),
+    "no arrays": lambda step: shutil.rmtree(step / "state"),
+    "bad record": lambda step: data_file(step / "record").write_text("{"),
+    "other record": lambda step: data_file(step / "record").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    whole, tmp_path, capsys, name
+):
+    folder, parameters = whole
+    steps = sorted((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    assert [step.name for step in steps] == ["16", "20"]
+    DAMAGES[name](steps[1])
+    assert run(folder, "--resume") == 0
+    output = capsys.readouterr().out
+    assert f"{steps[1]} is damaged: " in output
+    assert "from step 16 of 20" in output
+    assert output.split("parameters ")[1].split()[0] == parameters
+    assert run(folder, "--resume") == 0
+    assert "is damaged" not in capsys.readouterr().out
+
+
+def test_if_all_checkpoints_are_damaged_the_run_says_so_and_deletes_none(whole, capsys):
+    folder, _ = whole
+    steps = list((folder / "checkpoints").iterdir())
+    for step in steps:
+        flip(data_file(step / "state"), -1)
+    assert run(folder, "--resume") == 2
+    message = capsys.readouterr().err
+    assert all(f"{step} is damaged" in message for step in steps)
+    assert "No other checkpoint is kept" in message
+    assert all(step.exists() for step in steps)
+
+
+def test_a_full_disk_is_told_in_a_sentence(tmp_path, capsys, monkeypatch):
+    def save(*args, **kwargs):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
+
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", save)
+    assert run(tmp_path / "full") == 2
+    assert "no space left on the disk for" in capsys.readouterr().err
 
 
 def test_another_seed_ends_elsewhere(whole, tmp_path, capsys):

@@ -193,3 +193,19 @@ def test_float32_statistics_of_float64_inputs_become_float64_as_in_a_loop():
         want = loop(layer, variables, x)
         assert got[1]["batch_stats"]["mean"].dtype == jnp.float64
         assert_trees_close(got, want, 1e-6, 1e-6)
+
+
+def test_a_result_may_be_a_constant(x):
+    class Constant(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            nn.BatchNorm(use_running_average=False)(x)
+            return jnp.zeros(()), 3.0
+
+    wrapped = TimeDistributed(
+        Constant(), out_axes=(0, None), variable_carry="batch_stats"
+    )
+    variables = wrapped.init(jax.random.key(0), x)
+    (zeros, three), _ = wrapped.apply(variables, x, mutable=["batch_stats"])
+    assert zeros.tolist() == [0.0] * STEPS
+    assert float(three) == 3.0

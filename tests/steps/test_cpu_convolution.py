@@ -148,3 +148,21 @@ def test_a_grouped_convolution_and_one_of_integers_stay_as_they_are():
     fun = convolution(ORDERS[0])
     apply = tdjax.time_distributed(fun, in_axes=(None, 1), chunk_size=2)
     assert (apply(kernel, x) == loop_over_steps(fun)(kernel, x)).all()
+
+
+def test_a_checkpoint_of_the_users_around_a_convolution_stays():
+    kernel = normal(1, 3, 3, 2, 4)
+    convolve = lambda x: jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    policy = jax.checkpoint_policies.nothing_saveable
+    fun = jax.checkpoint(convolve, policy=policy, prevent_cse=False)
+    apply = tdjax.time_distributed(fun, chunk_size=1)
+    x = jax.ShapeDtypeStruct((2, 4, 6, 6, 2), jnp.float32)
+    (scan,) = [e for e in jax.make_jaxpr(apply)(x).eqns if e.primitive.name == "scan"]
+    names = ("remat2", "checkpoint")
+    inside = scan.params["jaxpr"].jaxpr.eqns
+    (block,) = [eqn for eqn in inside if eqn.primitive.name in names]
+    assert block.params["policy"] is policy
+    assert block.params["prevent_cse"] is False
+    assert str(block.params["jaxpr"]).count("conv_general_dilated") == 1

@@ -566,3 +566,37 @@ def test_fold_calls_fun_once(chunk_size):
     apply = td(fun, method="fold", chunk_size=chunk_size)
     assert apply(jnp.ones((2, 4, 3))).shape == (2, 4, 11)
     assert calls == [(8 if chunk_size is None else 4, 3)]
+
+
+@pytest.mark.parametrize(
+    ("options", "blocks"),
+    [
+        ({}, 1),
+        ({"method": "fold"}, 1),
+        ({"chunk_size": 2, "unroll": True}, 3),
+        ({"chunk_size": 2}, 1),  # The tail; the other two blocks are in a loop.
+    ],
+)
+def test_remat_outside_of_loops_keeps_its_barriers(options, blocks):
+    apply = td(lambda x: jnp.sin(jnp.sin(x)), remat=True, **options)
+    x = jnp.ones((2, 5, 3))
+    names = ("remat2", "checkpoint")
+    eqns = [e for e in jax.make_jaxpr(apply)(x).eqns if e.primitive.name in names]
+    assert [eqn.params["prevent_cse"] for eqn in eqns] == [True] * blocks
+    gradient = jax.jit(jax.grad(lambda x: apply(x).sum())).lower(x).as_text()
+    assert gradient.count("optimization_barrier") >= blocks
+
+
+def test_a_shared_result_of_symbolic_steps_in_chunks_is_exported():
+    from jax import export
+
+    apply = td(lambda x: (x * 2, jnp.arange(3)), out_axes=(1, None), chunk_size=2)
+    batch, time = export.symbolic_shape("b, t", constraints=["t >= 2"])
+    exported = export.export(jax.jit(apply))(
+        jax.ShapeDtypeStruct((batch, time, 3), jnp.float32)
+    )
+    for steps in (4, 5):
+        x = normal(0, 2, steps, 3)
+        y, shared = exported.call(x)
+        np.testing.assert_array_equal(y, 2 * x)
+        assert shared.tolist() == [0, 1, 2]
