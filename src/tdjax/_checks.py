@@ -1,5 +1,6 @@
 """Checks of arguments, and what their errors share."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -114,6 +115,13 @@ def adapter_of(layer: Any) -> str | None:
     kind = layer if isinstance(layer, type) else type(layer)
     names = [(base.__module__, base.__name__) for base in kind.__mro__]
     return next((_ADAPTERS[name] for name in names if name in _ADAPTERS), None)
+
+
+def is_method(layer: Any, name: str) -> bool:
+    """Whether it is a public method of the layer's class, and no field of it."""
+    member = inspect.getattr_static(type(layer), name, None)
+    is_field = name in getattr(layer, "__dataclass_fields__", ())
+    return inspect.isfunction(member) and not is_field and not name.startswith("_")
 
 
 def refuse_module(fun: Any) -> None:

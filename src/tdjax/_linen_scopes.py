@@ -35,27 +35,32 @@ def adopt(layer: nn.Module, scope: Scope) -> nn.Module:
     return layer
 
 
-def renamed(layer: nn.Module, name: str) -> nn.Module:
-    """A layer made inside of a compact method, with the name given to its wrapper.
+def rename(layer: nn.Module, name: str) -> None:
+    """Gives a layer made inside of a compact method the name given to its wrapper.
 
-    Linen has named it already, `Dense_0` for example; that name is free again.
+    Linen has named it already, `Dense_0` for example; that name is free again, unless a
+    layer made later has taken the next one.
     """
     parent, old, kind = layer.parent, layer.name or "", type(layer).__name__
     if old == name:
-        return layer
+        return
     is_automatic = re.fullmatch(rf"{kind}_\d+", old)
     is_new = layer._state.setup_called == flax_module.SetupState.NEW
+    is_new = is_new and not layer._state.children
     if not is_automatic or not is_new or not isinstance(parent, nn.Module):
         raise ValueError(
             f"name={name!r} names the layer, which has the name {old!r} already. Give "
             f"the name to the layer alone, {kind}(..., name={name!r})."
         )
-    del parent._state.children[old]
+    children, cursors = parent._state.children, parent._state.autoname_cursor
+    del children[old]
     parent.scope.reservations.pop(old, None)  # pyright: ignore
-    cursors = parent._state.autoname_cursor
     if old == f"{kind}_{cursors.get(kind, 0) - 1}":
         cursors[kind] -= 1
-    return layer.clone(parent=parent, name=name)
+    # In place, since the user may share the layer.
+    children[name] = layer
+    object.__setattr__(layer, "name", name)
+    object.__setattr__(layer, "scope", parent.scope.push(name))  # pyright: ignore
 
 
 def _clones(root: Scope):

@@ -16,6 +16,7 @@ from flax.linen.dtypes import promote_dtype
 
 from tdjax._checks import (
     describe,
+    is_method,
     refuse_inner_layers,
     require_array,
     require_layer,
@@ -35,7 +36,7 @@ from tdjax._linen_scopes import (
     call_layer,
     lift_one_step,
     lift_over_time,
-    renamed,
+    rename,
     thaw,
 )
 from tdjax._steps.stateful import check_carry, first_steps, make_lowering
@@ -115,7 +116,7 @@ class TimeDistributed(nn.Module):
         # Only a module that is made by itself has no parent yet; a copy has one.
         is_copy = isinstance(self.parent, nn.Module | Scope | None)
         if self.name is not None and layer.scope is not None and not is_copy:
-            layer = renamed(layer, self.name)
+            rename(layer, self.name)
             object.__setattr__(self, "name", None)
         super().__post_init__()
         if self.scope is not None and layer.scope is None:
@@ -129,7 +130,8 @@ class TimeDistributed(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """Another method of `layer`, over all steps, for `apply(..., method=name)`."""
         layer = self.__dict__.get("layer")
-        if name.startswith("_") or not callable(getattr(type(layer), name, None)):
+        is_nested = isinstance(layer, TimeDistributed) and hasattr(layer, name)
+        if not (is_nested or is_method(layer, name)):
             return super().__getattr__(name)
 
         def method(self, *args, mask=None, **kwargs):

@@ -11,6 +11,7 @@ from flax import nnx
 
 from tdjax._checks import (
     describe,
+    is_method,
     refuse_inner_layers,
     require_array,
     require_layer,
@@ -109,7 +110,9 @@ class TimeDistributed(nnx.Module):
         self.method, self.chunk_size, self.unroll = method, chunk_size, unroll
         self.remat, self.share_rng = remat, share_rng
         self.axis_name, self.spmd_axis_name = axis_name, spmd_axis_name
-        self.capacity, self.variable_carry = capacity, variable_carry
+        is_list = isinstance(variable_carry, list)  # NNX hashes what is no variable.
+        self.variable_carry = tuple(variable_carry) if is_list else variable_carry
+        self.capacity = capacity
         make_lowering(self)
         check_filter(variable_carry)
         check_carry(self)
@@ -120,8 +123,9 @@ class TimeDistributed(nnx.Module):
 
     def __getattr__(self, name: str) -> Any:
         """Another method of `layer`, over all steps."""
-        kind = type(vars(self).get("layer"))
-        if name.startswith("_") or not callable(getattr(kind, name, None)):
+        layer = vars(self).get("layer")
+        is_nested = isinstance(layer, TimeDistributed) and hasattr(layer, name)
+        if not (is_nested or is_method(layer, name)):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
         return functools.partial(self._over_time, name)
 

@@ -555,17 +555,17 @@ def test_a_decorator_checks_its_options_and_its_function(user_errors):
         tdjax.time_distributed(in_axes=0)(ONES)
 
 
-@pytest.mark.parametrize("chunk_size", [None, 2])
-def test_fold_calls_fun_once(chunk_size):
-    calls = []
-
-    def fun(x):
-        calls.append(x.shape)
-        return x @ jnp.ones((3, 11))
-
-    apply = td(fun, method="fold", chunk_size=chunk_size)
-    assert apply(jnp.ones((2, 4, 3))).shape == (2, 4, 11)
-    assert calls == [(8 if chunk_size is None else 4, 3)]
+def test_fold_refuses_what_mixes_examples_whatever_its_shape(user_errors):
+    pairs = lambda x: jnp.einsum("bd,cd->bc", x, x)
+    for fun in (
+        lambda x: jnp.concatenate([x, pairs(x)], -1),
+        lambda x: pairs(x)[:, ::2],
+        lambda x: jnp.repeat(pairs(x), 3, 1),
+    ):
+        with pytest.raises(
+            ValueError, match="needs results of the shape that the steps"
+        ):
+            td(fun, method="fold")(jnp.ones((4, 6, 3)))
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,10 @@ def _bilinear(eqn, args, bound: float) -> list[Spread]:
     if y.steps.any():
         paths = jax.vmap(apply, (None, 0))(_as_number(x.nonzero), _as_number(y.steps))
         steps |= np.asarray(paths) > 0
-    return [unknown(out.dtype, steps, any_far([x, y], bound), bound)]
+    result = unknown(out.dtype, steps, any_far([x, y], bound), bound)
+    # A product with zero is a zero with the other's sign.
+    has_zeros = not (x.nonzero.all() and y.nonzero.all())
+    return [result._replace(sign_varies=has_zeros)]
 
 
 def _as_number(mask):

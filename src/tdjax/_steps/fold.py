@@ -20,7 +20,6 @@ from tdjax._steps.axes import (
     Inputs,
     PerStep,
     batch_size,
-    broadcast_axes,
     first_step,
     map_results,
     output_position,
@@ -104,22 +103,8 @@ def _call_folded(call, folded, batch, timesteps):
         raise
 
 
-def check_shapes(call, inputs: Inputs, out_axes, results, chunk: int | None) -> None:
-    """Compares with one step's shapes, which must not depend on the batch size.
-
-    This calls `fun` once more. Modules that a Haiku function makes then get a second
-    set of parameters, so it is done only where a size looks like a number of examples.
-    """
-    pairs = zip(inputs.mapped, inputs.mapped_axes)
-    arrays = [(x, axis) for x, axis in pairs if isinstance(axis, int)]
-    timesteps = time_size(inputs)
-    if chunk is not None:
-        timesteps = min(chunk, timesteps) if isinstance(timesteps, int) else chunk
-    examples = batch_size(*arrays[0]) * timesteps
-    axes = broadcast_axes("out_axes", out_axes, results, "the results")
-    leaves = zip(jax.tree.leaves(results), axes)
-    if not any(_has_examples_inside(y, axis, examples) for y, axis in leaves):
-        return
+def check_shapes(call, inputs: Inputs, out_axes, results) -> None:
+    """Compares with one step's shapes, which must not depend on the batch size."""
     step = lambda mapped: call([*map(first_step, mapped, inputs.mapped_axes)])
     with_time = functools.partial(_with_time, time_size(inputs))
     wanted = map_results(with_time, jax.eval_shape(step, inputs.mapped), out_axes)
@@ -132,24 +117,6 @@ def check_shapes(call, inputs: Inputs, out_axes, results, chunk: int | None) -> 
                 f"{describe(want)}: fun was given all examples of all steps at once, "
                 f"and returned {describe(y)}. Use method='vmap'."
             )
-
-
-def _has_examples_inside(y, axis: Axis, examples) -> bool:
-    """Whether an axis beside batch and time has the size of something over examples.
-
-    Such as pairs or differences of examples.
-    """
-    if isinstance(axis, PerStep):
-        return False
-    sizes = list(jnp.shape(y))
-    if axis is not None:
-        del sizes[output_position(axis, len(sizes))]
-        del sizes[0]
-    n = examples
-    counts = [n]
-    if isinstance(n, int):
-        counts += [n - 1, n + 1, n * n, n * (n - 1) // 2, n * (n + 1) // 2]
-    return any(size == count for size in sizes for count in counts)
 
 
 def _with_time(timesteps, y, axis: Axis):

@@ -88,7 +88,7 @@ def distribute(call, inputs: Inputs, out_axes: Any, lowering: Lowering) -> Any:
     else:
         y = _loop(call, inputs, out_axes, chunk, lowering)
     if lowering.method == "fold":
-        check_shapes(call, inputs, out_axes, y, chunk)
+        check_shapes(call, inputs, out_axes, y)
     return y
 
 

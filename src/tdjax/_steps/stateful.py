@@ -8,6 +8,7 @@ is kept, and *new* ones, such as sown values, which are stacked over time.
 """
 
 import functools
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -140,7 +141,9 @@ def _refuse_statistics(changed, capacity: int) -> None:
 def _gets_mask(args, mask) -> bool:
     """Whether an argument of the layer may be the mask as well."""
     leaves = [x for x in jax.tree.leaves(args) if is_array(x)]
-    return any(x.dtype == jnp.bool_ and x.shape == mask.shape for x in leaves)
+    fits = lambda x: x.shape[: mask.ndim] == mask.shape
+    is_mask = lambda x: x.dtype == jnp.bool_ or x.size == mask.size
+    return any(fits(x) and is_mask(x) for x in leaves)
 
 
 def _warn_of_stand_ins(variables, before, changed, mask) -> None:
@@ -149,7 +152,10 @@ def _warn_of_stand_ins(variables, before, changed, mask) -> None:
         return  # No step has both valid and masked examples.
     old, written = leaves_by_path(variables), leaves_by_path(changed)
     written |= {k: x for k, x in leaves_by_path(before).items() if x is not old[k]}
+    # Those of BatchNorm, by its names in Linen and NNX; others may not be of examples.
+    is_moment = re.compile(r"\b(mean|var)\b")
     floats = [k for k, x in written.items() if jnp.issubdtype(x.dtype, jnp.floating)]
+    floats = [name.removeprefix("[0][0]") for name in floats if is_moment.search(name)]
     if floats:
         warnings.warn(
             f"With mask=, the layer writes statistics ({', '.join(floats[:2])}) over "

@@ -14,6 +14,7 @@ from tdjax._steps.select_steps import select_steps
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_NO_FUNCTION: Any = object()
 
 
 @overload
@@ -48,7 +49,7 @@ def time_distributed(
 
 
 def time_distributed(
-    fun: Callable[..., Any] | None = None,
+    fun: Any = _NO_FUNCTION,
     *,
     in_axes: Any = 1,
     out_axes: Any = 1,
@@ -121,7 +122,7 @@ def time_distributed(
     distribute = functools.partial(
         _distribute, in_axes=in_axes, out_axes=out_axes, lowering=lowering
     )
-    return distribute if fun is None else distribute(fun)
+    return distribute if fun is _NO_FUNCTION else distribute(fun)
 
 
 def _distribute(fun, /, in_axes, out_axes, lowering: Lowering) -> "Distributed":

@@ -30,7 +30,7 @@ from tdjax._tuning.candidates import (
 )
 from tdjax._tuning.report import progress_bar
 from tdjax._tuning.result import Tuning
-from tdjax._tuning.search import Limits, agree, choose, measure_all
+from tdjax._tuning.search import Limits, agree, choose, find_reference, measure_all
 from tdjax._tuning.settings import Settings
 
 
@@ -150,8 +150,9 @@ def tune(subject: Subject, inputs: tuple, settings: Settings) -> Tuning:
     program, args = _program_to_measure(subject, reference, args, argnums)
     stored = folder and cache.load(folder, about)
     if stored:
-        best = dataclasses.replace(subject.base, **stored.options)
-        if agree(candidates[0].lowering, best, program, args, limits):
+        pair = find_reference(stored.candidates).options, stored.options
+        reference, best = (dataclasses.replace(subject.base, **x) for x in pair)
+        if agree(reference, best, program, args, limits):
             tuned = subject.make(best)
             return dataclasses.replace(stored, tuned=tuned, from_cache=True)
     _measure(candidates, program, args, limits)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tdjax._checks import is_array, is_concrete
 from tdjax._jaxprs import bind, evaluate, map_constants, open_program
 from tdjax._steps.lowering import METHODS, Lowering
 
@@ -203,29 +204,40 @@ def _with_varied_constants(run: Callable, args) -> Callable:
 
 
 def vary(x: Any) -> Any:
-    """Random floats near those of `x`: of the same sign, and no larger.
+    """Random floats in place of an array whose floats are all equal, as zeros are.
 
-    Where all are zero they become positive; where only some are, as in a mask that is
-    added, these stay. The same `x` always gives the same numbers.
+    They have the same sign and are no larger; in place of zeros they are positive. The
+    same `x` always gives the same numbers. Arrays of other numbers stay as they are:
+    they may be sorted, orthogonal or positive definite.
     """
-    if not _is_float_array(x):
+    if not _is_float_array(x) or not _is_constant(x):
         return x
-    seed = zlib.crc32(np.asarray(x).tobytes())
-    noise = np.random.default_rng(seed).uniform(0.5, 1.0, x.shape)
-    values = np.asarray(x)
-    if not values.any():
-        values = np.ones_like(values)
-    return jnp.asarray(values * noise.astype(values.dtype))
+    value = np.asarray(jnp.ravel(x)[0])
+    noise = np.random.default_rng(zlib.crc32(value.tobytes())).uniform(
+        0.5, 1.0, x.shape
+    )
+    return _placed_as(x, noise.astype(value.dtype) * (value if value else 1))
 
 
 def vary_integers(x: Any) -> Any:
     """Two different integers, where all of `x` are the same: ids of a dummy input."""
-    x = np.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.integer) or x.size < 2 or (x != x.flat[0]).any():
+    is_integer = is_array(x) and jnp.issubdtype(x.dtype, jnp.integer)
+    if not is_integer or x.size < 2 or not _is_constant(x):
         return x
-    ones = np.random.default_rng(0).integers(0, 2, x.shape).astype(x.dtype)
+    value = np.asarray(jnp.ravel(x)[0])
+    ones = np.random.default_rng(0).integers(0, 2, x.shape).astype(value.dtype)
     # Towards zero: if the one is a valid index, so is the other.
-    return x - ones if x.flat[0] > 0 else x + ones
+    return _placed_as(x, value - ones if value > 0 else value + ones)
+
+
+def _is_constant(x) -> bool:
+    return is_concrete(x) and bool(jnp.all(x == jnp.ravel(x)[0]))
+
+
+def _placed_as(x, values) -> Any:
+    """The values as an array on the devices of `x`."""
+    values = jnp.asarray(values, x.dtype)
+    return jax.device_put(values, x.sharding) if isinstance(x, jax.Array) else values
 
 
 def _is_float_array(x) -> bool:

@@ -122,12 +122,18 @@ def agree(
     search = _Search(program_of, args, limits)
     pair = Candidate(reference), Candidate(lowering)
     for candidate in pair:
-        _try(candidate, search)
-    return all(candidate.verdict in ("measured", "behind") for candidate in pair)
+        _try(candidate, search, times_again=False)
+    return all(candidate.measured for candidate in pair)
 
 
 def _may_be_reference(candidate: Candidate) -> bool:
     return candidate.lowering.method == "vmap"
+
+
+def find_reference(candidates: Iterable[Candidate]) -> Candidate:
+    """With which the others of a search were compared: the first that ran."""
+    ran = [c for c in candidates if c.verdict in ("measured", "behind")]
+    return next(filter(_may_be_reference, ran))
 
 
 def choose(candidates: Iterable[Candidate]) -> Candidate:
@@ -149,7 +155,7 @@ def _expected(candidate: Candidate, tried: list[Candidate], search: _Search) -> 
     return seconds + (2 * best if best < math.inf else 0.0)
 
 
-def _try(candidate: Candidate, search: _Search) -> None:
+def _try(candidate: Candidate, search: _Search, times_again: bool = True) -> None:
     """Compiles, checks and times one candidate, and notes the verdict."""
     try:
         run = search.program_of(candidate.lowering)
@@ -171,7 +177,7 @@ def _try(candidate: Candidate, search: _Search) -> None:
         search.tolerances = _tolerances(results, run, search)
     _compare(candidate, results, search)
     del results
-    if candidate.measured:
+    if candidate.measured and times_again:
         _time_once_more(candidate, program, seconds, search)
 
 
