@@ -640,6 +640,38 @@ def test_two_names_for_one_layer_are_refused(key, x, user_errors):
             Twice(used).init(key, x)
 
 
+def test_a_layer_with_its_wrappers_name_is_shared_as_before(key, x):
+    class Shared(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = nn.Dense(5)
+            return TimeDistributed(layer, name="head")(x) + layer(x)
+
+    variables = Shared().init(key, x)
+    assert list(variables["params"]) == ["head"]
+    want = 2 * nn.Dense(5).apply({"params": variables["params"]["head"]}, x)
+    assert_trees_close(Shared().apply(variables, x), want)
+
+    class TwoNames(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = nn.Dense(5)
+            y = TimeDistributed(layer, name="a")(x)
+            return y + TimeDistributed(layer, name="b")(x)
+
+    with pytest.raises(ValueError, match=r"name='b' names the layer, .* 'a' already"):
+        TwoNames().init(key, x)
+
+
+def test_only_methods_of_the_layer_are_found(key, x):
+    assert not hasattr(TimeDistributed(nn.Dense(3)), "kernel_init")
+    nested = TimeDistributed(TimeDistributed(AutoEncoder()))
+    films = jnp.stack([x, x], 1)
+    variables = nested.init(key, films)
+    want = AutoEncoder().apply(variables, films, method="encode")
+    assert_trees_close(nested.apply(variables, films, method="encode"), want)
+
+
 class AutoEncoder(nn.Module):
     def setup(self):
         self.encoder, self.decoder = nn.Dense(2), nn.Dense(5)
@@ -693,6 +725,9 @@ def test_statistics_under_a_mask_that_the_layer_does_not_get_are_warned_of(key, 
     with pytest.warns(UserWarning, match="writes statistics"):
         jax.jit(run)(mask)
     run(jnp.ones((B, T), bool).at[:, 1].set(False))  # Whole steps: no stand-ins count.
+    spectral = TimeDistributed(nn.SpectralNorm(nn.Dense(2)))
+    kept = spectral.init(key, x, update_stats=False)
+    spectral.apply(kept, x, mask=mask, update_stats=True, mutable=["batch_stats"])
     model = TimeDistributed(Norm())
     variables = model.init(key, x, mask)
     _, state = model.apply(variables, x, mask, mask=mask, mutable=["batch_stats"])

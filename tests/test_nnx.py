@@ -428,7 +428,7 @@ class Encoder(nnx.Module):
 @pytest.mark.parametrize("chunk_size", [None, 3])
 @pytest.mark.parametrize("call", ["__call__", "encode"])
 def test_statistics_can_go_from_step_to_step(x, chunk_size, call):
-    options = {"chunk_size": chunk_size, "variable_carry": nnx.BatchStat}
+    options = {"chunk_size": chunk_size, "variable_carry": [nnx.BatchStat]}
     model, layer = (
         TimeDistributed(Encoder(nnx.Rngs(0)), **options),
         Encoder(nnx.Rngs(0)),

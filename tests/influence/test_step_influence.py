@@ -372,6 +372,7 @@ DIAGONAL = np.eye(2, dtype=bool)
         lambda x: jnp.arctan2(x * 0, -1.0),
         lambda x: jnp.copysign(1.0, x * 0),
         lambda x: jnp.signbit(-(x * 0)).astype(float),
+        lambda x: jnp.signbit(x @ jnp.zeros((1, 1))),
         lambda x: jnp.arctan2(jnp.concatenate([x, x], -1)[..., :1] * 0, -1.0),
         lambda x: lax.scan(lambda c, v: (c, v * 0), 0.0, x)[1] + jnp.arctan2(x * 0, -1.0),
         lambda x: jax.pure_callback(np.signbit, jax.ShapeDtypeStruct((1, 2, 1), bool), x * 0),

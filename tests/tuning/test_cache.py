@@ -13,7 +13,7 @@ import pytest
 import tdjax
 from helpers import assert_trees_close
 from tdjax._steps.lowering import Lowering
-from tdjax._tuning import cache
+from tdjax._tuning import cache, search
 from tdjax._tuning.candidates import Candidate
 from tdjax._tuning.result import Tuning
 from tuning.tuned_dense import QUICK, X, tune_dense
@@ -217,6 +217,23 @@ def test_what_comes_out_of_the_cache_is_compared_with_the_reference(tmp_path):
     assert first.about == second.about
     assert not second.from_cache
     assert second.options["method"] == "vmap"
+
+
+def test_a_result_whose_reference_needed_chunks_is_found_again(tmp_path, monkeypatch):
+    compile_really = search.compile_candidate
+
+    def compile_candidate(candidate, run, args):
+        program = compile_really(candidate, run, args)
+        candidate.temporary_bytes = 100 * (candidate.lowering.chunk_size or 10**6)
+        return program
+
+    monkeypatch.setattr(search, "compile_candidate", compile_candidate)
+    options = {"memory_limit": 1000, "cache": tmp_path, **QUICK}
+    for found in (False, True):
+        result = tdjax.autotune(jnp.sin, X, **options)
+        assert result.from_cache == found
+        assert result.candidates[0].verdict == "over the memory limit"
+        assert result.best.measured
 
 
 def test_arrays_that_a_function_closes_over_are_part_of_the_key(tmp_path):
