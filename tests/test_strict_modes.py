@@ -25,6 +25,7 @@ MODES = {
     "rank": lambda: jax.numpy_rank_promotion("raise"),
     "nans": lambda: jax.debug_nans(True),
 }
+DTYPES = ["float32", "bfloat16", "float16"]
 LOWERINGS = [
     {},
     {"method": "fold"},
@@ -49,11 +50,15 @@ def check(mode, run, *args):
 
 
 modes = pytest.mark.parametrize("mode", MODES)
-dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+# Operation by operation, one dtype has to do.
+modes_and_dtypes = pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [(mode, dtype) for mode in ("dtype", "rank") for dtype in DTYPES]
+    + [("nans", "float32")],
+)
 
 
-@modes
-@dtypes
+@modes_and_dtypes
 def test_the_dense_families(mode, dtype):
     def run(key, x):
         sizes = {"in_features": F, "features": 2}
@@ -94,8 +99,7 @@ def test_masked_means_of_any_dtype(mode, dtype):
     check(mode, lambda values: tdjax.masked_mean(values, MASK, 1), values)
 
 
-@modes
-@dtypes
+@modes_and_dtypes
 @pytest.mark.parametrize("options", LOWERINGS, ids=str)
 def test_every_lowering_with_a_mask_and_its_gradient(mode, dtype, options):
     apply = tdjax.time_distributed(tdjax.dense, in_axes=(None, 1), **options)
@@ -109,8 +113,7 @@ def test_every_lowering_with_a_mask_and_its_gradient(mode, dtype, options):
     check(mode, run, params, x, MASK)
 
 
-@modes
-@dtypes
+@modes_and_dtypes
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(
     "options",
