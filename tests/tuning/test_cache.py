@@ -245,3 +245,13 @@ def test_arrays_that_a_function_closes_over_are_part_of_the_key(tmp_path):
         assert not tdjax.autotune(make(one), X, **options).from_cache
         assert tdjax.autotune(make(one), X, **options).from_cache
         assert not tdjax.autotune(make(two), X, **options).from_cache
+
+
+def test_an_entry_without_a_reference_is_measured_again(params, entry):
+    damage(entry, lambda e: e["candidates"][0]["options"].update(method="fold"))
+    damage(entry, lambda e: e["about"]["candidates"][0].update(method="fold"))
+    with pytest.warns(UserWarning, match="is ignored"):
+        assert not tune_dense(params, candidates=[], cache=entry.parent).from_cache
+    assert (
+        search.find_reference([Candidate(Lowering("fold"), verdict="measured")]) is None
+    )

@@ -149,8 +149,9 @@ def tune(subject: Subject, inputs: tuple, settings: Settings) -> Tuning:
     folder = settings.folder()
     program, args = _program_to_measure(subject, reference, args, argnums)
     stored = folder and cache.load(folder, about)
-    if stored:
-        pair = find_reference(stored.candidates).options, stored.options
+    compared_with = stored and find_reference(stored.candidates)
+    if stored and compared_with:
+        pair = compared_with.options, stored.options
         reference, best = (dataclasses.replace(subject.base, **x) for x in pair)
         if agree(reference, best, program, args, limits):
             tuned = subject.make(best)
@@ -163,7 +164,7 @@ def tune(subject: Subject, inputs: tuple, settings: Settings) -> Tuning:
 
 
 def prepare_inputs(args: tuple, in_axes: Any) -> tuple[tuple, int]:
-    """`(args, timesteps)`, with random numbers near those of the arguments.
+    """`(args, timesteps)`, with random numbers in place of constant arrays.
 
     With the same numbers everywhere, a mean over the batch is what each example has,
     and where a parameter is zero, it has no effect: a lowering that mixes the batch

@@ -130,10 +130,10 @@ def _may_be_reference(candidate: Candidate) -> bool:
     return candidate.lowering.method == "vmap"
 
 
-def find_reference(candidates: Iterable[Candidate]) -> Candidate:
+def find_reference(candidates: Iterable[Candidate]) -> Candidate | None:
     """With which the others of a search were compared: the first that ran."""
     ran = [c for c in candidates if c.verdict in ("measured", "behind")]
-    return next(filter(_may_be_reference, ran))
+    return next(filter(_may_be_reference, ran), None)
 
 
 def choose(candidates: Iterable[Candidate]) -> Candidate:
