@@ -1,6 +1,5 @@
 """The tuner: what it refuses, what it keeps, and what it can be trusted with."""
 
-import collections
 import json
 
 import flax.linen as nn
@@ -133,34 +132,6 @@ def test_a_memory_limit_is_kept_and_one_that_cannot_be_is_an_error():
     assert_trees_close(result.tuned(x), jax.vmap(fun, 1, 1)(x))
     with pytest.raises(ValueError, match=r"memory_limit=1 .* the least was \d+ bytes"):
         tdjax.autotune(fun, x, argnums=0, memory_limit=1, **QUICK)
-
-
-def test_a_slow_candidate_is_measured_less_often(monkeypatch):
-    seconds = {None: 0.001, 2: 0.0012, 1: 0.02}
-    measured = collections.Counter()
-    compile_really = _search.compile_candidate
-
-    def compile_candidate(candidate, run, args):
-        program = compile_really(candidate, run, args)
-        return candidate.lowering.chunk_size, program
-
-    def timed(program, args, calls=1):
-        size, run = program
-        measured[size] += 1
-        return seconds[size], run(*args)
-
-    monkeypatch.setattr(_search, "compile_candidate", compile_candidate)
-    monkeypatch.setattr(_search, "timed", timed)
-    result = tdjax.autotune(scale, X, **QUICK)
-    assert verdicts(result) == {
-        "method='vmap'": "measured",
-        "method='fold'": "measured",
-        "method='vmap', chunk_size=2": "behind",
-        "method='vmap', chunk_size=1": "behind",
-    }
-    # The first run, and a few more; then it is 20 times behind.
-    assert measured[1] <= 4 < measured[2] < measured[None] / 2
-    assert result.options["chunk_size"] is None
 
 
 def test_the_default_list_covers_methods_chunks_loops_and_remat(params):

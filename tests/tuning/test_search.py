@@ -10,7 +10,7 @@ import tdjax
 from tdjax._steps.lowering import Lowering
 from tdjax._tuning import search
 from tdjax._tuning.candidates import Candidate, default_tolerance
-from tuning.tuned_dense import X, tune_dense
+from tuning.tuned_dense import QUICK, X, tune_dense
 
 
 @pytest.fixture
@@ -38,6 +38,22 @@ def tune(sizes, **options):
     options = {"budget": 600.0, "candidates": candidates, **options}
     result = tdjax.autotune(jnp.sin, X, **options)
     return {each.lowering.chunk_size: each for each in result.candidates}
+
+
+def test_a_slow_candidate_is_measured_less_often(clock):
+    seconds, measured = clock
+    for size, length in {None: 0.001, 2: 0.0012, 1: 0.02}.items():
+        seconds[size] = lambda i, length=length: length
+    result = tdjax.autotune(lambda x: jnp.tanh(x * 2.0), X, **QUICK)
+    assert {str(each): each.verdict for each in result.candidates} == {
+        "method='vmap'": "measured",
+        "method='fold'": "measured",
+        "method='vmap', chunk_size=2": "behind",
+        "method='vmap', chunk_size=1": "behind",
+    }
+    # The first run, and a few more; then it is 20 times behind.
+    assert measured[1] <= 4 < measured[2] < measured[None] / 2
+    assert result.options["chunk_size"] is None
 
 
 @pytest.mark.parametrize(
