@@ -1,9 +1,11 @@
 """Checkpoints from which a stopped run goes on, and files that are never half there."""
 
+import contextlib
 import hashlib
+import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,6 +15,11 @@ import orbax.checkpoint as ocp
 
 from _options import InputError
 
+try:
+    import fcntl
+except ImportError:  # Windows has none; there, nothing guards a folder.
+    fcntl = None
+
 # Orbax reports its own workings as warnings; what fails still raises.
 logging.getLogger("absl").setLevel(logging.ERROR)
 
@@ -20,7 +27,7 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 class Checkpoints:
     """The checkpoints in a folder: arrays, and beside them a record in JSON.
 
-    The record has a checksum of the arrays: Orbax restores a flipped byte as it is.
+    The record has a checksum of both: Orbax restores a flipped byte as it is.
     """
 
     def __init__(self, folder: Path):
@@ -40,10 +47,13 @@ class Checkpoints:
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
         if step == self.latest:
             return
-        record = {**record, "checksum": checksum(state)}
-        arrays, json = ocp.args.StandardSave(state), ocp.args.JsonSave(record)
+        sealed = {**record, "checksum": _checksum_of_both(state, record)}
+        parts = {
+            "state": ocp.args.StandardSave(state),
+            "record": ocp.args.JsonSave(sealed),
+        }
         try:
-            self._manager.save(step, args=ocp.args.Composite(state=arrays, record=json))
+            self._manager.save(step, args=ocp.args.Composite(**parts))
         except Exception as error:
             if "No space left" not in str(error):
                 raise
@@ -66,7 +76,7 @@ class Checkpoints:
                 record = self._load(step, record=ocp.args.JsonRestore())
                 check(record)
                 state = self._load(step, state=ocp.args.StandardRestore(like))
-                if checksum(state) != record["checksum"]:
+                if record.pop("checksum") != _checksum_of_both(state, record):
                     raise ValueError("its numbers are not those that were saved")
             except InputError:
                 raise
@@ -109,6 +119,37 @@ def refuse_differences(folder: Path, saved: dict[str, Any], now: dict[str, Any])
         raise InputError(f"cannot resume {folder} with other settings: {differences}")
 
 
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a folder, which is made if it is missing.
+
+    The system gives it free when the process ends, in whatever way.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None:
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            _lock(folder, handle)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # If it is empty.
+
+
+def _lock(folder: Path, handle: int) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(
+            f"another process is at work in {folder}: wait for its end, or give "
+            "another folder with --out"
+        ) from error
+    except OSError:
+        pass  # A file system without locks.
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Readers see the old file or the whole new one, whenever the run is killed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -130,3 +171,8 @@ def checksum(tree: Any) -> str:
         )
         digest.update(array.tobytes())
     return digest.hexdigest()[:16]
+
+
+def _checksum_of_both(state: Any, record: dict[str, Any]) -> str:
+    text = json.dumps(record, sort_keys=True)
+    return checksum((state, np.frombuffer(text.encode(), np.uint8)))

@@ -5,6 +5,7 @@ they have is a function of the seed and the step, and Keras keeps the step besid
 optimiser's state in the `.keras` file.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from rich.console import Console
 from _batches import batch_rows, count, take
 from _checkpoints import refuse_differences, refuse_existing, write_atomically
 from _display import Point, TrainingProgress
-from _options import Settings
+from _options import InputError, Settings
 from _problem import QUANTITIES
 from _training import is_point
 
@@ -46,6 +47,7 @@ class FitRun:
         self.identity = {"settings": settings.identity(), "task": task}
         self.notes: dict[str, Any] = {}
         self.curve: list[Point] = []
+        self._files: list[str] = []
         if not self.file.exists():
             self.model = make_model()
         elif settings.resume:
@@ -54,11 +56,23 @@ class FitRun:
             refuse_existing(settings.out)
 
     def _resume(self) -> None:
-        record = json.loads(self._record.read_text())
+        try:
+            record = json.loads(self._record.read_text())
+            own = record.pop("checksum"), _digest(_as_json(record))
+            if (
+                own[0] != own[1]
+                or _digest(self.file.read_bytes()) not in record["files"]
+            ):
+                raise ValueError("these are not the bytes that were saved")
+        except (LookupError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{self.file} or {self._record.name} is damaged ({error}): start "
+                "again, with another --out"
+            ) from error
         for part, now in self.identity.items():
             refuse_differences(self.settings.out, record[part], now)
         self.model: Any = keras.saving.load_model(self.file)
-        self.notes = record["notes"]
+        self.notes, self._files = record["notes"], record["files"]
         # The record is written first: it may be a point ahead.
         self.curve = [point for point in record["curve"] if point["step"] <= self.step]
 
@@ -67,13 +81,18 @@ class FitRun:
         return int(self.model.optimizer.iterations.value)
 
     def save(self) -> None:
-        """Replaces the files by whole new ones, whenever the run is killed."""
-        record = {**self.identity, "notes": self.notes, "curve": self.curve}
-        content = json.dumps(record, indent=1).encode()
+        """Replaces the files by whole new ones, whenever the run is killed.
+
+        The record has the checksums of two models: the old one may still be there.
+        """
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._record, lambda file: file.write(content))
         unfinished = self.file.with_name(f".{self.file.name}")
         self.model.save(unfinished)
+        self._files = [*self._files[-1:], _digest(unfinished.read_bytes())]
+        record = {**self.identity, "notes": self.notes, "curve": self.curve}
+        record["files"] = self._files
+        content = _as_json({**record, "checksum": _digest(_as_json(record))})
+        write_atomically(self._record, lambda file: file.write(content))
         os.replace(unfinished, self.file)
 
     def next_stop(self) -> int:
@@ -134,3 +153,11 @@ class _Shown(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         metrics = {name: float(value) for name, value in (logs or {}).items()}
         self._progress.step(self._first + batch + 1, metrics)
+
+
+def _as_json(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, indent=1).encode()
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -8,7 +8,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from _checkpoints import Checkpoints, checksum, refuse_existing, write_atomically
+from _checkpoints import (
+    Checkpoints,
+    checksum,
+    claimed,
+    refuse_existing,
+    write_atomically,
+)
 from _display import Point, save_curve
 from _options import (
     InputError,
@@ -51,7 +57,8 @@ def run_program(
     """Runs a program that goes on with `--resume`; returns as `run_example`."""
     chosen = parse_settings(arguments, settings, description)
     try:
-        program(chosen, Console())
+        with claimed(chosen.out):
+            program(chosen, Console())
     except KeyboardInterrupt:
         print("\nInterrupted. Go on with:", resume_command(sys.argv[0], arguments))
         return 130

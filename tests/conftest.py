@@ -6,7 +6,7 @@ import os
 import jax
 import jaxtyping
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # Tests compile much and compute little: half of the time is LLVM's, for nothing.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -24,6 +24,10 @@ if importlib.util.find_spec("keras") is None:
 # Each example may compile; a compilation has no deadline.
 settings.register_profile("tdjax", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("tdjax")
+# For tests/fuzz: other examples at each run.
+settings.register_profile(
+    "fuzz", deadline=None, max_examples=2000, suppress_health_check=[*HealthCheck]
+)
 
 
 @pytest.fixture

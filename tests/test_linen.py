@@ -1,5 +1,3 @@
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,6 +20,12 @@ METHODS = [
     {"method": "fold", "chunk_size": 3, "unroll": True, "remat": True},
 ]
 methods = pytest.mark.parametrize("options", METHODS, ids=str)
+# Of many layers, each method once.
+some_methods = pytest.mark.parametrize(
+    "options",
+    [pytest.param(x, marks=pytest.mark.slow if len(x) > 1 else ()) for x in METHODS],
+    ids=str,
+)
 
 
 @pytest.fixture
@@ -69,19 +73,21 @@ class Scanned(nn.Module):
 # Variables
 
 
-@methods
+@some_methods
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_variables_are_those_of_the_layer_without_the_wrapper(key, name, options):
     kind = zoo.ZOO[name]
     rngs = {"params": key, "dropout": key}
     model = TimeDistributed(kind.linen(), in_axes=kind.in_axes, **options)
     first = zoo._step(kind, 0, kind.inputs)
+
     # Compiled, `init` makes the variables and leaves out the results.
-    init = lambda module: jax.jit(functools.partial(module.init, **kind.kwargs))
-    assert_trees_equal(
-        init(model)(rngs, *kind.inputs),
-        init(kind.linen())(rngs, *first),
-    )
+    @jax.jit
+    def init(rngs, inputs, first):
+        wrapped = model.init(rngs, *inputs, **kind.kwargs)
+        return wrapped, kind.linen().init(rngs, *first, **kind.kwargs)
+
+    assert_trees_equal(*init(rngs, kind.inputs, first))
 
 
 @methods
@@ -90,10 +96,11 @@ def test_a_model_has_the_same_variables_with_and_without_wrappers(
     key, x, model, options
 ):
     wrapped = model(lambda layer: TimeDistributed(layer, **options))
-    variables = wrapped.init(key, x)
-    assert_trees_equal(variables, model(plain).init(key, x[:, 0]))
-    steps = [model(plain).apply(variables, x[:, t]) for t in range(T)]
-    assert_trees_close(wrapped.apply(variables, x), jnp.stack(steps, 1))
+    variables = jax.jit(wrapped.init)(key, x)
+    assert_trees_equal(variables, jax.jit(model(plain).init)(key, x[:, 0]))
+    apply = jax.jit(model(plain).apply)
+    steps = [apply(variables, x[:, t]) for t in range(T)]
+    assert_trees_close(jax.jit(wrapped.apply)(variables, x), jnp.stack(steps, 1))
 
 
 def test_no_steps_initialise_and_give_no_results(key, x):
@@ -116,10 +123,16 @@ def test_layers_that_keep_state_of_their_parameters_work(key, x, options):
     ):
         kwargs = {"update_stats": False} if isinstance(layer, nn.SpectralNorm) else {}
         model = TimeDistributed(layer, **options)
-        variables = model.init(key, x, **kwargs)
-        assert_trees_equal(variables, layer.init(key, x[:, 0], **kwargs))
-        want = layer.apply(variables, x, **kwargs)
-        assert_trees_close(model.apply(variables, x, **kwargs), want)
+
+        @jax.jit
+        def run(key, x, model=model, layer=layer, kwargs=kwargs):
+            variables = model.init(key, x, **kwargs)
+            y, want = (m.apply(variables, x, **kwargs) for m in (model, layer))
+            return (variables, y), (layer.init(key, x[:, 0], **kwargs), want)
+
+        got, want = run(key, x)
+        assert_trees_equal(got[0], want[0])
+        assert_trees_close(got[1], want[1])
 
 
 def test_a_shared_embedding_stays_shared(key):

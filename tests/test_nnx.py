@@ -9,7 +9,7 @@ import tdjax
 import zoo
 from helpers import assert_trees_close, assert_trees_equal, normal
 from tdjax.nnx import FlattenDense, PerStepDense, TimeDistributed
-from test_linen import METHODS, dropped, methods
+from test_linen import METHODS, dropped, methods, some_methods
 
 B, T = 3, 4
 
@@ -45,13 +45,18 @@ def values(module, kind=nnx.Variable):
     return {name(path): leaf for path, leaf in flat}
 
 
-@methods
+@some_methods
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_the_layers_parameters_stay_as_they_are(name, options):
     kind = zoo.ZOO[name]
     layer = kind.nnx(nnx.Rngs(0))
     model = TimeDistributed(layer, in_axes=kind.in_axes, **options)
-    model(*kind.inputs, **kind.kwargs)
+
+    @nnx.jit
+    def call(model, inputs):
+        model(*inputs, **kind.kwargs)
+
+    call(model, kind.inputs)
     assert model.layer is layer
     want = values(kind.nnx(nnx.Rngs(0)), nnx.Param)
     assert_trees_equal(values(model, nnx.Param), want)

@@ -1,5 +1,6 @@
 """The example that comes from Keras: what it compares, its training, its way to Flax."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import _keras_fit
 import _sequences
 import from_keras
 import tdjax.keras
+from _options import InputError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = ["--steps", "6", "--hidden", "2", "--batch-size", "2", "--optax-steps", "3"]
@@ -154,6 +156,29 @@ def test_an_interrupted_run_goes_on_to_the_same_parameters(
     assert "holds a run already" in capsys.readouterr().err
     assert run(broken, "--resume", "--hidden", "3") == 2
     assert "--hidden is 3, was 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["weights", "record", "a digit of the record"])
+def test_damaged_files_are_named_and_not_used(tmp_path, settings, task, damage):
+    make = lambda: from_keras.compiled_tagger(task, settings)
+    settings = dataclasses.replace(settings, out=tmp_path, resume=True)
+    run = _keras_fit.FitRun(settings, {}, make)
+    run.model.optimizer.build(run.model.trainable_variables)
+    run.notes = {"row": {"deviation": "125"}}
+    run.save()
+    run.save()
+    assert _keras_fit.FitRun(settings, {}, make).notes == run.notes
+    record = tmp_path / "record.json"
+    if damage == "weights":
+        content = bytearray(run.file.read_bytes())
+        content[len(content) // 2] ^= 1
+        run.file.write_bytes(content)
+    elif damage == "record":
+        record.write_text("{")
+    else:
+        record.write_text(record.read_text().replace("125", "126"))
+    with pytest.raises(InputError, match=r"model.keras or record.json is damaged"):
+        _keras_fit.FitRun(settings, {}, make)
 
 
 def start_with(**environment):

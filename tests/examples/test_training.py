@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import _batches
+import _checkpoints
 import _display
 import _main
 import _options
@@ -145,6 +146,13 @@ def flip(path, place):
     path.write_bytes(content)
 
 
+def change_a_digit(path):
+    """Of a point of the learning curve."""
+    text = path.read_text()
+    place = text.index("held_out_loss") + len('held_out_loss": ')
+    path.write_text(f"{text[:place]}{9 - int(text[place])}{text[place + 1 :]}")
+
+
 DAMAGES = {
     "flipped at the start": lambda step: flip(data_file(step / "state"), 8),
     "flipped in the middle": lambda step: flip(
@@ -155,6 +163,7 @@ DAMAGES = {
     "no arrays": lambda step: shutil.rmtree(step / "state"),
     "bad record": lambda step: data_file(step / "record").write_text("{"),
     "other record": lambda step: data_file(step / "record").write_text("{}"),
+    "digit in the record": lambda step: change_a_digit(data_file(step / "record")),
 }
 
 
@@ -185,6 +194,15 @@ def test_if_all_checkpoints_are_damaged_the_run_says_so_and_deletes_none(whole, 
     assert all(f"{step} is damaged" in message for step in steps)
     assert "No other checkpoint is kept" in message
     assert all(step.exists() for step in steps)
+
+
+def test_a_second_process_in_the_folder_is_told_so_in_a_sentence(tmp_path, capsys):
+    pytest.importorskip("fcntl")
+    with _checkpoints.claimed(tmp_path / "run"):
+        assert run(tmp_path / "run") == 2
+    assert "another process is at work in" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert run(tmp_path / "run") == 0
 
 
 def test_a_full_disk_is_told_in_a_sentence(tmp_path, capsys, monkeypatch):
