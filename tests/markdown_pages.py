@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -13,6 +15,9 @@ def python_blocks(page: Path) -> list[str]:
 
 
 def run_block(block: str, page: Path) -> None:
+    for library in ("haiku", "equinox"):
+        if f"import {library}" in block:
+            pytest.importorskip(library)
     exec(compile(block, page.name, "exec"), {})
 
 

@@ -1,5 +1,6 @@
 """The tuner: what it refuses, what it keeps, and what it can be trusted with."""
 
+import functools
 import json
 
 import flax.linen as nn
@@ -185,6 +186,11 @@ def test_choose_takes_the_least_memory_of_those_that_are_as_fast():
         ({"budget": "fast"}, TypeError, "budget must be a number, got str"),
         ({"memory_limit": -1}, ValueError, "memory_limit must be positive, got -1"),
         ({"tolerance": True}, TypeError, "tolerance must be a number, got bool"),
+        ({"budget": float("inf")}, ValueError, "budget must be finite"),
+        ({"budget": 10**5000}, ValueError, "budget must be finite"),
+        ({"budget": float("nan")}, ValueError, "budget must be positive, got nan"),
+        ({"tolerance": float("inf")}, ValueError, "tolerance must be finite"),
+        ({"tolerance": 10**400}, ValueError, "tolerance must be finite"),
         ({"argnums": 2}, ValueError, r"argnums .* 2 argument\(s\), got 2"),
         ({"argnums": "x"}, ValueError, r"argnums must be positions .* got 'x'"),
         ({"candidates": [{"method": "scan"}]}, ValueError, "method must be one of"),
@@ -446,6 +452,18 @@ def test_keys_with_a_time_axis_and_devices_are_kept():
     assert vary_integers(ones.astype(int)).sharding == ones.sharding
 
 
+@pytest.mark.parametrize("time", [0, 1])
+def test_equal_examples_hide_no_mixing_of_the_batch(time):
+    x = jnp.broadcast_to(jnp.arange(5.0), (4, 3, 5))
+    tune = functools.partial(
+        tdjax.autotune, in_axes=time, out_axes=time, budget=60.0,
+        candidates=[{"method": "fold"}],
+    )  # fmt: skip
+    other = "other numbers than the reference"
+    assert fold_verdict(tune(lambda x: x - x.mean(0), x)) == other
+    assert fold_verdict(tune(jnp.sin, x)) != other
+
+
 def test_a_mask_that_is_added_and_other_constants_keep_fold():
     causal = jnp.where(jnp.tri(3, dtype=bool), 0.0, -1e9)
     fun = lambda x: jax.nn.softmax(x @ x.swapaxes(-1, -2) + causal) @ x
@@ -473,6 +491,16 @@ def test_a_model_with_layers_over_time_inside_is_refused_and_names_them():
     model = nnx.Sequential(tdjax.nnx.TimeDistributed(layer), nnx.relu)
     with pytest.raises(ValueError, match=r"layers\.0 \(Linear\)\. Tune each of them"):
         tdjax.nnx.autotune(model, X, **QUICK)
+
+
+def test_a_model_of_functions_and_arrays_is_named(user_errors):
+    model = {"weights": jnp.ones(X.shape[-1]), "activation": jnp.tanh}
+    fun = lambda model, x: model["activation"](x * model["weights"])
+    with pytest.raises(
+        TypeError, match=r"got .* at args\[0\]\['activation'\]. Close over"
+    ):
+        tdjax.autotune(fun, model, X, in_axes=(None, 1), **QUICK)
+    assert tdjax.autotune(lambda x: fun(model, x), X, **QUICK).best.measured
 
 
 def test_without_jit_there_is_nothing_to_measure(user_errors):

@@ -7,6 +7,7 @@ step, because a function that mixes the batch may still return the right number 
 """
 
 import functools
+import sys
 from typing import Any
 
 import jax
@@ -104,7 +105,12 @@ def _call_folded(call, folded, batch, timesteps):
 
 
 def check_shapes(call, inputs: Inputs, out_axes, results) -> None:
-    """Compares with one step's shapes, which must not depend on the batch size."""
+    """Compares with one step's shapes, which must not depend on the batch size.
+
+    Only a second call of `fun` can tell, with another batch size.
+    """
+    if _in_haiku_transform():
+        return
     step = lambda mapped: call([*map(first_step, mapped, inputs.mapped_axes)])
     with_time = functools.partial(_with_time, time_size(inputs))
     wanted = map_results(with_time, jax.eval_shape(step, inputs.mapped), out_axes)
@@ -117,6 +123,16 @@ def check_shapes(call, inputs: Inputs, out_axes, results) -> None:
                 f"{describe(want)}: fun was given all examples of all steps at once, "
                 f"and returned {describe(y)}. Use method='vmap'."
             )
+
+
+def _in_haiku_transform() -> bool:
+    """Whether a second call of `fun` would make its modules and parameters again."""
+    # Known by its name: Haiku is not imported here.
+    haiku = sys.modules.get("haiku")
+    try:
+        return haiku is not None and haiku.running_init() is not None
+    except ValueError:
+        return False
 
 
 def _with_time(timesteps, y, axis: Axis):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from tdjax._checks import describe
+from tdjax._checks import describe, is_array, leaves_by_path
 from tdjax._jaxprs import map_constants
 from tdjax._steps.axes import flatten_inputs, time_size
 from tdjax._steps.lowering import Lowering
@@ -25,6 +25,7 @@ from tdjax._tuning.candidates import (
     Candidate,
     list_candidates,
     vary,
+    vary_examples,
     vary_integers,
     with_gradient,
 )
@@ -164,22 +165,28 @@ def tune(subject: Subject, inputs: tuple, settings: Settings) -> Tuning:
 
 
 def prepare_inputs(args: tuple, in_axes: Any) -> tuple[tuple, int]:
-    """`(args, timesteps)`, with random numbers in place of constant arrays.
+    """`(args, timesteps)`, with random numbers in constant arrays and equal examples.
 
     With the same numbers everywhere, a mean over the batch is what each example has,
     and where a parameter is zero, it has no effect: a lowering that mixes the batch
     would look right.
     """
-    for x in jax.tree.leaves(args):
+    for path, x in leaves_by_path(args).items():
         if isinstance(x, Tracer | jax.ShapeDtypeStruct):
             raise TypeError(
                 "autotune runs the function, so its arguments must be arrays, outside "
                 f"of jit, got {describe(x)}."
             )
+        if not is_array(x) and not isinstance(x, bool | int | float | complex):
+            raise TypeError(
+                "autotune compiles the function, so its arguments must hold arrays and "
+                f"numbers, got {describe(x)} at args{path}. Close over it instead: "
+                "autotune(lambda x: fun(model, x), x)."
+            )
     inputs = flatten_inputs(args, in_axes)
     if time_size(inputs) < 1:
         raise ValueError("args must have steps to measure, got 0 steps.")
-    inputs = inputs.replace(lambda x, axis: (vary(x), axis))
+    inputs = inputs.replace(lambda x, axis: (vary_examples(vary(x), axis), axis))
     return inputs.rebuild(map(vary_integers, inputs.mapped)), time_size(inputs)
 
 

@@ -13,6 +13,8 @@ import numpy as np
 
 from tdjax._checks import is_array, is_concrete
 from tdjax._jaxprs import bind, evaluate, map_constants, open_program
+from tdjax._masks import over_trailing_axes
+from tdjax._steps.axes import Axis, batch_first, time_back
 from tdjax._steps.lowering import METHODS, Lowering
 
 OPTIONS = ("method", "chunk_size", "unroll", "remat")
@@ -217,6 +219,18 @@ def vary(x: Any) -> Any:
         0.5, 1.0, x.shape
     )
     return _placed_as(x, noise.astype(value.dtype) * (value if value else 1))
+
+
+def vary_examples(x: Any, axis: Axis) -> Any:
+    """Multiples from 0.5 to 1 of the examples, if they are the same at every step."""
+    if not isinstance(axis, int) or x.ndim < 3 or not _is_float_array(x):
+        return x
+    rows = batch_first(x, axis)
+    if not is_concrete(x) or not jnp.all(rows == rows[:1, :1]):
+        return x
+    factors = np.random.default_rng(0).uniform(0.5, 1.0, rows.shape[:2])
+    factors = jnp.asarray(over_trailing_axes(factors, rows.ndim), x.dtype)
+    return _placed_as(x, time_back(rows * factors, axis))
 
 
 def vary_integers(x: Any) -> Any:

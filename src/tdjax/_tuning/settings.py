@@ -1,8 +1,8 @@
 """The arguments of `autotune` that say how to search, and their checks."""
 
 import dataclasses
-import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ class Settings:
 def _require_positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {describe(value)}.")
-    if not 0 < value < math.inf:
-        finite = " and finite" * (value == math.inf)
-        raise ValueError(f"{name} must be positive{finite}, got {value!r}.")
+    if value > sys.float_info.max:
+        raise ValueError(f"{name} must be finite, got infinity or what no float holds.")
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value!r}.")
