@@ -223,3 +223,23 @@ def test_the_flax_modules_know_nothing_of_keras():
     load = "".join(f"import {name}\n" for name in inside)
     code = WITHOUT_KERAS.format(missing=("keras",)) + load
     assert run(code + "print('keras' in sys.modules)") == "False"
+
+
+def test_modules_named_beside_their_tests_are_imported_once(tmp_path):
+    test = tmp_path / "test_modules.py"
+    test.write_text(
+        "import sys\n\n"
+        "def test_each_module_is_an_attribute_of_its_package():\n"
+        "    names = [name for name in sys.modules if name.startswith('tdjax.')]\n"
+        "    assert len(names) > 9\n"
+        "    for name in names:\n"
+        "        package, _, module = name.rpartition('.')\n"
+        "        assert getattr(sys.modules[package], module) is sys.modules[name]\n"
+    )
+    tested = str(SOURCE / "_steps/fold.py"), str(test)
+    if not (ROOT / "src/conftest.py").exists():
+        pytest.skip("these are the tests of an installed package")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *tested]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    assert "1 passed" in result.stdout
