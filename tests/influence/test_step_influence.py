@@ -385,6 +385,18 @@ def test_the_sign_of_a_zero_is_a_path(fun):
 @pytest.mark.parametrize(
     "fun",
     [
+        lambda x: jnp.arctan2(x, -1.0),
+        lambda x: jnp.arctan2(jax.nn.relu(x), -1.0),
+        lambda x: jnp.nextafter(x, jnp.ones_like(x)),
+    ],
+)
+def test_where_no_zero_was_computed_signs_keep_to_their_step(fun):
+    np.testing.assert_array_equal(tdjax.step_influence(fun, TWO), DIAGONAL)
+
+
+@pytest.mark.parametrize(
+    "fun",
+    [
         lambda x: (x + 1e30) - 1e30,
         lambda x: (x * 1e-30 + 1) - 1,
         lambda x: x / 1e30 / 1e30 * 1e30 * 1e30,
@@ -408,6 +420,8 @@ def test_what_rounding_absorbs_is_a_path(fun):
         (lambda x: jnp.exp(jnp.cumsum(x - 60.0, 1) * -1) > jnp.exp(60.0), 50.0),
         (lambda x: jax.lax.erf(jnp.ceil(x) + 1) > 0.9, 0.8),
         (lambda x: jnp.expm1((x - 3) ** 2) > 9000.0, 0.1),
+        (lambda x: jnp.clip(x, 1, 2) * 3 > 4, 2.0),
+        (lambda x: jnp.clip(x, -2, -1) * 3 > -4, 2.0),
     ],
 )
 def test_a_constant_beyond_the_bound_is_not_forgotten(fun, bound):
