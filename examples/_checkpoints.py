@@ -20,6 +20,9 @@ try:
 except ImportError:  # Windows has none; there, nothing guards a folder.
     fcntl = None
 
+# The file in a run's folder that a process holds while it is at work there.
+LOCK = ".lock"
+
 # Orbax reports its own workings as warnings; what fails still raises.
 logging.getLogger("absl").setLevel(logging.ERROR)
 
@@ -27,7 +30,7 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 class Checkpoints:
     """The checkpoints in a folder: arrays, and beside them a record in JSON.
 
-    The record has a checksum of both: Orbax restores a flipped byte as it is.
+    The record has a checksum of each: Orbax restores a flipped byte as it is.
     """
 
     def __init__(self, folder: Path):
@@ -47,7 +50,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
         if step == self.latest:
             return
-        sealed = {**record, "checksum": _checksum_of_both(state, record)}
+        record = {**record, "checksum of the arrays": checksum(state)}
+        sealed = {**record, "checksum": _checksum_of_record(record)}
         parts = {
             "state": ocp.args.StandardSave(state),
             "record": ocp.args.JsonSave(sealed),
@@ -74,9 +78,11 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 record = self._load(step, record=ocp.args.JsonRestore())
+                if record.pop("checksum") != _checksum_of_record(record):
+                    raise ValueError("its record is not the one that was saved")
                 check(record)
                 state = self._load(step, state=ocp.args.StandardRestore(like))
-                if record.pop("checksum") != _checksum_of_both(state, record):
+                if record["checksum of the arrays"] != checksum(state):
                     raise ValueError("its numbers are not those that were saved")
             except InputError:
                 raise
@@ -125,29 +131,39 @@ def claimed(folder: Path) -> Iterator[None]:
 
     The system gives it free when the process ends, in whatever way.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        if fcntl is not None:
-            handle = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, handle)
-            _lock(folder, handle)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # If it is empty.
-
-
-def _lock(folder: Path, handle: int) -> None:
+    is_new = not folder.exists()
+    handle = _lock(folder)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise InputError(
-            f"another process is at work in {folder}: wait for its end, or give "
-            "another folder with --out"
-        ) from error
-    except OSError:
-        pass  # A file system without locks.
+        yield
+    finally:
+        if is_new and [*folder.iterdir()] == [folder / LOCK]:
+            # Nothing came of the run.
+            (folder / LOCK).unlink()
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        os.close(handle)
+
+
+def _lock(folder: Path) -> int:
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
+        try:
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise InputError(
+                f"another process is at work in {folder}: wait for its end, or give "
+                "another folder with --out"
+            ) from error
+        except OSError:
+            return handle  # A file system without locks.
+        # Another process may have removed the file in between.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(folder / LOCK)):
+                return handle
+        os.close(handle)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -173,6 +189,5 @@ def checksum(tree: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _checksum_of_both(state: Any, record: dict[str, Any]) -> str:
-    text = json.dumps(record, sort_keys=True)
-    return checksum((state, np.frombuffer(text.encode(), np.uint8)))
+def _checksum_of_record(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]

@@ -57,12 +57,10 @@ class FitRun:
 
     def _resume(self) -> None:
         try:
-            record = json.loads(self._record.read_text())
-            own = record.pop("checksum"), _digest(_as_json(record))
-            if (
-                own[0] != own[1]
-                or _digest(self.file.read_bytes()) not in record["files"]
-            ):
+            record = dict(json.loads(self._record.read_text()))
+            is_sound = record.pop("checksum") == _digest(_as_json(record))
+            digest = _digest(self.file.read_bytes())
+            if not is_sound or digest not in record["files"]:
                 raise ValueError("these are not the bytes that were saved")
         except (LookupError, TypeError, ValueError) as error:
             raise InputError(
@@ -72,7 +70,8 @@ class FitRun:
         for part, now in self.identity.items():
             refuse_differences(self.settings.out, record[part], now)
         self.model: Any = keras.saving.load_model(self.file)
-        self.notes, self._files = record["notes"], record["files"]
+        # Not the other one of the record, which a kill kept from its place.
+        self.notes, self._files = record["notes"], [digest]
         # The record is written first: it may be a point ahead.
         self.curve = [point for point in record["curve"] if point["step"] <= self.step]
 

@@ -2,9 +2,12 @@
 
 import importlib
 import importlib.util
+import os
 import pkgutil
 
 HAS_KERAS = importlib.util.find_spec("keras") is not None
+# Keras computes with JAX here.
+os.environ.setdefault("KERAS_BACKEND", "jax")
 if not HAS_KERAS:
     collect_ignore_glob = ["tdjax/keras.py", "tdjax/_keras/*"]
 

@@ -26,7 +26,13 @@ settings.register_profile("tdjax", deadline=None, max_examples=20, derandomize=T
 settings.load_profile("tdjax")
 # For tests/fuzz: other examples at each run.
 settings.register_profile(
-    "fuzz", deadline=None, max_examples=2000, suppress_health_check=[*HealthCheck]
+    "fuzz",
+    settings.get_profile("default"),
+    deadline=None,
+    derandomize=False,
+    max_examples=2000,
+    print_blob=True,
+    suppress_health_check=[*HealthCheck],
 )
 
 

@@ -158,7 +158,34 @@ def test_an_interrupted_run_goes_on_to_the_same_parameters(
     assert "--hidden is 3, was 2" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", ["weights", "record", "a digit of the record"])
+def test_kills_between_the_two_files_leave_a_run_that_goes_on(
+    tmp_path, settings, task, monkeypatch
+):
+    make = lambda: from_keras.compiled_tagger(task, settings)
+    settings = dataclasses.replace(settings, out=tmp_path, resume=True)
+    run = _keras_fit.FitRun(settings, {}, make)
+    run.model.optimizer.build(run.model.trainable_variables)
+    run.save()
+
+    def killed(*paths):
+        if paths[1] == run.file:
+            raise Stopped
+        return replace(*paths)
+
+    replace = os.replace
+    for _ in range(3):
+        run = _keras_fit.FitRun(settings, {}, make)
+        run.model.optimizer.iterations.assign_add(1)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", killed)
+            with pytest.raises(Stopped):
+                run.save()
+    assert _keras_fit.FitRun(settings, {}, make).step == 0
+
+
+@pytest.mark.parametrize(
+    "damage", ["weights", "record", "no object", "a digit of the record"]
+)
 def test_damaged_files_are_named_and_not_used(tmp_path, settings, task, damage):
     make = lambda: from_keras.compiled_tagger(task, settings)
     settings = dataclasses.replace(settings, out=tmp_path, resume=True)
@@ -175,6 +202,8 @@ def test_damaged_files_are_named_and_not_used(tmp_path, settings, task, damage):
         run.file.write_bytes(content)
     elif damage == "record":
         record.write_text("{")
+    elif damage == "no object":
+        record.write_text("3")
     else:
         record.write_text(record.read_text().replace("125", "126"))
     with pytest.raises(InputError, match=r"model.keras or record.json is damaged"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from dataclasses import dataclass
@@ -146,10 +147,10 @@ def flip(path, place):
     path.write_bytes(content)
 
 
-def change_a_digit(path):
-    """Of a point of the learning curve."""
+def change_a_digit(path, before):
+    """The first that comes after a text."""
     text = path.read_text()
-    place = text.index("held_out_loss") + len('held_out_loss": ')
+    place = re.search(rf"{before}\D*", text).end()
     path.write_text(f"{text[:place]}{9 - int(text[place])}{text[place + 1 :]}")
 
 
@@ -163,7 +164,8 @@ DAMAGES = {
     "no arrays": lambda step: shutil.rmtree(step / "state"),
     "bad record": lambda step: data_file(step / "record").write_text("{"),
     "other record": lambda step: data_file(step / "record").write_text("{}"),
-    "digit in the record": lambda step: change_a_digit(data_file(step / "record")),
+    "curve": lambda step: change_a_digit(data_file(step / "record"), "held_out_loss"),
+    "settings": lambda step: change_a_digit(data_file(step / "record"), "--seed"),
 }
 
 
@@ -203,6 +205,29 @@ def test_a_second_process_in_the_folder_is_told_so_in_a_sentence(tmp_path, capsy
     assert "another process is at work in" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert run(tmp_path / "run") == 0
+
+
+def test_a_folder_that_was_there_before_stays(tmp_path, capsys):
+    with _checkpoints.claimed(tmp_path):
+        pass
+    assert tmp_path.exists()
+
+
+def test_a_lock_that_was_removed_while_it_was_taken_is_none(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    taken, flock = [], fcntl.flock
+
+    def remove_first(handle, how):
+        if not taken:
+            (tmp_path / _checkpoints.LOCK).unlink()
+        taken.append(handle)
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    with _checkpoints.claimed(tmp_path):
+        assert len(taken) == 2
+        with pytest.raises(_options.InputError), _checkpoints.claimed(tmp_path):
+            pass
 
 
 def test_a_full_disk_is_told_in_a_sentence(tmp_path, capsys, monkeypatch):

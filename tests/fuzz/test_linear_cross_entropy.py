@@ -43,15 +43,25 @@ def cases(draw):
     rng = np.random.default_rng(draw(st.integers(0, 999)))
     labels = rng.integers(0, words, steps)
     labels = labels.astype(draw(st.sampled_from(["int32", "int64", "uint8"])))
-    mask = rng.random(steps) < draw(st.sampled_from([0.0, 0.5, 0.9]))
-    mask = np.asarray(mask) if draw(st.booleans()) else None
+    mask = np.asarray(rng.random(steps) < draw(st.sampled_from([0.0, 0.5, 0.9])))
+    ignored = draw(st.sampled_from([None, 0, words - 1, -100, 200, 2**31]))
+    # Labels that are no words, where they don't count.
+    info = np.iinfo(labels.dtype)
+    wrong = [w for w in (-1, words, info.min, info.max) if info.min <= w]
+    if draw(st.booleans()):
+        labels = np.where(mask, labels, rng.choice(wrong, steps)).astype(labels.dtype)
+    else:
+        mask = None
+    if ignored is not None and info.min <= ignored <= info.max:
+        is_ignored = rng.random(steps) < 0.3
+        labels = np.where(is_ignored, ignored, labels).astype(labels.dtype)
     chunks = st.one_of(st.none(), st.integers(1, 9))
     options = {
         "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
         "label_smoothing": draw(st.sampled_from([0, 0.0, 0.1, 1.0])),
         "z_loss": draw(st.sampled_from([0.0, 0.01, 1])),
         "logits_soft_cap": draw(st.sampled_from([None, None, 0.5, 30])),
-        "ignore_class": draw(st.sampled_from([None, 0, words - 1, -100, 2**31])),
+        "ignore_class": ignored,
         "chunk_size": draw(chunks),
         "vocab_chunk_size": draw(chunks),
     }

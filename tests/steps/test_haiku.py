@@ -12,22 +12,51 @@ hk = pytest.importorskip("haiku")
 X = normal(0, 2, 4, 3)
 
 
-@pytest.mark.parametrize("method", ["vmap", "fold"])
-def test_inside_a_transform_modules_are_made_once(method):
-    def model(x):
-        return tdjax.time_distributed(lambda x: hk.Linear(5)(x), method=method)(x)
+def transformed(fun, **options):
+    """`fun` over time inside of a transform, and its parameters."""
+    apply = lambda x: tdjax.time_distributed(fun, **options)(x)
+    net = hk.without_apply_rng(hk.transform(apply))
+    return net, net.init(jax.random.key(0), X)
 
-    net = hk.without_apply_rng(hk.transform(model))
-    params = net.init(jax.random.key(0), X)
+
+@pytest.mark.parametrize("method", ["vmap", "fold"])
+@pytest.mark.parametrize("out_axes", [1, (1, None)])
+def test_inside_a_transform_modules_are_made_once(method, out_axes):
+    def step(x):
+        y = hk.Linear(5)(x)
+        return y if out_axes == 1 else (y, 7.0)
+
+    net, params = transformed(step, method=method, out_axes=out_axes)
     assert set(params) == {"linear"}
     want = X @ params["linear"]["w"] + params["linear"]["b"]
-    assert_trees_close(net.apply(params, X), want)
+    got = net.apply(params, X)
+    assert_trees_close(got if out_axes == 1 else got[0], want)
 
 
-def test_outside_of_a_transform_fold_still_compares_shapes():
-    apply = tdjax.time_distributed(lambda x: x @ x.T, method="fold")
-    with pytest.raises(ValueError, match="method='fold' needs results of the shape"):
-        apply(X)
+@pytest.mark.parametrize("method", ["vmap", "fold"])
+def test_modules_made_outside_are_shared(method):
+    def apply(x):
+        layer = hk.Linear(5)
+        return layer(x) - tdjax.time_distributed(layer, method=method)(x)
+
+    net = hk.without_apply_rng(hk.transform(apply))
+    params = net.init(jax.random.key(0), X)
+    assert set(params) == {"linear"}
+    assert_trees_close(net.apply(params, X), jnp.zeros((2, 4, 5)))
+
+
+def test_fold_compares_shapes_inside_and_outside_of_a_transform():
+    gram = lambda x: x @ x.T
+    message = "method='fold' needs results of the shape"
+    with pytest.raises(ValueError, match=message):
+        transformed(gram, method="fold")
+    with pytest.raises(ValueError, match=message):
+        tdjax.time_distributed(gram, method="fold")(X)
+
+
+def test_blocks_would_have_parameters_of_their_own():
+    with pytest.raises(ValueError, match="Apply a transformed function"):
+        transformed(lambda x: hk.Linear(5)(x), chunk_size=2, unroll=True)
 
 
 def test_each_step_may_have_a_key_of_its_own():

@@ -6,6 +6,7 @@ import json
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -13,7 +14,7 @@ import tdjax
 from helpers import assert_trees_close, normal
 from tdjax._steps.lowering import Lowering
 from tdjax._tuning import search as _search
-from tdjax._tuning.candidates import vary, vary_integers
+from tdjax._tuning.candidates import vary, vary_integers, vary_steps
 from tuning.tuned_dense import QUICK, X, tune_dense
 
 
@@ -188,6 +189,7 @@ def test_choose_takes_the_least_memory_of_those_that_are_as_fast():
         ({"tolerance": True}, TypeError, "tolerance must be a number, got bool"),
         ({"budget": float("inf")}, ValueError, "budget must be finite"),
         ({"budget": 10**5000}, ValueError, "budget must be finite"),
+        ({"budget": -(10**5000)}, ValueError, "budget must be finite"),
         ({"budget": float("nan")}, ValueError, "budget must be positive, got nan"),
         ({"tolerance": float("inf")}, ValueError, "tolerance must be finite"),
         ({"tolerance": 10**400}, ValueError, "tolerance must be finite"),
@@ -452,16 +454,41 @@ def test_keys_with_a_time_axis_and_devices_are_kept():
     assert vary_integers(ones.astype(int)).sharding == ones.sharding
 
 
+ROW = jnp.arange(5.0)
+REPEATED = {
+    "one example": jnp.broadcast_to(ROW, (4, 3, 5)),
+    "examples repeated over time": jnp.repeat(normal(0, 4, 1, 5), 3, 1),
+    "numbers repeated over time": jnp.repeat(normal(0, 4, 1), 3, 1),
+    "NumPy": np.repeat(np.float64(normal(0, 4, 1, 5)), 3, 1),
+    "ids repeated over time": jnp.repeat(jnp.array([[3], [5], [1], [0]]), 3, 1),
+    "rows of ids": jnp.broadcast_to(jnp.array([3, 0, 2]), (4, 3, 3)),
+}
+
+
 @pytest.mark.parametrize("time", [0, 1])
-def test_equal_examples_hide_no_mixing_of_the_batch(time):
-    x = jnp.broadcast_to(jnp.arange(5.0), (4, 3, 5))
+@pytest.mark.parametrize("name", REPEATED)
+def test_what_is_the_same_at_every_step_hides_no_mixing_of_the_batch(name, time):
+    x = REPEATED[name]
+    x = x.swapaxes(0, 1) if time == 0 else x
     tune = functools.partial(
         tdjax.autotune, in_axes=time, out_axes=time, budget=60.0,
         candidates=[{"method": "fold"}],
     )  # fmt: skip
     other = "other numbers than the reference"
-    assert fold_verdict(tune(lambda x: x - x.mean(0), x)) == other
-    assert fold_verdict(tune(jnp.sin, x)) != other
+
+    def mix(x):
+        x = x.astype(jnp.float32)
+        if x.ndim > 1:  # Multiples of an example vanish behind it.
+            x = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
+        return x - jnp.tanh(x).mean(0)
+
+    assert fold_verdict(tune(mix, x)) == other
+    assert fold_verdict(tune(jnp.sin, x * 1.0)) != other
+
+
+def test_steps_that_differ_are_real_data_and_stay():
+    for x in (X, X[:, :1], X[:1, :1], jnp.arange(6).reshape(2, 3), ROW, X[:0]):
+        np.testing.assert_array_equal(vary_steps(x, min(x.ndim - 1, 1)), x)
 
 
 def test_a_mask_that_is_added_and_other_constants_keep_fold():
@@ -497,10 +524,16 @@ def test_a_model_of_functions_and_arrays_is_named(user_errors):
     model = {"weights": jnp.ones(X.shape[-1]), "activation": jnp.tanh}
     fun = lambda model, x: model["activation"](x * model["weights"])
     with pytest.raises(
-        TypeError, match=r"got .* at args\[0\]\['activation'\]. Close over"
+        TypeError, match=r"got .* at args\[0\]\['activation'\]. Leave it"
     ):
         tdjax.autotune(fun, model, X, in_axes=(None, 1), **QUICK)
     assert tdjax.autotune(lambda x: fun(model, x), X, **QUICK).best.measured
+    with pytest.raises(TypeError, match=r"args must hold .* at args\[0\]"):
+        tdjax.autotune(fun, np.array(["a", "b"]), X, in_axes=(None, 1), **QUICK)
+    layer = nn.Dense(3)
+    variables = {**layer.init(jax.random.key(0), X), "activation": jnp.tanh}
+    with pytest.raises(TypeError, match=r"variables must hold .*\['activation'\]"):
+        tdjax.linen.autotune(layer, variables, X, **QUICK)
 
 
 def test_without_jit_there_is_nothing_to_measure(user_errors):

@@ -109,11 +109,9 @@ def check_shapes(call, inputs: Inputs, out_axes, results) -> None:
 
     Only a second call of `fun` can tell, with another batch size.
     """
-    if _in_haiku_transform():
-        return
     step = lambda mapped: call([*map(first_step, mapped, inputs.mapped_axes)])
     with_time = functools.partial(_with_time, time_size(inputs))
-    wanted = map_results(with_time, jax.eval_shape(step, inputs.mapped), out_axes)
+    wanted = map_results(with_time, shapes_of(step, inputs.mapped), out_axes)
     drop_state = lambda y, axis: None if isinstance(axis, PerStep) else jnp.asarray(y)
     got = map_results(drop_state, results, out_axes)
     for want, y in zip(jax.tree.leaves(wanted), jax.tree.leaves(got)):
@@ -125,14 +123,30 @@ def check_shapes(call, inputs: Inputs, out_axes, results) -> None:
             )
 
 
-def _in_haiku_transform() -> bool:
-    """Whether a second call of `fun` would make its modules and parameters again."""
+def shapes_of(fun, mapped) -> Any:
+    """`jax.eval_shape`; modules that `fun` makes in a Haiku transform are not kept."""
+    haiku = in_haiku_transform()
+    if not haiku:
+        return jax.eval_shape(fun, mapped)
+    net = haiku.transform_with_state(fun)
+
+    def run(key, mapped):
+        return net.apply(*net.init(key, mapped), key, mapped)[0]
+
+    return jax.eval_shape(run, jax.random.PRNGKey(0), mapped)
+
+
+def in_haiku_transform() -> Any:
+    """Haiku, where calls of `fun` make modules and parameters; else None."""
     # Known by its name: Haiku is not imported here.
     haiku = sys.modules.get("haiku")
+    if not hasattr(haiku, "running_init"):
+        return None
     try:
-        return haiku is not None and haiku.running_init() is not None
+        haiku.running_init()
     except ValueError:
-        return False
+        return None
+    return haiku
 
 
 def _with_time(timesteps, y, axis: Axis):

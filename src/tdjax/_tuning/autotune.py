@@ -25,8 +25,8 @@ from tdjax._tuning.candidates import (
     Candidate,
     list_candidates,
     vary,
-    vary_examples,
     vary_integers,
+    vary_steps,
     with_gradient,
 )
 from tdjax._tuning.report import progress_bar
@@ -58,9 +58,8 @@ def autotune(
     Args:
       fun: a function of one step, or what `time_distributed` returned. The options of
         the latter are kept, and its lowering is one of the candidates.
-      *args: the arguments of a call, real data if you can: with constants a wrong
-        lowering may look right. A constant float array with a time axis is replaced by
-        random numbers.
+      *args: the arguments of a call, real data if you can. Arrays that are constant, or
+        the same at every step, are varied: with them a wrong lowering may look right.
       in_axes, out_axes, capacity: as in `time_distributed`; only for a function of one
         step.
       argnums: None to time the call alone; or the positions of the arguments to
@@ -136,6 +135,7 @@ def tune(subject: Subject, inputs: tuple, settings: Settings) -> Tuning:
             "off: with jax.disable_jit(False)."
         )
     limits = Limits(settings.budget, settings.memory_limit, settings.tolerance)
+    _require_arrays("variables", subject.variables)
     inputs, timesteps = prepare_inputs(inputs, subject.in_axes)
     args = jax.tree.map(jnp.asarray, (*jax.tree.map(vary, subject.variables), *inputs))
     candidates = list_candidates(
@@ -165,29 +165,36 @@ def tune(subject: Subject, inputs: tuple, settings: Settings) -> Tuning:
 
 
 def prepare_inputs(args: tuple, in_axes: Any) -> tuple[tuple, int]:
-    """`(args, timesteps)`, with random numbers in constant arrays and equal examples.
+    """`(args, timesteps)`, with other numbers in what is constant or repeated.
 
     With the same numbers everywhere, a mean over the batch is what each example has,
     and where a parameter is zero, it has no effect: a lowering that mixes the batch
     would look right.
     """
-    for path, x in leaves_by_path(args).items():
+    _require_arrays("args", args)
+    inputs = flatten_inputs(args, in_axes)
+    if time_size(inputs) < 1:
+        raise ValueError("args must have steps to measure, got 0 steps.")
+    inputs = inputs.replace(lambda x, axis: (vary_steps(vary(x), axis), axis))
+    return inputs.rebuild(map(vary_integers, inputs.mapped)), time_size(inputs)
+
+
+def _require_arrays(name: str, tree: Any) -> None:
+    """Refuses what can't be an argument of a compiled function."""
+    for path, x in leaves_by_path(tree).items():
         if isinstance(x, Tracer | jax.ShapeDtypeStruct):
             raise TypeError(
                 "autotune runs the function, so its arguments must be arrays, outside "
                 f"of jit, got {describe(x)}."
             )
-        if not is_array(x) and not isinstance(x, bool | int | float | complex):
+        dtype = x.dtype if is_array(x) else np.result_type(type(x))
+        kinds = np.bool_, np.number, jax.dtypes.extended
+        if not any(jnp.issubdtype(dtype, kind) for kind in kinds):
             raise TypeError(
-                "autotune compiles the function, so its arguments must hold arrays and "
-                f"numbers, got {describe(x)} at args{path}. Close over it instead: "
-                "autotune(lambda x: fun(model, x), x)."
+                f"{name} must hold arrays and numbers, which autotune compiles a "
+                f"program for, got {describe(x)} at {name}{path}. Leave it out: fun "
+                "can close over it, and a module can hold it."
             )
-    inputs = flatten_inputs(args, in_axes)
-    if time_size(inputs) < 1:
-        raise ValueError("args must have steps to measure, got 0 steps.")
-    inputs = inputs.replace(lambda x, axis: (vary_examples(vary(x), axis), axis))
-    return inputs.rebuild(map(vary_integers, inputs.mapped)), time_size(inputs)
 
 
 def _program_to_measure(subject: Subject, reference, args, argnums) -> tuple[Any, Any]:

@@ -13,8 +13,7 @@ import numpy as np
 
 from tdjax._checks import is_array, is_concrete
 from tdjax._jaxprs import bind, evaluate, map_constants, open_program
-from tdjax._masks import over_trailing_axes
-from tdjax._steps.axes import Axis, batch_first, time_back
+from tdjax._steps.axes import Axis
 from tdjax._steps.lowering import METHODS, Lowering
 
 OPTIONS = ("method", "chunk_size", "unroll", "remat")
@@ -221,16 +220,30 @@ def vary(x: Any) -> Any:
     return _placed_as(x, noise.astype(value.dtype) * (value if value else 1))
 
 
-def vary_examples(x: Any, axis: Axis) -> Any:
-    """Multiples from 0.5 to 1 of the examples, if they are the same at every step."""
-    if not isinstance(axis, int) or x.ndim < 3 or not _is_float_array(x):
+def vary_steps(x: Any, axis: Axis) -> Any:
+    """Other numbers at each step, where all steps have the same.
+
+    With the same numbers at each step, a mean over the examples of all steps is that of
+    one step's. Floats become from half to all of what they were, at each example by a
+    factor of its own, and each number by a little more; integers are drawn from those
+    that are there.
+    """
+    if not is_array(x) or not isinstance(axis, int) or not x.ndim > 1:
         return x
-    rows = batch_first(x, axis)
-    if not is_concrete(x) or not jnp.all(rows == rows[:1, :1]):
+    is_integer = jnp.issubdtype(x.dtype, jnp.integer)
+    if not is_concrete(x) or not (is_integer or _is_float_array(x)):
         return x
-    factors = np.random.default_rng(0).uniform(0.5, 1.0, rows.shape[:2])
-    factors = jnp.asarray(over_trailing_axes(factors, rows.ndim), x.dtype)
-    return _placed_as(x, time_back(rows * factors, axis))
+    steps = np.moveaxis(np.asarray(x), axis, 0)
+    if x.size == 0 or len(steps) < 2 or not (steps == steps[:1]).all():
+        return x
+    rng = np.random.default_rng(0)
+    if is_integer:
+        varied = rng.choice(steps.ravel(), steps.shape)
+    else:
+        factors = rng.uniform(0.5, 1.0, steps.shape[:2])
+        factors = np.reshape(factors, (*factors.shape, *[1] * (steps.ndim - 2)))
+        varied = steps * (factors * rng.uniform(63 / 64, 1.0, steps.shape))
+    return _placed_as(x, np.moveaxis(varied, 0, axis))
 
 
 def vary_integers(x: Any) -> Any:
@@ -249,8 +262,8 @@ def _is_constant(x) -> bool:
 
 
 def _placed_as(x, values) -> Any:
-    """The values as an array on the devices of `x`."""
-    values = jnp.asarray(values, x.dtype)
+    """The values as an array of the dtype of `x`, on its devices."""
+    values = np.asarray(values).astype(x.dtype)
     return jax.device_put(values, x.sharding) if isinstance(x, jax.Array) else values
 
 

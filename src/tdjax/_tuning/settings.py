@@ -73,7 +73,7 @@ class Settings:
 def _require_positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {describe(value)}.")
-    if value > sys.float_info.max:
+    if abs(value) > sys.float_info.max:
         raise ValueError(f"{name} must be finite, got infinity or what no float holds.")
     if not value > 0:
         raise ValueError(f"{name} must be positive, got {value!r}.")
