@@ -139,7 +139,7 @@ def shapes_of(fun, mapped) -> Any:
 def in_haiku_transform() -> Any:
     """Haiku, where calls of `fun` make modules and parameters; else None."""
     # Known by its name: Haiku is not imported here.
-    haiku = sys.modules.get("haiku")
+    haiku: Any = sys.modules.get("haiku")
     if not hasattr(haiku, "running_init"):
         return None
     try:
