@@ -420,8 +420,8 @@ def test_what_rounding_absorbs_is_a_path(fun):
         (lambda x: jnp.exp(jnp.cumsum(x - 60.0, 1) * -1) > jnp.exp(60.0), 50.0),
         (lambda x: jax.lax.erf(jnp.ceil(x) + 1) > 0.9, 0.8),
         (lambda x: jnp.expm1((x - 3) ** 2) > 9000.0, 0.1),
-        (lambda x: jnp.clip(x, 1, 2) * 3 > 4, 2.0),
-        (lambda x: jnp.clip(x, -2, -1) * 3 > -4, 2.0),
+        (lambda x: jnp.clip(x, 3, 4) * 2 > 7, 4.0),
+        (lambda x: jnp.clip(x, -4, -3) * 2 > -7, 4.0),
     ],
 )
 def test_a_constant_beyond_the_bound_is_not_forgotten(fun, bound):
