@@ -136,10 +136,10 @@ def claimed(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if is_new and [*folder.iterdir()] == [folder / LOCK]:
-            # Nothing came of the run.
-            (folder / LOCK).unlink()
-            with contextlib.suppress(OSError):
+        # Where nothing came of the run, nothing stays.
+        with contextlib.suppress(OSError):
+            if is_new and [*folder.iterdir()] == [folder / LOCK]:
+                (folder / LOCK).unlink()
                 folder.rmdir()
         os.close(handle)
 
@@ -147,23 +147,30 @@ def claimed(folder: Path) -> Iterator[None]:
 def _lock(folder: Path) -> int:
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
-        try:
-            if fcntl is not None:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(handle)
-            raise InputError(
-                f"another process is at work in {folder}: wait for its end, or give "
-                "another folder with --out"
-            ) from error
-        except OSError:
-            return handle  # A file system without locks.
-        # Another process may have removed the file in between.
+        # Another process may remove the file, before or after it is opened here.
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle), os.stat(folder / LOCK)):
+            handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
+            if _is_locked(folder, handle):
                 return handle
+            os.close(handle)
+
+
+def _is_locked(folder: Path, handle: int) -> bool:
+    try:
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
         os.close(handle)
+        raise InputError(
+            f"another process is at work in {folder}: wait for its end, or give "
+            "another folder with --out"
+        ) from error
+    except OSError:
+        return True  # A file system without locks.
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(folder / LOCK))
+    except FileNotFoundError:
+        return False
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:

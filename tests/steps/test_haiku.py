@@ -54,9 +54,31 @@ def test_fold_compares_shapes_inside_and_outside_of_a_transform():
         tdjax.time_distributed(gram, method="fold")(X)
 
 
-def test_blocks_would_have_parameters_of_their_own():
-    with pytest.raises(ValueError, match="Apply a transformed function"):
-        transformed(lambda x: hk.Linear(5)(x), chunk_size=2, unroll=True)
+@pytest.mark.parametrize("method", ["vmap", "fold"])
+def test_parameters_and_state_from_outside_are_read(method):
+    def apply(x):
+        kernel = hk.get_parameter("kernel", [3, 3], init=hk.initializers.Constant(2.0))
+        offset = hk.get_state("offset", [], init=jnp.ones)
+        step = lambda x: x @ hk.get_parameter("kernel", [3, 3]) + hk.get_state("offset")
+        return tdjax.time_distributed(step, method=method)(x) - x @ kernel - offset
+
+    net = hk.without_apply_rng(hk.transform_with_state(apply))
+    params, state = net.init(jax.random.key(0), X)
+    assert_trees_close(net.apply(params, state, X)[0], jnp.zeros(X.shape))
+
+
+def test_state_is_an_argument_that_all_steps_share():
+    net = hk.without_apply_rng(
+        hk.transform_with_state(lambda x: hk.BatchNorm(True, True, 0.9)(x, True))
+    )
+    variables = net.init(jax.random.key(0), X[:, 0])
+    apply = tdjax.time_distributed(net.apply, in_axes=(None, None, 1), out_axes=(1, 0))
+    y, states = jax.jit(apply)(*variables, X)
+    steps = [net.apply(*variables, X[:, t]) for t in range(X.shape[1])]
+    assert_trees_close(y, jnp.stack([y for y, _ in steps], 1))
+    assert_trees_close(
+        states, jax.tree.map(lambda *x: jnp.stack(x), *[s for _, s in steps])
+    )
 
 
 def test_each_step_may_have_a_key_of_its_own():

@@ -111,7 +111,10 @@ def check_shapes(call, inputs: Inputs, out_axes, results) -> None:
     """
     step = lambda mapped: call([*map(first_step, mapped, inputs.mapped_axes)])
     with_time = functools.partial(_with_time, time_size(inputs))
-    wanted = map_results(with_time, shapes_of(step, inputs.mapped), out_axes)
+    shapes = shapes_of(step, inputs.mapped)
+    if shapes is None:
+        return
+    wanted = map_results(with_time, shapes, out_axes)
     drop_state = lambda y, axis: None if isinstance(axis, PerStep) else jnp.asarray(y)
     got = map_results(drop_state, results, out_axes)
     for want, y in zip(jax.tree.leaves(wanted), jax.tree.leaves(got)):
@@ -124,29 +127,33 @@ def check_shapes(call, inputs: Inputs, out_axes, results) -> None:
 
 
 def shapes_of(fun, mapped) -> Any:
-    """`jax.eval_shape`; modules that `fun` makes in a Haiku transform are not kept."""
-    haiku = in_haiku_transform()
-    if not haiku:
+    """`jax.eval_shape`; in a Haiku transform, without keeping what `fun` makes there.
+
+    None if that can't be done: `fun` reads parameters or state from outside of it.
+    """
+    # Known by its name: Haiku is not imported here.
+    haiku: Any = sys.modules.get("haiku")
+    if not _in_haiku_transform(haiku):
         return jax.eval_shape(fun, mapped)
     net = haiku.transform_with_state(fun)
 
     def run(key, mapped):
         return net.apply(*net.init(key, mapped), key, mapped)[0]
 
-    return jax.eval_shape(run, jax.random.PRNGKey(0), mapped)
+    try:
+        return jax.eval_shape(run, jax.random.PRNGKey(0), mapped)
+    except Exception:
+        return None  # Haiku's own errors come from the call itself.
 
 
-def in_haiku_transform() -> Any:
-    """Haiku, where calls of `fun` make modules and parameters; else None."""
-    # Known by its name: Haiku is not imported here.
-    haiku: Any = sys.modules.get("haiku")
+def _in_haiku_transform(haiku: Any) -> bool:
     if not hasattr(haiku, "running_init"):
-        return None
+        return False
     try:
         haiku.running_init()
     except ValueError:
-        return None
-    return haiku
+        return False
+    return True
 
 
 def _with_time(timesteps, y, axis: Axis):

@@ -25,12 +25,7 @@ from tdjax._steps.axes import (
     time_size,
 )
 from tdjax._steps.cpu_convolution import with_transposed_convolutions
-from tdjax._steps.fold import (
-    check_shapes,
-    fold_block,
-    in_haiku_transform,
-    shapes_of,
-)
+from tdjax._steps.fold import check_shapes, fold_block, shapes_of
 from tdjax._steps.loops import compiled_loop, maybe_remat, straight_line
 
 METHODS = ("vmap", "fold")
@@ -168,12 +163,6 @@ def _loop(call, inputs: Inputs, out_axes, chunk: int, lowering: Lowering):
     else:
         block = _block(call, inputs, out_axes, lowering)
     if unroll is True:
-        if in_haiku_transform():
-            raise ValueError(
-                f"chunk_size={chunk} with unroll=True calls fun for each block, and "
-                "each call makes Haiku modules with parameters of their own. Apply a "
-                "transformed function: time_distributed(net.apply, in_axes=(None, 1))."
-            )
         return straight_line(block, inputs, out_axes, chunk, lowering.remat)
     # False is 0, but `scan` takes numbers from 1.
     unroll = int(unroll) or 1

@@ -221,12 +221,11 @@ def vary(x: Any) -> Any:
 
 
 def vary_steps(x: Any, axis: Axis) -> Any:
-    """Other numbers at each step, where all steps have the same.
+    """Other examples at each step, where all steps have the same.
 
-    With the same numbers at each step, a mean over the examples of all steps is that of
-    one step's. Floats become from half to all of what they were, at each example by a
-    factor of its own, and each number by a little more; integers are drawn from those
-    that are there.
+    There, a mean over the examples of all steps is that of one step's. Each step gets
+    examples at random, floats also times a factor from 0.5 to 1. An example stays what
+    it is: it may be sorted, or positive definite.
     """
     if not is_array(x) or not isinstance(axis, int) or not x.ndim > 1:
         return x
@@ -237,12 +236,10 @@ def vary_steps(x: Any, axis: Axis) -> Any:
     if x.size == 0 or len(steps) < 2 or not (steps == steps[:1]).all():
         return x
     rng = np.random.default_rng(0)
-    if is_integer:
-        varied = rng.choice(steps.ravel(), steps.shape)
-    else:
+    varied = steps[0][rng.integers(0, steps.shape[1], steps.shape[:2])]
+    if not is_integer:
         factors = rng.uniform(0.5, 1.0, steps.shape[:2])
-        factors = np.reshape(factors, (*factors.shape, *[1] * (steps.ndim - 2)))
-        varied = steps * (factors * rng.uniform(63 / 64, 1.0, steps.shape))
+        varied = varied * np.expand_dims(factors, tuple(range(2, steps.ndim)))
     return _placed_as(x, np.moveaxis(varied, 0, axis))
 
 
