@@ -301,7 +301,8 @@ def spoil(case, inputs):
         valid = np.reshape(case.mask, (*case.mask.shape, *(1,) * (x.ndim - 2)))
         valid = np.moveaxis(valid, 1, case.axes[name])
         bad = np.resize(BAD, x.shape) if x.dtype != np.int32 else -(2**31)
-        return jnp.where(valid, x, jnp.asarray(bad, x.dtype))
+        with np.errstate(over="ignore"):
+            return jnp.where(valid, x, np.asarray(bad).astype(x.dtype))
 
     return {name: change(name, x) for name, x in inputs.items()}
 
