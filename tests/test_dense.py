@@ -211,3 +211,8 @@ KERNEL = jnp.ones((3, 5))
 def test_bad_input_names_the_argument_and_the_shapes(user_errors, call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_sizes_of_few_bits_do_not_wrap_around(user_errors, key):
+    params = tdjax.init_flatten_dense(key, np.int8(100), 3, np.uint8(2))
+    assert params["kernel"].shape == (300, 200)

@@ -60,8 +60,11 @@ def require_array(name: str, value: Any, min_rank: int, layout: str) -> None:
         raise ValueError(f"{name} must have shape {layout}, got {describe(value)}.")
 
 
-def require_sizes(optional: bool = False, **values: Any) -> None:
-    """Refuses bools, floats, zero and negative numbers; None too, unless `optional`."""
+def require_sizes(optional: bool = False, **values: Any) -> list[Any]:
+    """The values as Python's ints, since NumPy's may wrap around; None if `optional`.
+
+    Refuses bools, floats, zero and negative numbers.
+    """
     for name, value in values.items():
         if optional and value is None:
             continue
@@ -69,6 +72,7 @@ def require_sizes(optional: bool = False, **values: Any) -> None:
             raise TypeError(f"{name} must be a positive int, got {describe(value)}.")
         if value < 1:
             raise ValueError(f"{name} must be a positive int, got {value}.")
+    return [None if value is None else int(value) for value in values.values()]
 
 
 def require_params(

@@ -60,7 +60,7 @@ def init_dense(
       >>> sum(p.size for p in params.values())
       55
     """
-    require_sizes(in_features=in_features, features=features)
+    in_features, features = require_sizes(in_features=in_features, features=features)
     shape = (in_features, features)
     return _init(key, shape, use_bias, dtype, kernel_init, bias_init)
 
@@ -94,7 +94,9 @@ def init_flatten_dense(
       >>> sum(p.size for p in params.values())
       260
     """
-    require_sizes(timesteps=timesteps, in_features=in_features, features=features)
+    timesteps, in_features, features = require_sizes(
+        timesteps=timesteps, in_features=in_features, features=features
+    )
     shape = (timesteps * in_features, timesteps * features)
     return _init(key, shape, use_bias, dtype, kernel_init, bias_init)
 
@@ -128,7 +130,9 @@ def init_per_step_dense(
       >>> sum(p.size for p in params.values())
       80
     """
-    require_sizes(timesteps=timesteps, in_features=in_features, features=features)
+    timesteps, in_features, features = require_sizes(
+        timesteps=timesteps, in_features=in_features, features=features
+    )
     shape = (timesteps, in_features, features)
     return _init(key, shape, use_bias, dtype, kernel_init, bias_init)
 
@@ -265,7 +269,7 @@ def as_per_step(params: Mapping[str, Any], timesteps: int) -> Params:
       (4, 3, 5)
     """
     kernel, bias = require_params(params, 2, "(in_features, features)", "(features,)")
-    require_sizes(timesteps=timesteps)
+    (timesteps,) = require_sizes(timesteps=timesteps)
     repeat = lambda a: jnp.broadcast_to(a, (timesteps, *a.shape))
     return _as_params(repeat(kernel), None if bias is None else repeat(bias))
 

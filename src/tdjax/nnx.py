@@ -178,7 +178,7 @@ class _SequenceDense(nnx.Module):
         bias_init: Initializer = default_bias_init,
         rngs: nnx.Rngs,
     ):
-        require_sizes(out_features=out_features)
+        (out_features,) = require_sizes(out_features=out_features)
         options = {} if kernel_init is None else {"kernel_init": kernel_init}
         params = type(self)._init(
             rngs.params(),

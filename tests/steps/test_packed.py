@@ -219,3 +219,17 @@ def test_float0_has_no_numbers_to_hide(user_errors, options):
         TypeError, match=r"no argument .* float0\[2,3,2\].* Leave it out"
     ):
         apply(empty, jnp.ones((2, 3, 2)), mask=mask)
+
+
+@pytest.mark.parametrize("capacity", [np.int8(60), np.uint8(200), np.int64(60), 60])
+def test_a_capacity_of_few_bits_does_not_wrap_around(user_errors, capacity):
+    x = jnp.arange(1.0, 121.0).reshape(4, 30, 1)
+    mask = tdjax.lengths_to_mask(np.array([30, 5, 3, 2]), 30)
+    apply = tdjax.time_distributed(lambda x: x * 2, capacity=capacity)
+    np.testing.assert_array_equal(apply(x, mask=mask), x * 2 * mask[..., None])
+
+
+def test_steps_without_features_are_packed():
+    mask = tdjax.lengths_to_mask(jnp.array([4, 1, 2]), 4)
+    apply = tdjax.time_distributed(lambda x: x, capacity=8)
+    assert apply(jnp.ones((3, 4, 0)), mask=mask).shape == (3, 4, 0)

@@ -103,7 +103,7 @@ def linear_cross_entropy(
     _check_steps(hidden, labels, mask, words)
     _check_options(reduction, label_smoothing, z_loss, logits_soft_cap, ignore_class)
     chunks = {"chunk_size": chunk_size, "vocab_chunk_size": vocab_chunk_size}
-    require_sizes(**chunks, optional=True)
+    chunk_size, vocab_chunk_size = require_sizes(**chunks, optional=True)
     valid = _valid_steps(labels, mask, ignore_class)
     _check_labels(labels, valid, words)
     # What is out of range stays so.

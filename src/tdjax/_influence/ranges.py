@@ -52,6 +52,18 @@ def _between(fun, least: float, most: float):
     return ranges
 
 
+def _exponential(fun):
+    """A zero stays one, as masks need it; 1 may be the exponential of a tiny number."""
+
+    def ranges(eqn, x):
+        low, high = fun(x)
+        rounded = (low == high) & (low != 0) & (x[0] != x[1])
+        ends = np.nextafter(low, -np.inf), np.nextafter(high, np.inf)
+        return np.where(rounded, ends[0], low), np.where(rounded, ends[1], high)
+
+    return ranges
+
+
 def _mul(eqn, x, y):
     return _hull([_times(a, b) for a in x for b in y])
 
@@ -153,8 +165,8 @@ RANGES = {
     "expm1": _increasing(np.expm1),
     "erf": _increasing(np.vectorize(math.erf, otypes=[float])),
     "erfc": lambda eqn, x: np.vectorize(math.erfc, otypes=[float])(x[::-1]),
-    "exp": _increasing(np.exp),
-    "exp2": _increasing(np.exp2),
+    "exp": _exponential(np.exp),
+    "exp2": _exponential(np.exp2),
     "log": _increasing(np.log),
     "sqrt": _increasing(np.sqrt),
     "logistic": _increasing(lambda x: 1 / (1 + np.exp(-x))),

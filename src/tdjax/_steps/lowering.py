@@ -47,9 +47,11 @@ class Lowering:
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {METHODS}, got {self.method!r}.")
         sizes = {"chunk_size": self.chunk_size, "capacity": self.capacity}
-        require_sizes(**sizes, optional=True)
+        for name, size in zip(sizes, require_sizes(**sizes, optional=True)):
+            object.__setattr__(self, name, size)
         if not isinstance(self.unroll, bool):
-            require_sizes(unroll=self.unroll)
+            (unroll,) = require_sizes(unroll=self.unroll)
+            object.__setattr__(self, "unroll", unroll)
         if not isinstance(self.remat, bool):
             raise TypeError(f"remat must be a bool, got {describe(self.remat)}.")
         self._check_names()

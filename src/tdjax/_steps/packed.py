@@ -49,7 +49,7 @@ class PackedSteps(Steps):
             x = jnp.broadcast_to(x, self.mask.shape)
             return self._gather(jnp.ravel(x)), 0
         x = batch_first(x, axis)
-        return self._gather(jnp.reshape(x, (-1, *x.shape[2:])))[None], 1
+        return self._gather(jnp.reshape(x, (self.size, *x.shape[2:])))[None], 1
 
     def _gather(self, x):
         if 0 in self.mask.shape:
