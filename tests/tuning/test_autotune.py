@@ -545,6 +545,24 @@ def test_a_model_of_functions_and_arrays_is_named(user_errors):
         tdjax.linen.autotune(layer, variables, X, **QUICK)
 
 
+def test_what_wraps_a_function_over_time_is_refused(user_errors):
+    class Head:
+        @tdjax.time_distributed(in_axes=(None, 1))
+        def scale(self, x):
+            return 2 * x
+
+    over_time = tdjax.time_distributed(scale)
+    for fun in (
+        Head().scale,
+        jax.jit(over_time),
+        jax.checkpoint(jax.jit(over_time)),
+        functools.partial(over_time),
+    ):
+        with pytest.raises(ValueError, match="would map over a second time axis"):
+            tdjax.autotune(fun, X, **QUICK)
+    assert tdjax.autotune(jax.jit(scale), X, **QUICK).best.measured
+
+
 def test_without_jit_there_is_nothing_to_measure(user_errors):
     with jax.disable_jit(), pytest.raises(ValueError, match="jax_disable_jit is on"):
         tdjax.autotune(jnp.sin, X, **QUICK)

@@ -106,6 +106,7 @@ def autotune(
 def _over_time(fun, in_axes, out_axes, capacity) -> Distributed:
     given = {"in_axes": in_axes, "out_axes": out_axes, "capacity": capacity}
     if not isinstance(fun, Distributed):
+        _refuse_wrapped(fun)
         return cast(Distributed, time_distributed(fun, **given))
     defaults = {"in_axes": 1, "out_axes": 1, "capacity": None}
     twice = {name: given[name] for name in given if given[name] != defaults[name]}
@@ -115,6 +116,21 @@ def _over_time(fun, in_axes, out_axes, capacity) -> Distributed:
             "for a function that it has returned. Leave them out."
         )
     return fun
+
+
+def _refuse_wrapped(fun: Any) -> None:
+    """Refuses what has a time axis already, inside of `jit`, `partial` or a method."""
+    inner = fun
+    while inner is not None:
+        is_partial = isinstance(inner, functools.partial)
+        inner = inner.func if is_partial else getattr(inner, "__wrapped__", None)
+        if isinstance(inner, Distributed):
+            raise ValueError(
+                "fun must be a function of one step, or what time_distributed "
+                f"returned; got {describe(fun)} around the latter, which would map "
+                "over a second time axis. Give it as it is, with all arguments: "
+                "autotune(head, params, x); of a method, tune the function inside."
+            )
 
 
 class Subject(NamedTuple):
