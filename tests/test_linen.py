@@ -747,3 +747,14 @@ def test_statistics_under_a_mask_that_the_layer_does_not_get_are_warned_of(key, 
     means = [x[mask[:, t], t].mean(0) for t in range(T)]
     got = state["batch_stats"]["BatchNorm_0"]["mean"]
     assert_trees_close(got, jnp.stack(means).mean(0))
+
+
+def test_a_filter_of_intermediates_may_keep_all(key, x):
+    model = TimeDistributed(nn.Dense(2))
+    keep = lambda module, name: True
+    _, state = model.apply(
+        model.init(key, x), x, capture_intermediates=keep, mutable=["intermediates"]
+    )
+    kept = state["intermediates"]
+    (layer,), (wrapper,) = kept["__call__"], kept["TimeDistributed.__call__"]
+    np.testing.assert_array_equal(layer.swapaxes(0, 1), wrapper)

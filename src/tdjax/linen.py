@@ -139,6 +139,7 @@ class TimeDistributed(nn.Module):
 
         return types.MethodType(method, self)
 
+    @nn.nowrap
     def sow(self, col: str, name: str, value: Any, *args: Any, **kwargs: Any) -> bool:
         """As in Linen, under a name apart from what `layer` sows in the same scope."""
         is_shared = self.scope is not None and self.scope is self.layer.scope
