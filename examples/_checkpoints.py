@@ -51,7 +51,7 @@ class Checkpoints:
         if step == self.latest:
             return
         record = {**record, "checksum of the arrays": checksum(state)}
-        sealed = {**record, "checksum": _checksum_of_record(record)}
+        sealed = {**record, "checksum": checksum_of_record(record)}
         parts = {
             "state": ocp.args.StandardSave(state),
             "record": ocp.args.JsonSave(sealed),
@@ -78,7 +78,7 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 record = self._load(step, record=ocp.args.JsonRestore())
-                if record.pop("checksum") != _checksum_of_record(record):
+                if record.pop("checksum") != checksum_of_record(record):
                     raise ValueError("its record is not the one that was saved")
                 check(record)
                 state = self._load(step, state=ocp.args.StandardRestore(like))
@@ -196,5 +196,9 @@ def checksum(tree: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _checksum_of_record(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+def checksum_of_record(record: dict[str, Any]) -> str:
+    return checksum_of_bytes(json.dumps(record, sort_keys=True).encode())
+
+
+def checksum_of_bytes(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -5,7 +5,6 @@ they have is a function of the seed and the step, and Keras keeps the step besid
 optimiser's state in the `.keras` file.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -16,7 +15,13 @@ import numpy as np
 from rich.console import Console
 
 from _batches import batch_rows, count, take
-from _checkpoints import refuse_differences, refuse_existing, write_atomically
+from _checkpoints import (
+    checksum_of_bytes,
+    checksum_of_record,
+    refuse_differences,
+    refuse_existing,
+    write_atomically,
+)
 from _display import Point, TrainingProgress
 from _options import InputError, Settings
 from _problem import QUANTITIES
@@ -58,8 +63,8 @@ class FitRun:
     def _resume(self) -> None:
         try:
             record = dict(json.loads(self._record.read_text()))
-            is_sound = record.pop("checksum") == _digest(_as_json(record))
-            digest = _digest(self.file.read_bytes())
+            is_sound = record.pop("checksum") == checksum_of_record(record)
+            digest = checksum_of_bytes(self.file.read_bytes())
             if not is_sound or digest not in record["files"]:
                 raise ValueError("these are not the bytes that were saved")
         except (LookupError, TypeError, ValueError) as error:
@@ -87,10 +92,11 @@ class FitRun:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.file.with_name(f".{self.file.name}")
         self.model.save(unfinished)
-        self._files = [*self._files[-1:], _digest(unfinished.read_bytes())]
+        self._files = [*self._files[-1:], checksum_of_bytes(unfinished.read_bytes())]
         record = {**self.identity, "notes": self.notes, "curve": self.curve}
         record["files"] = self._files
-        content = _as_json({**record, "checksum": _digest(_as_json(record))})
+        sealed = {**record, "checksum": checksum_of_record(record)}
+        content = json.dumps(sealed, indent=1).encode()
         write_atomically(self._record, lambda file: file.write(content))
         os.replace(unfinished, self.file)
 
@@ -152,11 +158,3 @@ class _Shown(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         metrics = {name: float(value) for name, value in (logs or {}).items()}
         self._progress.step(self._first + batch + 1, metrics)
-
-
-def _as_json(record: dict[str, Any]) -> bytes:
-    return json.dumps(record, indent=1).encode()
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
