@@ -318,6 +318,28 @@ def test_counters_are_the_last_steps_and_sown_values_are_stacked(key, x):
         np.testing.assert_allclose(total, x.sum((0, 2)), rtol=1e-5)
 
 
+def test_integers_that_a_layer_keeps_are_those_of_the_last_valid_step(key):
+    class Last(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            last = self.variable("state", "last", lambda: jnp.int32(-1))
+            last.value = x[0, 0]
+            return x
+
+    model = TimeDistributed(Last())
+    x = jnp.arange(5).reshape(1, 5, 1)
+    run = lambda mask: model.apply(
+        {"state": {"last": jnp.int32(-1)}}, x, mask=jnp.array([mask]), mutable="state"
+    )
+    for mask, last in (
+        ([True, True, True, False, False], 2),
+        ([True, False, True, True, True], 4),
+        ([True, False, False, True, False], 3),
+        ([False] * 5, -1),
+    ):
+        assert run(mask)[1]["state"]["last"] == last
+
+
 @methods
 def test_sown_values_are_stacked_under_every_method(key, x, options):
     class Sowing(nn.Module):

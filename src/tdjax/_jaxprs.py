@@ -20,6 +20,20 @@ CALLS_AND_CUSTOM_DERIVATIVES = CALLS | {
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
 }
+# Primitives that work on each element alone. A scalar operand goes with every element.
+_ELEMENTWISE = """
+    abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp
+    conj convert_element_type cos cosh digamma div eq erf erf_inv erfc exp exp2
+    expm1 floor ge gt imag integer_pow is_finite le lgamma log log1p log2 logistic lt
+    max min mul ne neg nextafter not or pow real reduce_precision rem round
+    rsqrt shift_left shift_right_arithmetic shift_right_logical sign sin sinh
+    sqrt square sub tan tanh xor
+"""
+ELEMENTWISE = frozenset(_ELEMENTWISE.split())
+# Primitives that return their operands; `name` is that of `checkpoint_name`.
+IDENTITIES = frozenset(
+    ("copy", "name", "optimization_barrier", "sharding_constraint", "stop_gradient")
+)
 
 
 def evaluate(jaxpr, consts, args, run_equation: Callable) -> list[Any]:
@@ -56,6 +70,28 @@ def bind(eqn, args) -> list[Any]:
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
+def split_scan(eqn, args) -> tuple[list, list, list]:
+    """The operands of a `scan`: constants, what it carries, and what it runs over.
+
+    JAX versions name these parameters differently, so ranks decide: the last has one
+    more axis outside of the loop than inside.
+    """
+    body = eqn.params["jaxpr"].jaxpr
+    same_rank = lambda out, inn: len(out.aval.shape) == len(inn.aval.shape)
+    carried = sum(map(same_rank, eqn.outvars, body.outvars))
+    scanned = sum(not same_rank(*pair) for pair in zip(eqn.invars, body.invars))
+    first, last = len(args) - scanned - carried, len(args) - scanned
+    return args[:first], args[first:last], args[last:]
+
+
+def split_while(eqn, args) -> tuple[list, list, list]:
+    """The operands of a `while`: the constants of its two programs, and the carry."""
+    carried = len(eqn.outvars)
+    first = len(eqn.params["cond_jaxpr"].jaxpr.invars) - carried
+    last = first + len(eqn.params["body_jaxpr"].jaxpr.invars) - carried
+    return args[:first], args[first:last], args[last:]
+
+
 def has_references(program) -> bool:
     """Whether it or a program inside writes to arrays (`jax.new_ref`)."""
     jaxpr, _ = open_program(program)
@@ -74,28 +110,11 @@ def _programs(value: Any) -> list:
     return [value] if hasattr(open_program(value)[0], "eqns") else []
 
 
-def map_constants(program, change: Callable) -> Any:
-    """A program with `change(constant)` for each array that it or an inner one holds.
-
-    These are the arrays that functions close over.
-    """
+def constants(program) -> list[Any]:
+    """The arrays that it and the programs inside of it close over."""
     jaxpr, consts = open_program(program)
-    inner = lambda value: _map_in_parameter(value, change)
-    eqns = [
-        eqn.replace(params={name: inner(value) for name, value in eqn.params.items()})
-        for eqn in jaxpr.eqns
-    ]
-    jaxpr = jaxpr.replace(eqns=eqns)
-    if not hasattr(program, "consts"):
-        return jaxpr
-    return program.replace(jaxpr=jaxpr, consts=list(map(change, consts)))
-
-
-def _map_in_parameter(value: Any, change: Callable) -> Any:
-    if type(value) in (tuple, list):
-        return type(value)(_map_in_parameter(item, change) for item in value)
-    is_program = hasattr(open_program(value)[0], "eqns")
-    return map_constants(value, change) if is_program else value
+    parameters = [value for eqn in jaxpr.eqns for value in eqn.params.values()]
+    return [*consts, *(x for inner in _programs(parameters) for x in constants(inner))]
 
 
 def open_program(program) -> tuple[Any, Any]:

@@ -468,3 +468,39 @@ def test_arrays_that_are_written_to_count_as_all_to_all():
 def test_choices_by_ranges_of_computed_values(fun, wanted):
     got = tdjax.step_influence(fun, TWO)
     np.testing.assert_array_equal(got, wanted.astype(bool))
+
+
+def test_an_integer_that_float64_cannot_hold_is_not_taken_for_its_neighbour():
+    with x64():
+        near = jnp.int64(2**53)
+        chosen = lambda x: jnp.where(x > 0, near + 1, near) - near
+        influence = tdjax.step_influence(chosen, jnp.ones((1, 2, 1), jnp.float64))
+    np.testing.assert_array_equal(influence, np.eye(2, dtype=bool))
+
+
+@pytest.mark.parametrize(
+    "fun",
+    [
+        lambda x: jnp.log(lax.complex(-1 + 0 * x, x * 0)).imag,
+        lambda x: jnp.log((x * 0 - 1).astype(complex) * -1j).imag,
+        lambda x: lax.while_loop(
+            lambda s: s[0, 0, 0] < 1, lambda s: s + x.max(), jnp.copysign(1, x * 0)
+        ),
+        lambda x: (
+            jnp.zeros_like(x).at[:, :1].apply(lambda v: v) + jnp.copysign(1, x * 0)
+        ),
+        lambda x: jnp.copysign(
+            1,
+            lax.reduce_window(
+                x * 0, -0.0, lambda a, b: a + b, (1, 2, 1), (1, 1, 1), "SAME"
+            ),
+        ),
+    ],
+)
+def test_signs_of_zeros_go_through_what_has_no_rule(fun):
+    """Each of these moves with the sign of the first step's input."""
+    x = normal(0, 1, 3, 1)
+    influence = tdjax.step_influence(fun, x)
+    flipped = x.at[0, 0].multiply(-1)
+    moved = np.asarray(fun(x) != fun(flipped)).any((0, 2))
+    assert influence[moved, 0].all()

@@ -233,3 +233,12 @@ def test_steps_without_features_are_packed():
     mask = tdjax.lengths_to_mask(jnp.array([4, 1, 2]), 4)
     apply = tdjax.time_distributed(lambda x: x, capacity=8)
     assert apply(jnp.ones((3, 4, 0)), mask=mask).shape == (3, 4, 0)
+
+
+def test_rows_that_are_not_used_see_a_valid_number():
+    x = jnp.where(MASK, 2.0, 0.0)  # (batch, time): one number for each step
+    packed = td(jnp.log, capacity=VALID + 2)
+    gradient = jax.grad(lambda x: packed(x, mask=MASK).sum())(x)
+    np.testing.assert_array_equal(gradient, jnp.where(MASK, 0.5, 0))
+    with jax.debug_nans(True), jax.debug_infs(True):
+        packed(x, mask=MASK)

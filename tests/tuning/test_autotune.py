@@ -14,8 +14,10 @@ import tdjax
 from helpers import assert_trees_close, normal
 from tdjax._steps.lowering import Lowering
 from tdjax._tuning import search as _search
-from tdjax._tuning.candidates import vary, vary_integers, vary_steps
 from tuning.tuned_dense import QUICK, X, tune_dense
+
+OTHER = "other numbers than the reference"
+MIXES = "may mix the examples of a batch: reduce_sum"
 
 
 def scale(x):
@@ -54,12 +56,12 @@ def test_a_lowering_that_gives_other_numbers_is_refused_and_said_so():
     assert fold.run_seconds is None
 
 
-def test_constant_inputs_hide_nothing():
+def test_equal_numbers_are_not_enough():
     mixes_the_batch = lambda x: x - jnp.mean(x, axis=0)
     result = tdjax.autotune(mixes_the_batch, jnp.ones_like(X), **QUICK)
-    assert verdicts(result)["method='fold'"] == "other numbers than the reference"
+    assert verdicts(result)["method='fold'"] == MIXES
     content = json.loads(result.to_json())
-    assert content["candidates"][1]["deviation"] > 0.1
+    assert content["candidates"][1]["deviation"] == 0
 
 
 def test_an_infinite_deviation_is_null_in_json():
@@ -395,15 +397,15 @@ def fold_verdict(result):
 
 
 def test_parameters_that_are_zero_hide_no_mixing_of_the_batch():
-    zero, other = jnp.zeros(X.shape[-1]), "other numbers than the reference"
+    zero = jnp.zeros(X.shape[-1])
     shared = tdjax.autotune(gate, zero, X, in_axes=(None, 1), **QUICK)
-    assert fold_verdict(shared) == other
+    assert fold_verdict(shared) == MIXES
     closed = tdjax.autotune(lambda x: gate(zero, x), X, **QUICK)
-    assert fold_verdict(closed) == other
+    assert fold_verdict(closed) == MIXES
     inner = jax.jit(lambda x: gate(zero, x))
-    assert fold_verdict(tdjax.autotune(lambda x: inner(x), X, **QUICK)) == other
+    assert fold_verdict(tdjax.autotune(lambda x: inner(x), X, **QUICK)) == MIXES
     looped = lambda x: jax.lax.scan(lambda c, _: (gate(zero, c), None), x, None, 2)[0]
-    assert fold_verdict(tdjax.autotune(looped, X, **QUICK)) == other
+    assert fold_verdict(tdjax.autotune(looped, X, **QUICK)) == MIXES
 
 
 def test_zero_parameters_of_layers_and_equal_ids_hide_no_mixing_of_the_batch():
@@ -419,19 +421,18 @@ def test_zero_parameters_of_layers_and_equal_ids_hide_no_mixing_of_the_batch():
         def __call__(self, x):
             return gate(self.gamma[...], x)
 
-    other = "other numbers than the reference"
     layer = tdjax.linen.TimeDistributed(Gate())
     variables = layer.init(jax.random.key(0), X)
-    assert fold_verdict(tdjax.linen.autotune(layer, variables, X, **QUICK)) == other
-    assert fold_verdict(tdjax.nnx.autotune(NnxGate(), X, **QUICK)) == other
+    assert fold_verdict(tdjax.linen.autotune(layer, variables, X, **QUICK)) == MIXES
+    assert fold_verdict(tdjax.nnx.autotune(NnxGate(), X, **QUICK)) == MIXES
     table = normal(3, 5, 4)
     embed = lambda ids: table[ids] - jnp.mean(table[ids], axis=0)
     for ids in (0, 4):
         same = jnp.full((4, 6), ids)
-        assert fold_verdict(tdjax.autotune(embed, same, **QUICK)) == other
+        assert fold_verdict(tdjax.autotune(embed, same, **QUICK)) in (OTHER, MIXES)
 
 
-def test_arrays_with_a_structure_stay_as_they_are():
+def test_closed_over_arrays_hide_no_mixing_of_the_batch():
     places = jnp.arange(3.0)
     kernel = jnp.exp(-((places[:, None] - places) ** 2) / 20)
 
@@ -449,55 +450,45 @@ def test_keys_with_a_time_axis_and_devices_are_kept():
     noisy = lambda key, x: x + jax.random.normal(key, x.shape)
     result = tdjax.autotune(noisy, keys, X, in_axes=(0, 1), **QUICK)
     assert result.best.measured
-    ones = jax.device_put(jnp.ones((2, 3)), jax.devices()[-1])
-    assert vary(ones).sharding == ones.sharding
-    assert vary_integers(ones.astype(int)).sharding == ones.sharding
 
 
-ROW = jnp.arange(5.0)
-REPEATED = {
-    "one example": jnp.broadcast_to(ROW, (4, 3, 5)),
+ALIKE = {
+    "ones": jnp.ones((4, 3, 5)),
+    "one example": jnp.broadcast_to(jnp.arange(5.0), (4, 3, 5)),
     "examples repeated over time": jnp.repeat(normal(0, 4, 1, 5), 3, 1),
-    "numbers repeated over time": jnp.repeat(normal(0, 4, 1), 3, 1),
+    "one step": normal(0, 4, 1, 5),
+    "one example, one step": normal(0, 1, 1, 5),
+    "NaN": jnp.full((4, 3, 5), jnp.nan),
     "NumPy": np.repeat(np.float64(normal(0, 4, 1, 5)), 3, 1),
-    "ids repeated over time": jnp.repeat(jnp.array([[3], [5], [1], [0]]), 3, 1),
-    "rows of ids": jnp.repeat(jnp.arange(12).reshape(4, 1, 3) % 5, 3, 1),
+    "ids": jnp.repeat(jnp.array([[3], [5], [1], [0]]), 3, 1),
+    "bytes": jnp.full((4, 3, 2), 3, jnp.uint8),
+    "bools": jnp.ones((4, 3, 2), bool),
 }
 
 
-@pytest.mark.parametrize("time", [0, 1])
-@pytest.mark.parametrize("name", REPEATED)
-def test_what_is_the_same_at_every_step_hides_no_mixing_of_the_batch(name, time):
-    x = REPEATED[name]
-    x = x.swapaxes(0, 1) if time == 0 else x
-    tune = functools.partial(
-        tdjax.autotune, in_axes=time, out_axes=time, budget=60.0,
-        candidates=[{"method": "fold"}],
-    )  # fmt: skip
-    other = "other numbers than the reference"
-
-    def mix(x):
-        x = x.astype(jnp.float32)
-        if name != "one example" and x.ndim > 1:  # Factors vanish behind it.
-            x = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
-        return x - jnp.tanh(x).mean(0)
-
-    assert fold_verdict(tune(mix, x)) == other
-    assert fold_verdict(tune(jnp.sin, x * 1.0)) != other
+@pytest.mark.parametrize("name", ALIKE)
+def test_inputs_that_are_alike_hide_no_mixing_of_the_batch(name):
+    mix = lambda x: x - jnp.tanh(x * 1.0).mean(0)
+    fold_only = {"candidates": [{"method": "fold"}], "budget": 60.0}
+    result = tdjax.autotune(mix, ALIKE[name], **fold_only)
+    assert fold_verdict(result) in (OTHER, MIXES)
+    assert result.options["method"] == "vmap"
 
 
-def test_examples_that_repeat_stay_positive_definite_and_sorted():
-    vectors = normal(0, 4, 5)
-    kernels = jnp.einsum("bi,bj->bij", vectors, vectors) + 1e-3 * jnp.eye(5)
-    varied = vary_steps(jnp.repeat(kernels[:, None], 8, 1), 1)
-    assert np.isfinite(jnp.linalg.cholesky(varied)).all()
-    offsets = jnp.repeat(jnp.array([[[0, 2, 5]], [[1, 2, 9]]]), 8, 1)
-    assert (np.diff(vary_steps(offsets, 1)) > 0).all()
+def test_masks_hide_no_mixing_of_the_batch():
+    mix = tdjax.time_distributed(lambda x: x - x.mean(0))
+    for mask in (
+        jnp.zeros(X.shape[:2], bool),
+        jnp.zeros(X.shape[:2], bool).at[0, 0].set(True),
+    ):
+        result = tdjax.autotune(mix, X, mask=mask, **QUICK)
+        assert fold_verdict(result) in (OTHER, MIXES)
 
 
-def test_steps_that_differ_are_real_data_and_stay():
-    for x in (X, X[:, :1], X[:1, :1], jnp.arange(6).reshape(2, 3), ROW, X[:0]):
-        np.testing.assert_array_equal(vary_steps(x, min(x.ndim - 1, 1)), x)
+@pytest.mark.parametrize("gamma", [0, False, 0.0, np.int32(0), 1e-9])
+def test_shared_numbers_hide_no_mixing_of_the_batch(gamma):
+    result = tdjax.autotune(gate, gamma, X, in_axes=(None, 1), **QUICK)
+    assert fold_verdict(result) in (OTHER, MIXES)
 
 
 def test_a_mask_that_is_added_and_other_constants_keep_fold():

@@ -13,7 +13,7 @@ import pytest
 import tdjax
 from helpers import assert_trees_close
 from tdjax._steps.lowering import Lowering
-from tdjax._tuning import cache, search
+from tdjax._tuning import cache, candidates, search
 from tdjax._tuning.candidates import Candidate
 from tdjax._tuning.result import Tuning
 from tuning.tuned_dense import QUICK, X, tune_dense
@@ -199,8 +199,20 @@ def test_a_killed_writer_leaves_no_damaged_entry(tmp_path):
     assert cache.load(tmp_path, {"entry": 0, "padding": "x" * 10**6})
 
 
-def test_what_comes_out_of_the_cache_is_compared_with_the_reference(tmp_path):
+FOLD = {"budget": 60, "candidates": [{"method": "fold"}]}
+
+
+def make_fold_win(folder):
+    (entry,) = folder.iterdir()
+    damage(entry, lambda e: e["candidates"][0].update(run_seconds=9.0))
+
+
+def test_what_comes_out_of_the_cache_is_compared_with_the_reference(
+    tmp_path, monkeypatch
+):
     """Of two functions with one program, the second may not take the first's fold."""
+    # Of a callback, nothing can be shown.
+    monkeypatch.setattr(candidates, "find_mixing", lambda *fold: None)
     calls = [lambda x: 2 * x, lambda x: x - x.mean(0)]
 
     def called(number):
@@ -208,15 +220,28 @@ def test_what_comes_out_of_the_cache_is_compared_with_the_reference(tmp_path):
         host = lambda x: calls[number](x)
         return lambda x: jax.pure_callback(host, shape(x), x, vmap_method="sequential")
 
-    options = {"cache": tmp_path, "budget": 5, "candidates": [{"method": "fold"}]}
-    first = tdjax.autotune(called(0), X, **options)
-    (entry,) = tmp_path.iterdir()
-    damage(entry, lambda e: e["candidates"][0].update(run_seconds=9.0))
-    assert tdjax.autotune(called(0), X, **options).options["method"] == "fold"
-    second = tdjax.autotune(called(1), X, **options)
+    first = tdjax.autotune(called(0), X, cache=tmp_path, **FOLD)
+    make_fold_win(tmp_path)
+    again = tdjax.autotune(called(0), X, cache=tmp_path, **FOLD)
+    assert again.options["method"] == "fold"
+    second = tdjax.autotune(called(1), X, cache=tmp_path, **FOLD)
     assert first.about == second.about
     assert not second.from_cache
     assert second.options["method"] == "vmap"
+
+
+def test_fold_from_the_cache_is_shown_to_be_right_again(tmp_path, monkeypatch):
+    """An entry that another version has made, say."""
+    fun = lambda x: x + 0.0 * x.mean(0)
+    monkeypatch.setattr(candidates, "find_mixing", lambda *fold: None)
+    tdjax.autotune(fun, X, cache=tmp_path, **FOLD)
+    make_fold_win(tmp_path)
+    found = tdjax.autotune(fun, X, cache=tmp_path, **FOLD)
+    assert found.options["method"] == "fold"
+    monkeypatch.undo()
+    again = tdjax.autotune(fun, X, cache=tmp_path, **FOLD)
+    assert not again.from_cache
+    assert again.options["method"] == "vmap"
 
 
 def test_a_result_whose_reference_needed_chunks_is_found_again(tmp_path, monkeypatch):

@@ -20,8 +20,8 @@ def clock(monkeypatch):
     compile_really = search.compile_candidate
 
     def compile_candidate(candidate, run, args):
-        program = compile_really(candidate, run, args)
-        return candidate.lowering.chunk_size, program
+        program, mixing = compile_really(candidate, run, args)
+        return (candidate.lowering.chunk_size, program), mixing
 
     def timed(program, args, calls=1):
         size, run = program

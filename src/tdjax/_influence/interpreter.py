@@ -13,20 +13,17 @@ import functools
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from tdjax import _jaxprs
 from tdjax._influence.rules import RULES
 from tdjax._influence.spread import (
     Spread,
-    any_far,
     as_spreads,
     everything,
     same_everywhere,
     spread,
     stack,
     union,
-    unknown,
 )
 
 
@@ -47,25 +44,27 @@ def _evaluate_equation(eqn, args, bound: float) -> list[Any]:
     sign_varies = any(x.sign_varies for x in args if isinstance(x, Spread))
     if name in _CONTROL_FLOW:
         outs = _CONTROL_FLOW[name](eqn, args, run, bound)
-    elif sign_varies and (name in _READS_SIGNS or name not in RULES):
-        return _from_every_step(eqn, args, bound)
+    elif sign_varies and _reads_signs(eqn):
+        return everything(eqn, args, bound)
     else:
         outs = RULES.get(name, everything)(eqn, args, bound)
     mark = lambda x: x._replace(sign_varies=x.sign_varies or sign_varies)
     return [mark(x) if isinstance(x, Spread) else x for x in outs]
 
 
-# 0.0 and -0.0 are equal numbers, and only these tell them apart.
+def _reads_signs(eqn) -> bool:
+    """Whether it may tell 0.0 from -0.0, which are equal numbers."""
+    name, kinds = eqn.primitive.name, [v.aval.dtype for v in eqn.invars]
+    if any(jnp.issubdtype(kind, jnp.complexfloating) for kind in kinds):
+        return name in _HAS_A_CUT or name not in RULES
+    return name in _READS_SIGNS or name not in RULES
+
+
 _READS_SIGNS = frozenset(("atan2", "nextafter", "bitcast_convert_type"))
-
-
-def _from_every_step(eqn, args, bound: float) -> list[Any]:
-    """What reads the sign of a zero, whose steps are not known any more."""
-    timesteps = next(len(x.steps) for x in args if isinstance(x, Spread))
-    far = any_far(as_spreads(args, bound), bound)
-    outs = [v.aval for v in eqn.outvars]
-    steps = lambda v: np.ones((timesteps, *v.shape), bool)
-    return [unknown(v.dtype, steps(v), far, bound) for v in outs]
+# Complex functions that have other values on the two sides of an axis.
+_HAS_A_CUT = frozenset(
+    ("acos", "acosh", "asin", "asinh", "atan", "atanh", "log", "log1p", "pow", "sqrt")
+)
 
 
 def _run(program, args, bound: float) -> list[Any]:
@@ -75,8 +74,7 @@ def _run(program, args, bound: float) -> list[Any]:
 
 def _scan(eqn, args, run, bound) -> list[Any]:
     params = eqn.params
-    split = _scan_parts(eqn)
-    consts, carry, xs = args[: split[0]], args[split[0] : split[1]], args[split[1] :]
+    consts, carry, xs = _jaxprs.split_scan(eqn, args)
     order = list(range(params["length"]))
     rows = {}
     for i in reversed(order) if params["reverse"] else order:
@@ -91,20 +89,6 @@ def _scan(eqn, args, run, bound) -> list[Any]:
     ]
 
 
-def _scan_parts(eqn) -> tuple[int, int]:
-    """Where the carry and the scanned operands start.
-
-    JAX versions name these parameters differently, so ranks decide: a scanned operand
-    has one more axis outside the loop than inside.
-    """
-    body = eqn.params["jaxpr"].jaxpr
-    same_rank = lambda out, inn: len(out.aval.shape) == len(inn.aval.shape)
-    carried = sum(map(same_rank, eqn.outvars, body.outvars))
-    scanned = sum(not same_rank(*pair) for pair in zip(eqn.invars, body.invars))
-    total = len(eqn.invars)
-    return total - scanned - carried, total - scanned
-
-
 def _stack(values, bound: float):
     if any(isinstance(x, Spread) for x in values):
         return stack(as_spreads(values, bound))
@@ -112,19 +96,14 @@ def _stack(values, bound: float):
 
 
 def _while(eqn, args, run, bound) -> list[Any]:
-    params = eqn.params
-    carried = len(eqn.outvars)
-    first = len(params["cond_jaxpr"].jaxpr.invars) - carried
-    split = first, first + len(params["body_jaxpr"].jaxpr.invars) - carried
-    cond_consts, body_consts = args[: split[0]], args[split[0] : split[1]]
-    carry = args[split[1] :]
+    cond_consts, body_consts, carry = _jaxprs.split_while(eqn, args)
     while True:
-        (more,) = run(params["cond_jaxpr"], [*cond_consts, *carry])
+        (more,) = run(eqn.params["cond_jaxpr"], [*cond_consts, *carry])
         if isinstance(more, Spread):
             return everything(eqn, args, bound)
         if not more:
             return carry
-        carry = run(params["body_jaxpr"], [*body_consts, *carry])
+        carry = run(eqn.params["body_jaxpr"], [*body_consts, *carry])
 
 
 def _cond(eqn, args, run, bound) -> list[Any]:

@@ -24,6 +24,7 @@ from tdjax._influence.spread import (
     spread,
     unknown,
 )
+from tdjax._jaxprs import ELEMENTWISE, IDENTITIES
 
 # These map a mask's huge constants to small values: where their range says so.
 _NEARING = frozenset(("exp", "exp2", "logistic", "tanh", "erf", "erfc", "sign"))
@@ -209,17 +210,7 @@ def _anywhere(out, steps, x: Spread, axis: int, bound: float) -> Spread:
     return spread(out.dtype, steps, low, high, True, bound)
 
 
-# `name` is the primitive of `jax.ad_checkpoint.checkpoint_name`.
 _PRIMITIVES: dict[Callable[..., list[Spread]], str] = {
-    _elementwise: """
-        abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp
-        conj convert_element_type cos cosh digamma div eq erf erf_inv erfc exp exp2
-        expm1 floor ge gt imag integer_pow is_finite le lgamma log log1p logistic lt
-        max min mul ne neg nextafter not or pow real reduce_precision rem round
-        rsqrt shift_left shift_right_arithmetic shift_right_logical sign sin sinh
-        sqrt square sub tan tanh xor
-    """,
-    _identity: "copy name optimization_barrier sharding_constraint stop_gradient",
     functools.partial(move, (0,), bind_same): """
         broadcast_in_dim dynamic_slice reshape rev slice split squeeze transpose
     """,
@@ -238,4 +229,8 @@ _PRIMITIVES: dict[Callable[..., list[Spread]], str] = {
     _select: "select_n",
     _sort: "sort",
 }
-RULES = {name: rule for rule, names in _PRIMITIVES.items() for name in names.split()}
+RULES = {
+    **{name: rule for rule, names in _PRIMITIVES.items() for name in names.split()},
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
+    **dict.fromkeys(IDENTITIES, _identity),
+}

@@ -180,9 +180,13 @@ def stack(spreads: list[Spread]) -> Spread:
 
 
 def everything(eqn, args, bound: float) -> list[Spread]:
-    """Every output element depends on what any input element depends on."""
+    """Every output element depends on what any input element depends on.
+
+    The sign of a zero may come from any step: which is not known.
+    """
     args = as_spreads(args, bound)
     steps = np.any([x.any_steps for x in args], axis=0)
+    steps = steps | any(x.sign_varies for x in args)
     far = any_far(args, bound)
     outs = [v.aval for v in eqn.outvars]
     return [unknown(v.dtype, same_everywhere(steps, v.shape), far, bound) for v in outs]

@@ -6,8 +6,11 @@ A block of steps goes in, each array with its time axis in place. `_merge_time` 
 step, because a function that mixes the batch may still return the right number of rows.
 """
 
+import contextlib
+import contextvars
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,6 +31,21 @@ from tdjax._steps.axes import (
     time_size,
 )
 
+# Is called with what the next block folds: `watch(call, folded, axes, out_axes)`.
+_watcher: contextvars.ContextVar[Callable[..., None] | None] = contextvars.ContextVar(
+    "watcher", default=None
+)
+
+
+@contextlib.contextmanager
+def watch_fold(watch: Callable[..., None]):
+    """Shows the first function that is folded in here to `watch`."""
+    token = _watcher.set(watch)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
 
 def fold_block(call, axes, out_axes):
     """A function of one block of steps, which calls `call` once."""
@@ -36,6 +54,10 @@ def fold_block(call, axes, out_axes):
     def block(mapped):
         batch, timesteps = _sizes(mapped, axes)
         folded = [_merge_time(x, axis, time_major) for x, axis in zip(mapped, axes)]
+        watch = _watcher.get()
+        if watch is not None:
+            _watcher.set(None)  # A fold inside of `call` is its own business.
+            watch(call, folded, axes, out_axes)
         y = _call_folded(call, folded, batch, timesteps)
         split = functools.partial(_split_time, batch, timesteps, time_major)
         return map_results(split, y, out_axes)

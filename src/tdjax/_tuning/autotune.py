@@ -16,7 +16,7 @@ import numpy as np
 from jax.core import Tracer
 
 from tdjax._checks import describe, is_array, leaves_by_path
-from tdjax._jaxprs import map_constants
+from tdjax._jaxprs import constants
 from tdjax._steps.axes import flatten_inputs, time_size
 from tdjax._steps.lowering import Lowering
 from tdjax._steps.transform import Distributed, P, R, time_distributed
@@ -24,9 +24,6 @@ from tdjax._tuning import cache
 from tdjax._tuning.candidates import (
     Candidate,
     list_candidates,
-    vary,
-    vary_integers,
-    vary_steps,
     with_gradient,
 )
 from tdjax._tuning.report import progress_bar
@@ -53,13 +50,13 @@ def autotune(
 
     Compiles the lowerings (`method`, `chunk_size`, `unroll`, `remat`), compares the
     results of each with those of `method="vmap"`, and times those that agree, in turn,
-    on the device of the inputs. See docs/guide.md#tuning.
+    on the device of the inputs. `"fold"` is only taken if the program shows that it
+    never mixes the examples of a batch. See docs/guide.md#tuning.
 
     Args:
       fun: a function of one step, or what `time_distributed` returned. The options of
         the latter are kept, and its lowering is one of the candidates.
-      *args: the arguments of a call, real data if you can. Arrays that are constant, or
-        the same at every step, are varied: with them a wrong lowering may look right.
+      *args: the arguments of a call, real data if you can.
       in_axes, out_axes, capacity: as in `time_distributed`; only for a function of one
         step.
       argnums: None to time the call alone; or the positions of the arguments to
@@ -152,8 +149,11 @@ def tune(subject: Subject, inputs: tuple, settings: Settings) -> Tuning:
         )
     limits = Limits(settings.budget, settings.memory_limit, settings.tolerance)
     _require_arrays("variables", subject.variables)
-    inputs, timesteps = prepare_inputs(inputs, subject.in_axes)
-    args = jax.tree.map(jnp.asarray, (*jax.tree.map(vary, subject.variables), *inputs))
+    _require_arrays("args", inputs)
+    timesteps = time_size(flatten_inputs(inputs, subject.in_axes))
+    if timesteps < 1:
+        raise ValueError("args must have steps to measure, got 0 steps.")
+    args = jax.tree.map(jnp.asarray, (*subject.variables, *inputs))
     candidates = list_candidates(
         subject.base,
         subject.base.capacity or timesteps,
@@ -178,21 +178,6 @@ def tune(subject: Subject, inputs: tuple, settings: Settings) -> Tuning:
     if folder:
         cache.store(folder, tuning)
     return tuning
-
-
-def prepare_inputs(args: tuple, in_axes: Any) -> tuple[tuple, int]:
-    """`(args, timesteps)`, with other numbers in what is constant or repeated.
-
-    With the same numbers everywhere, a mean over the batch is what each example has,
-    and where a parameter is zero, it has no effect: a lowering that mixes the batch
-    would look right.
-    """
-    _require_arrays("args", args)
-    inputs = flatten_inputs(args, in_axes)
-    if time_size(inputs) < 1:
-        raise ValueError("args must have steps to measure, got 0 steps.")
-    inputs = inputs.replace(lambda x, axis: (vary_steps(vary(x), axis), axis))
-    return inputs.rebuild(map(vary_integers, inputs.mapped)), time_size(inputs)
 
 
 def _require_arrays(name: str, tree: Any) -> None:
@@ -266,7 +251,8 @@ def _fingerprint(reference, args) -> str:
     # Functions inside of a jaxpr are printed with their addresses.
     text = re.sub(r" at 0x[0-9a-f]+", "", str(program))
     fingerprint = hashlib.sha256(text.encode())
-    map_constants(program, lambda x: fingerprint.update(_as_bytes(x)))
+    for constant in constants(program):
+        fingerprint.update(_as_bytes(constant))
     return fingerprint.hexdigest()
 
 

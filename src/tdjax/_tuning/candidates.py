@@ -3,18 +3,15 @@
 import dataclasses
 import math
 import time
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from tdjax._checks import is_array, is_concrete
-from tdjax._jaxprs import bind, evaluate, map_constants, open_program
-from tdjax._steps.axes import Axis
+from tdjax._steps.fold import watch_fold
 from tdjax._steps.lowering import METHODS, Lowering
+from tdjax._tuning.independence import find_mixing
 
 OPTIONS = ("method", "chunk_size", "unroll", "remat")
 # A straight line of more blocks than this takes too long to compile to be tried.
@@ -177,95 +174,21 @@ def _change(
     )
 
 
-def compile_candidate(candidate: Candidate, run: Callable, args) -> Any:
-    """Compiles a candidate and notes the time and memory that it takes."""
+def compile_candidate(candidate: Candidate, run: Callable, args) -> tuple[Any, Any]:
+    """`(program, mixing)`: compiles a candidate and notes its time and memory.
+
+    `mixing` is what may mix the examples of a batch where they are folded, or None.
+    """
+    mixing = []
     start = time.perf_counter()
-    program = jax.jit(_with_varied_constants(run, args)).lower(*args).compile()
+    with watch_fold(lambda *fold: mixing.append(find_mixing(*fold))):
+        lowered = jax.jit(run).lower(*args)
+    program = lowered.compile()
     candidate.compile_seconds = time.perf_counter() - start
     memory = program.memory_analysis()
     if memory is not None:
         candidate.temporary_bytes = int(memory.temp_size_in_bytes)
-    return program
-
-
-def _with_varied_constants(run: Callable, args) -> Callable:
-    """`run`, with the arrays that it closes over varied: a zero may hide a path."""
-    program, shapes = jax.make_jaxpr(run, return_shape=True)(*args)
-    constants: list[Any] = []
-    map_constants(program, constants.append)
-    if not any(map(_is_float_array, constants)):
-        return run
-    program = map_constants(program, vary)
-
-    def varied(*args):
-        leaves = evaluate(*open_program(program), jax.tree.leaves(args), bind)
-        return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-
-    return varied
-
-
-def vary(x: Any) -> Any:
-    """Random floats in place of an array whose floats are all equal, as zeros are.
-
-    They have the same sign and are no larger; in place of zeros they are positive. The
-    same `x` always gives the same numbers. Arrays of other numbers stay as they are:
-    they may be sorted, orthogonal or positive definite.
-    """
-    if not _is_float_array(x) or not _is_constant(x):
-        return x
-    value = np.asarray(jnp.ravel(x)[0])
-    noise = np.random.default_rng(zlib.crc32(value.tobytes())).uniform(
-        0.5, 1.0, x.shape
-    )
-    return _placed_as(x, noise.astype(value.dtype) * (value if value else 1))
-
-
-def vary_steps(x: Any, axis: Axis) -> Any:
-    """Other examples at each step, where all steps have the same.
-
-    There, a mean over the examples of all steps is that of one step's. Each step gets
-    examples at random, floats also times a factor from 0.5 to 1. An example stays what
-    it is: it may be sorted, or positive definite.
-    """
-    if not is_array(x) or not isinstance(axis, int) or not x.ndim > 1:
-        return x
-    is_integer = jnp.issubdtype(x.dtype, jnp.integer)
-    if not is_concrete(x) or not (is_integer or _is_float_array(x)):
-        return x
-    steps = np.moveaxis(np.asarray(x), axis, 0)
-    if x.size == 0 or len(steps) < 2 or not (steps == steps[:1]).all():
-        return x
-    rng = np.random.default_rng(0)
-    varied = steps[0][rng.integers(0, steps.shape[1], steps.shape[:2])]
-    if not is_integer:
-        factors = rng.uniform(0.5, 1.0, steps.shape[:2])
-        varied = varied * np.expand_dims(factors, tuple(range(2, steps.ndim)))
-    return _placed_as(x, np.moveaxis(varied, 0, axis))
-
-
-def vary_integers(x: Any) -> Any:
-    """Two different integers, where all of `x` are the same: ids of a dummy input."""
-    is_integer = is_array(x) and jnp.issubdtype(x.dtype, jnp.integer)
-    if not is_integer or x.size < 2 or not _is_constant(x):
-        return x
-    value = np.asarray(jnp.ravel(x)[0])
-    ones = np.random.default_rng(0).integers(0, 2, x.shape).astype(value.dtype)
-    # Towards zero: if the one is a valid index, so is the other.
-    return _placed_as(x, value - ones if value > 0 else value + ones)
-
-
-def _is_constant(x) -> bool:
-    return is_concrete(x) and bool(jnp.all(x == jnp.ravel(x)[0]))
-
-
-def _placed_as(x, values) -> Any:
-    """The values as an array of the dtype of `x`, on its devices."""
-    values = np.asarray(values).astype(x.dtype)
-    return jax.device_put(values, x.sharding) if isinstance(x, jax.Array) else values
-
-
-def _is_float_array(x) -> bool:
-    return hasattr(x, "dtype") and is_float(x) and getattr(x, "size", 0) > 0
+    return program, next(iter(mixing), None)
 
 
 def timed(program, args, calls: int = 1) -> tuple[float, Any]:

@@ -159,7 +159,7 @@ def _try(candidate: Candidate, search: _Search, times_again: bool = True) -> Non
     """Compiles, checks and times one candidate, and notes the verdict."""
     try:
         run = search.program_of(candidate.lowering)
-        program = compile_candidate(candidate, run, search.args)
+        program, mixing = compile_candidate(candidate, run, search.args)
         used, limit = candidate.temporary_bytes, search.limits.memory_limit
         if used is not None and limit is not None and used > limit:
             candidate.verdict = "over the memory limit"
@@ -177,6 +177,8 @@ def _try(candidate: Candidate, search: _Search, times_again: bool = True) -> Non
         search.tolerances = _tolerances(results, run, search)
     _compare(candidate, results, search)
     del results
+    if candidate.measured and mixing:
+        candidate.verdict = f"may mix the examples of a batch: {mixing}"
     if candidate.measured and times_again:
         _time_once_more(candidate, program, seconds, search)
 

@@ -1,0 +1,230 @@
+"""Which functions are shown to keep the examples of a batch apart."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+import tdjax
+import zoo
+from helpers import integers, normal
+from tdjax._steps.fold import watch_fold
+from tdjax._tuning.independence import find_mixing
+
+B, T, F = 4, 3, 5
+X = normal(0, B, T, F)
+KERNEL = normal(1, F, F)
+IMAGES = normal(2, B, T, 6, 6, 2)
+IDS = (jnp.abs(integers(3, B, T, 2)) % F).astype(int)
+
+
+def mixing(over_time, *args):
+    """What `fold` may mix; None if nothing."""
+    found = []
+    with watch_fold(lambda *fold: found.append(find_mixing(*fold))):
+        jax.eval_shape(over_time, *args)
+    (reason,) = found
+    return reason
+
+
+def mixing_of(fun, *args, **options):
+    return mixing(tdjax.time_distributed(fun, method="fold", **options), *args)
+
+
+APART = {
+    "elementwise": lambda x: jnp.sin(x) * 2 + jnp.where(x > 0, x, -x) ** 3,
+    "a shared bias": lambda x: x + jnp.arange(1.0, 1 + F),
+    "zeros of the batch": lambda x: x + jnp.zeros(x.shape) + jnp.ones((len(x), 1)),
+    "matmul": lambda x: x @ KERNEL,
+    "matmul from the left": lambda x: (KERNEL @ x.T).T,
+    "outer product": lambda x: jnp.einsum("bi,bj->bij", x, x),
+    "sum of features": lambda x: x - x.mean(-1, keepdims=True),
+    "softmax": jax.nn.softmax,
+    "argmax": lambda x: jnp.argmax(x, -1),
+    "reshape": lambda x: x.reshape(-1, 1, F).reshape(len(x), -1),
+    "merged with features": lambda x: (x.reshape(-1, 1) @ KERNEL[:1]).reshape(len(x), -1),
+    "one row each": lambda x: jnp.sin(x.ravel()).reshape(x.shape),
+    "transposed": lambda x: jnp.sin(x.T).T,
+    "sorted": lambda x: jnp.sort(x, -1),
+    "top k": lambda x: lax.top_k(x, 2)[0],
+    "running sum": lambda x: jnp.cumsum(x, 1),
+    "reversed features": lambda x: x[:, ::-1],
+    "sliced": lambda x: x[:, 1:3],
+    "one feature": lambda x: x[:, 0],
+    "chosen features": lambda x: x[:, jnp.array([2, 0])],
+    "padded": lambda x: jnp.pad(x, ((0, 0), (1, 2))),
+    "concatenated": lambda x: jnp.concatenate([x, jnp.zeros((len(x), 1)), -x], 1),
+    "tiled": lambda x: jnp.tile(x, (1, 2)),
+    "repeated": lambda x: jnp.repeat(x, 2, 1),
+    "kept together": lambda x: sum(lax.optimization_barrier((x, x + 1))),
+    "a shared carry times a matrix": lambda x: x + jnp.zeros(x.shape) @ KERNEL + jnp.ones((len(x), 3)).T.sum(0)[:, None],
+    "stacked": lambda x: jnp.stack([x, x + 1], 1),
+    "split": lambda x: jnp.split(x, F, 1)[1],
+    "its largest": lambda x: jnp.take_along_axis(x, jnp.argmax(x, 1)[:, None], 1),
+    "one-hot": lambda x: jax.nn.one_hot(jnp.argmax(x, -1), F),
+    "set": lambda x: x.at[:, 1].set(0).at[:, jnp.array([0, 2])].add(1),
+    "updated": lambda x: lax.dynamic_update_slice(x, x[:, :1], (0, 2)),
+    "dynamic slice": lambda x: lax.dynamic_slice_in_dim(x, 1, 2, 1),
+    "scan over features": lambda x: lax.scan(
+        lambda c, f: (c + f, c), jnp.zeros(len(x)), x.T
+    )[1].T,
+    "while": lambda x: lax.while_loop(
+        lambda s: s[0] < 3, lambda s: (s[0] + 1, s[1] * x), (0, jnp.ones_like(x))
+    )[1],
+    "cond": lambda x: lax.cond(jnp.sum(KERNEL) > 0, jnp.sin, lambda v: 0 * v, x),
+    "checkpoint and jit": jax.checkpoint(jax.jit(lambda x: x @ KERNEL)),
+    "relu": jax.nn.relu,
+    "cholesky": lambda x: jnp.linalg.cholesky(
+        jnp.einsum("bi,bj->bij", x, x) + jnp.eye(F)
+    ),
+    "solve": lambda x: jax.scipy.linalg.solve_triangular(
+        jnp.broadcast_to(jnp.eye(F), (len(x), F, F)), x[..., None], lower=True
+    ),
+    "fft": lambda x: jnp.abs(jnp.fft.fft(x)),
+    "attention": lambda x: jax.nn.dot_product_attention(
+        *[x.reshape(len(x), F, 1, 1)] * 3
+    ),
+    "vmap": lambda x: jax.vmap(lambda row: row @ KERNEL - row.mean())(x),
+    "a gradient of each": lambda x: jax.vmap(jax.grad(lambda v: jnp.sin(v).sum()))(x),
+    "a constant": lambda x: jnp.ones((len(x), 2)),
+    "its own derivative": lambda x: jax.jvp(jnp.tanh, (x,), (jnp.ones_like(x),))[1],
+}  # fmt: skip
+MIXED = {
+    "centred": (lambda x: x - x.mean(0), "reduce_sum"),
+    "a gate of 0": (lambda x: x + 0.0 * x.mean(0), "reduce_sum"),
+    "the first": (lambda x: x + x[:1], "slice"),
+    "the first, as a row": (lambda x: x * x[0], None),
+    "batch reversed": (lambda x: x[::-1], "rev"),
+    "rolled": (lambda x: jnp.roll(x, 1, 0), "slice"),
+    "sorted batch": (lambda x: jnp.sort(x, 0), "sort"),
+    "running sum over the batch": (lambda x: jnp.cumsum(x, 0), "cumsum"),
+    "gram": (lambda x: x @ (x.T @ x), "dot_general"),
+    "all pairs": (lambda x: (x @ x.T).sum(-1), "dot_general"),
+    "softmax over the batch": (lambda x: jax.nn.softmax(x, 0), "reduce_max"),
+    "the place in the batch": (lambda x: x + jnp.arange(len(x))[:, None], "add"),
+    "noise": (lambda x: x + jax.random.normal(jax.random.key(0), x.shape), "add"),
+    "one of the batch": (lambda x: x.at[0].set(0), None),
+    "places from the batch": (lambda x: KERNEL[jnp.arange(len(x))] + x, None),
+    "other rows": (lambda x: x.reshape(-1, len(x)).T, None),
+    "a constant of places": (lambda x: jnp.arange(1.0 * len(x)), "a result"),
+    "scan over the batch": (
+        lambda x: lax.scan(lambda c, row: (c + row, c), jnp.zeros(F), x)[1], "scan",
+    ),
+    "as often as its sum says": (
+        lambda x: lax.while_loop(lambda v: jnp.sum(v) > 0, lambda v: v - 1, x),
+        "reduce_sum",
+    ),
+    "one branch for all": (
+        lambda x: lax.cond(jnp.max(x) > 0, jnp.sin, jnp.cos, x), "reduce_max",
+    ),
+    "joined": (lambda x: jnp.concatenate([x[1:], x[:1]]), "slice"),
+    "shifted": (lambda x: jnp.pad(x, ((1, 0), (0, 0)))[:-1], "pad"),
+    "pooled": (
+        lambda x: lax.reduce_window(x, 0.0, lax.add, (2, 1), (1, 1), "SAME"),
+        "reduce_window_sum",
+    ),
+    "a callback": (
+        lambda x: jax.pure_callback(lambda v: v, jax.typeof(x), x), "pure_callback",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", APART)
+@pytest.mark.parametrize("time", [0, 1])
+def test_what_treats_each_example_alone_is_shown_to(name, time):
+    x = X if time == 1 else X.swapaxes(0, 1)
+    assert mixing_of(APART[name], x, in_axes=time, out_axes=time) is None
+
+
+@pytest.mark.parametrize("name", APART)
+def test_it_does_so(name):
+    """The table above is true."""
+    y = jax.jit(APART[name])
+    x, order = X[:, 0], jnp.array([2, 0, 3, 1, 2])
+    for got, want in zip(jax.tree.leaves(y(x[order])), jax.tree.leaves(y(x))):
+        np.testing.assert_allclose(got, want[order], 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_what_mixes_is_found(name):
+    fun, primitive = MIXED[name]
+    for x in (X, X[:, :1]):
+        found = []
+        with watch_fold(lambda *fold, to=found: to.append(find_mixing(*fold))):
+            try:
+                jax.eval_shape(tdjax.time_distributed(fun, method="fold"), x)
+            except ValueError:  # Some give another number of rows.
+                assert found
+        assert found[0]
+        assert found[0].startswith(primitive or "")
+
+
+def test_a_batch_of_one_example_and_one_step_shows_as_much():
+    x = X[:1, :1]
+    assert mixing_of(lambda x: x @ KERNEL + jnp.ones(F), x) is None
+    assert mixing_of(lambda x: x - x.mean(0), x) == "reduce_sum"
+    assert mixing_of(lambda x: x + jnp.arange(len(x))[:, None], x) == "add"
+
+
+def test_what_steps_share_is_not_taken_for_examples():
+    add = lambda bias, x: x + bias
+    assert mixing_of(add, jnp.ones(F), X, in_axes=(None, 1)) is None
+    # As long as the folded batch, by chance.
+    square = normal(0, B * T, T, B * T)[:B]
+    assert (
+        mixing_of(lambda w, x: x @ w, jnp.ones((B * T, 2)), square, in_axes=(None, 1))
+        is None
+    )
+    lookup = lambda table, ids: table[ids].mean(1)
+    assert mixing_of(lookup, KERNEL, IDS, in_axes=(None, 1)) is None
+    assert mixing_of(lambda ids: KERNEL[ids] - KERNEL[ids].mean(0), IDS) == "reduce_sum"
+
+
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_layers(api, name):
+    kind = zoo.ZOO[name]
+    functional = getattr(zoo, f"{api}_functional")(kind)
+    over_time = functional.over_time(method="fold")
+    assert mixing(over_time, functional.params, *kind.inputs) is None
+
+
+def test_layers_that_mix_or_draw_noise(key):
+    norm = tdjax.linen.TimeDistributed(nn.BatchNorm(False), method="fold")
+    variables = norm.init(key, X)
+    train = lambda x: norm.apply(variables, x, mutable=["batch_stats"])
+    assert mixing(train, X) == "reduce_sum"
+    dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    noisy = tdjax.nnx.TimeDistributed(dropout, method="fold")
+    assert mixing(lambda x: nnx.clone(noisy)(x), X)
+
+
+def test_pools_and_strides():
+    pool = lambda x: nn.max_pool(x, (2, 2), strides=(2, 2))
+    assert mixing_of(pool, IMAGES) is None
+    assert mixing_of(lambda x: nn.avg_pool(x, (3, 3), padding="SAME"), IMAGES) is None
+    assert mixing_of(lambda x: x[::2].repeat(2, 0), IMAGES)
+
+
+def test_masks_chunks_and_packing_are_followed():
+    mask = tdjax.lengths_to_mask(jnp.array([3, 1, 0, 2]), T)
+    for options in (
+        {},
+        {"chunk_size": 2},
+        {"chunk_size": 2, "unroll": True},
+        {"capacity": 8},
+    ):
+        for fun, expected in ((jnp.sin, None), (lambda x: x - x.mean(0), "reduce_sum")):
+            over_time = tdjax.time_distributed(fun, method="fold", **options)
+            assert mixing(lambda x, call=over_time: call(x, mask=mask), X) == expected
+
+
+def test_a_fold_inside_is_the_users_own():
+    inner = tdjax.time_distributed(lambda x: x - x.mean(0), method="fold")
+    x = normal(0, 2, 3, 4, F)
+    assert mixing_of(inner, x) is not None
+    clean = tdjax.time_distributed(jnp.sin, method="fold")
+    assert mixing_of(clean, x) is None
