@@ -99,22 +99,25 @@ def has_references(program) -> bool:
     variables = [*jaxpr.constvars, *jaxpr.invars, *results]
     if any(type(v.aval).__name__ == "AbstractRef" for v in variables):
         return True
-    parameters = [value for eqn in jaxpr.eqns for value in eqn.params.values()]
-    return any(map(has_references, _programs(parameters)))
-
-
-def _programs(value: Any) -> list:
-    """The programs in a parameter, or in a tuple or list of such."""
-    if isinstance(value, tuple | list):
-        return [program for item in value for program in _programs(item)]
-    return [value] if hasattr(open_program(value)[0], "eqns") else []
+    return any(has_references(inner) for eqn in jaxpr.eqns for inner in programs(eqn))
 
 
 def constants(program) -> list[Any]:
     """The arrays that it and the programs inside of it close over."""
     jaxpr, consts = open_program(program)
-    parameters = [value for eqn in jaxpr.eqns for value in eqn.params.values()]
-    return [*consts, *(x for inner in _programs(parameters) for x in constants(inner))]
+    inner = [inner for eqn in jaxpr.eqns for inner in programs(eqn)]
+    return [*consts, *(x for each in inner for x in constants(each))]
+
+
+def programs(eqn) -> list:
+    """The programs among an equation's parameters, and in tuples and lists of them."""
+    return _programs_in(list(eqn.params.values()))
+
+
+def _programs_in(value: Any) -> list:
+    if isinstance(value, tuple | list):
+        return [program for item in value for program in _programs_in(item)]
+    return [value] if hasattr(open_program(value)[0], "eqns") else []
 
 
 def open_program(program) -> tuple[Any, Any]:

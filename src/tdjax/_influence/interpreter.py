@@ -55,9 +55,13 @@ def _evaluate_equation(eqn, args, bound: float) -> list[Any]:
 def _reads_signs(eqn) -> bool:
     """Whether it may tell 0.0 from -0.0, which are equal numbers."""
     name, kinds = eqn.primitive.name, [v.aval.dtype for v in eqn.invars]
+    if name not in RULES or name in _READS_SIGNS:
+        return True
     if any(jnp.issubdtype(kind, jnp.complexfloating) for kind in kinds):
-        return name in _HAS_A_CUT or name not in RULES
-    return name in _READS_SIGNS or name not in RULES
+        return name in _HAS_A_CUT
+    # The function of a scatter or a pool.
+    inner = [_jaxprs.open_program(program)[0] for program in _jaxprs.programs(eqn)]
+    return any(_reads_signs(each) for program in inner for each in program.eqns)
 
 
 _READS_SIGNS = frozenset(("atan2", "nextafter", "bitcast_convert_type"))
