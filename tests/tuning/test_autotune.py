@@ -17,7 +17,7 @@ from tdjax._tuning import search as _search
 from tuning.tuned_dense import QUICK, X, tune_dense
 
 OTHER = "other numbers than the reference"
-MIXES = "may mix the examples of a batch: reduce_sum"
+MIXES = "may depend on the rest of the batch: reduce_sum"
 
 
 def scale(x):

@@ -169,6 +169,23 @@ def test_a_batch_of_one_example_and_one_step_shows_as_much():
     assert mixing_of(lambda x: x + jnp.arange(len(x))[:, None], x) == "add"
 
 
+@pytest.mark.parametrize(
+    "fun",
+    [
+        lambda x: x * len(x),
+        lambda x: x + jnp.asarray(1 / len(x)),
+        lambda x: x ** len(x),
+        lambda x: jnp.where(len(x) > 5, x, -x),
+        lambda x: x if len(x) == B * T else -x,
+        lambda x: jax.jit(lambda x: x * len(x))(x),
+        lambda x: lax.fori_loop(0, len(x), lambda i, v: v * 0.5, x),
+        lambda x: x.reshape(2, -1, F).reshape(-1, F),
+    ],
+)
+def test_the_size_of_the_batch_may_not_matter(fun):
+    assert mixing_of(lambda x: 0.0 * fun(x), X) is not None
+
+
 def test_what_steps_share_is_not_taken_for_examples():
     add = lambda bias, x: x + bias
     assert mixing_of(add, jnp.ones(F), X, in_axes=(None, 1)) is None

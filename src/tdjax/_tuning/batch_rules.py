@@ -202,11 +202,11 @@ def _on_last_axes(number: Callable[[Any], int]):
     return rule
 
 
-def _whole_axis(size: Callable[[Any, int], bool], data: int | None = 1):
+def _whole_axis(size: Callable[[Any, int], bool], data: int = 1):
     """Cuts or pads, and leaves the axis of the examples whole: `size(eqn, axis)`."""
 
     def rule(eqn, args) -> Rows:
-        rows = _same_axis(eqn, args, range(data or len(args)))
+        rows = _same_axis(eqn, args, range(data))
         require(size(eqn, rows.axis), eqn)
         return rows
 

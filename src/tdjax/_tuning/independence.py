@@ -10,6 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from tdjax import _jaxprs
 from tdjax._steps.axes import PER_STEP, PER_STEP_OR_BATCH, Axis, map_results
@@ -24,10 +27,13 @@ from tdjax._tuning.batch_rules import (
 )
 
 
-def find_mixing(call: Callable, arrays: list, axes: list, out_axes: Any) -> str | None:
+def find_mixing(
+    call: Callable, arrays: list, axes: list, out_axes: Any, batch: int
+) -> str | None:
     """What in a folded `call(arrays)` may mix examples; None if nothing does.
 
-    `axes` and `out_axes` are the time axes that the arrays and the results had.
+    `axes` and `out_axes` are the time axes that the arrays and the results had, and
+    `batch` is the number of examples of one step.
     """
     out: list[Axis] = []
 
@@ -43,8 +49,42 @@ def find_mixing(call: Callable, arrays: list, axes: list, out_axes: Any) -> str 
         results = _run(program, values)
     except Mixed as error:
         return str(error)
-    allowed = all(_is_allowed(*pair) for pair in zip(results, out, strict=True))
-    return None if allowed else "a result without a batch axis"
+    if not all(_is_allowed(*pair) for pair in zip(results, out, strict=True)):
+        return "a result without a batch axis"
+    one_step = [_with_size(*pair, batch) for pair in zip(arrays, axes)]
+    try:
+        other = jax.make_jaxpr(leaves_of)(one_step)
+    except Exception:  # `fun` may raise anything for a batch of another size.
+        return "its size"
+    return None if _outline(program) == _outline(other) else "its size"
+
+
+def _with_size(x, axis: Axis, batch: int) -> Any:
+    """The type of `x` for a batch of another size, one step's if that is another."""
+    if axis is PER_STEP:
+        return x
+    size = batch if batch < x.shape[0] else batch + 1
+    return jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype)
+
+
+def _outline(program) -> list[Any]:
+    """What is the same for every size of a batch: all but the shapes."""
+    jaxpr, consts = _jaxprs.open_program(program)
+    lines: list[Any] = [_number(x) for x in consts]
+    for eqn in jaxpr.eqns:
+        numbers = [_number(v.val) for v in eqn.invars if _jaxprs.is_literal(v)]
+        options = {k: v for k, v in eqn.params.items() if isinstance(v, int | float)}
+        inner = [_outline(each) for each in _jaxprs.programs(eqn)]
+        lines.append((eqn.primitive.name, numbers, options, inner))
+    return lines
+
+
+def _number(x: Any) -> Any:
+    """A scalar's value; for other constants, which the rules look at, their type."""
+    is_key = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.extended)
+    if is_key or isinstance(x, Tracer) or np.ndim(x) > 0:
+        return str(jax.typeof(x))
+    return np.asarray(x).tobytes()
 
 
 def _is_allowed(result: Value, axis: Axis) -> bool:

@@ -178,7 +178,7 @@ def _try(candidate: Candidate, search: _Search, times_again: bool = True) -> Non
     _compare(candidate, results, search)
     del results
     if candidate.measured and mixing:
-        candidate.verdict = f"may mix the examples of a batch: {mixing}"
+        candidate.verdict = f"may depend on the rest of the batch: {mixing}"
     if candidate.measured and times_again:
         _time_once_more(candidate, program, seconds, search)
 
