@@ -62,7 +62,7 @@ class Classifier(nn.Module):
     @nn.compact
     def __call__(self, image):
         x = nn.relu(nn.Conv(4, (3, 3))(image))
-        x = nn.avg_pool(x, (2, 2), (2, 2)).reshape(len(x), -1)
+        x = nn.avg_pool(x, (2, 2), (2, 2)).reshape(x.shape[0], -1)
         return nn.log_softmax(nn.Dense(3)(nn.LayerNorm()(x)))
 
 
@@ -74,7 +74,7 @@ class NnxClassifier(nnx.Module):
 
     def __call__(self, image):
         x = nnx.relu(self.conv(image))
-        x = nnx.avg_pool(x, (2, 2), (2, 2)).reshape(len(x), -1)
+        x = nnx.avg_pool(x, (2, 2), (2, 2)).reshape(x.shape[0], -1)
         return nnx.log_softmax(self.head(self.norm(x)))
 
 

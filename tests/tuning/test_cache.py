@@ -204,7 +204,8 @@ FOLD = {"budget": 60, "candidates": [{"method": "fold"}]}
 
 def make_fold_win(folder):
     (entry,) = folder.iterdir()
-    damage(entry, lambda e: e["candidates"][0].update(run_seconds=9.0))
+    wins = {"verdict": "measured", "run_seconds": 1e-9}
+    damage(entry, lambda e: e["candidates"][1].update(wins))
 
 
 def test_what_comes_out_of_the_cache_is_compared_with_the_reference(

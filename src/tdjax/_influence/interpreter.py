@@ -53,7 +53,7 @@ def _evaluate_equation(eqn, args, bound: float) -> list[Any]:
 
 
 def _reads_signs(eqn) -> bool:
-    """Whether it may tell 0.0 from -0.0, which are equal numbers."""
+    """Whether it may tell 0.0 from -0.0, which are equal, and stay finite (1 / 0)."""
     name, kinds = eqn.primitive.name, [v.aval.dtype for v in eqn.invars]
     if name not in RULES or name in _READS_SIGNS:
         return True

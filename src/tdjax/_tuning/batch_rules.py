@@ -1,15 +1,26 @@
 """Where the examples of a batch are after each primitive, if they stay apart.
 
-A value is `Shared`, the same whatever the examples are, or `Rows`: along one of its
-axes, slice i is the same function of example i for every i. A rule gives the axis on
-which this holds for a result, and raises `Mixed` if it holds on none.
+Programs are those of a batch of any size `n`: an axis whose size depends on `n` holds
+the examples. A rule says on which axis of the result slice i is a function of example i
+alone, the same for every i. Where there is none, the result is `Mixed`.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from jax import export
+
 from tdjax._jaxprs import ELEMENTWISE, IDENTITIES
+
+
+class Shared(NamedTuple):
+    """The same whatever the examples are, and however many."""
+
+
+class PerStep(NamedTuple):
+    """As `Shared`, and another one for each step: random keys."""
 
 
 class Rows(NamedTuple):
@@ -19,26 +30,61 @@ class Rows(NamedTuple):
     per_example: int = 1
 
 
-class Shared(NamedTuple):
-    """All slices along each of the axes `uniform` are equal."""
+class Mixed(NamedTuple):
+    """It may depend on other examples, on the place in the batch or on its size."""
 
-    uniform: frozenset[int] = frozenset()
-
-
-Value = Rows | Shared
+    by: str  # The first operation that may be the reason.
 
 
-class Mixed(Exception):
-    """A result may depend on other examples, or on the place in the batch."""
+Value = Shared | PerStep | Rows | Mixed
 
 
-def require(condition: Any, eqn) -> None:
-    """Raises `Mixed` unless the condition holds."""
+class _NoRule(Exception):
+    """There is no axis along which the operation keeps examples apart."""
+
+
+def _require(condition: Any) -> None:
     if not condition:
-        raise Mixed(eqn.primitive.name)
+        raise _NoRule
 
 
-def _shape(atom) -> tuple[int, ...]:
+@functools.cache
+def any_number() -> Any:
+    """The number of examples, `n`; other than 1, which JAX treats apart."""
+    return export.symbolic_shape("n", constraints=["n >= 2"])[0]
+
+
+def symbolic_axes(shape) -> list[int]:
+    """The axes whose size depends on the number of examples."""
+    return [axis for axis, size in enumerate(shape) if not isinstance(size, int)]
+
+
+def apply_rule(eqn, args: list[Value]) -> list[Value]:
+    """What one primitive makes of its operands."""
+    name, outs = eqn.primitive.name, [v.aval for v in eqn.outvars]
+    if name in IDENTITIES:
+        return args
+    for x in args:
+        if isinstance(x, Mixed):
+            return [x] * len(outs)
+    has_rows = any(isinstance(x, Rows) for x in args)
+    has_keys = any(isinstance(x, PerStep) for x in args)
+    is_sized = any(symbolic_axes(out.shape) for out in outs) or name == "dim_as_value"
+    if not has_rows and not is_sized:
+        return [PerStep() if has_keys else Shared()] * len(outs)
+    if has_keys:
+        return [Mixed("random keys")] * len(outs)
+    rules = _RULES if has_rows else _NEW_ROWS
+    try:
+        _require(name in rules)
+        rows = rules[name](eqn, args)
+        _require(all(symbolic_axes(out.shape) == [rows.axis] for out in outs))
+    except _NoRule:
+        return [Mixed(name)] * len(outs)
+    return [rows] * len(outs)
+
+
+def _shape(atom) -> tuple[Any, ...]:
     return atom.aval.shape
 
 
@@ -46,115 +92,65 @@ def _rows_of(args) -> list[tuple[int, Rows]]:
     return [(i, x) for i, x in enumerate(args) if isinstance(x, Rows)]
 
 
-def _same_axis(eqn, args, operands=None) -> Rows:
-    """All operands with examples have them on one axis; there, the others are uniform.
+def _same_axis(eqn, args) -> Rows:
+    """All operands with examples have them on one axis; the others are repeated there.
 
     A shared operand of another rank is a scalar.
     """
-    operands = range(len(args)) if operands is None else operands
-    _, rows = _rows_of(args)[0]
-    shape = next(_shape(eqn.invars[i]) for i in operands if args[i] == rows)
-    for i in operands:
-        value, own = args[i], _shape(eqn.invars[i])
-        if isinstance(value, Rows):
-            require(value == rows and own[rows.axis] == shape[rows.axis], eqn)
-        elif own:
-            repeated = own[rows.axis] == 1 < shape[rows.axis]
-            require(repeated or rows.axis in value.uniform, eqn)
-    others = [x for i, x in _rows_of(args) if i not in operands]
-    require(not others, eqn)
-    return rows
-
-
-def apply_rule(eqn, args: list[Value]) -> list[Value]:
-    """What one primitive makes of its operands."""
-    name = eqn.primitive.name
-    if name in IDENTITIES:
-        return args
-    if not any(isinstance(x, Rows) for x in args):
-        return [Shared(frozenset(_uniform(eqn, args)))] * len(eqn.outvars)
-    if name not in _RULES:
-        raise Mixed(name)
-    return [_RULES[name](eqn, args)] * len(eqn.outvars)
-
-
-def _uniform(eqn, args) -> set[int]:
-    """The axes on which a shared result is uniform.
-
-    Equal slices stay equal where those of different examples would stay apart.
-    """
-    name = eqn.primitive.name
-    uniform = _MADE_UNIFORM[name](eqn, args) if name in _MADE_UNIFORM else set()
-    pairs = [(i, axis) for i, x in enumerate(args) for axis in x.uniform]
-    for i, axis in pairs if name in _RULES else ():
-        try:
-            rows = _RULES[name](eqn, [*args[:i], Rows(axis), *args[i + 1 :]])
-        except Mixed:
-            continue
-        if rows.per_example == 1:
-            uniform.add(rows.axis)
-    return uniform
-
-
-def _elementwise(eqn, args) -> Rows:
-    rows = _same_axis(eqn, args)
-    shape = next(_shape(v) for v, x in zip(eqn.invars, args) if x == rows)
-    require(shape[rows.axis] == _shape(eqn.outvars[0])[rows.axis], eqn)
+    (_, rows), *others = _rows_of(args)
+    _require(all(x == rows for _, x in others))
+    for v, value in zip(eqn.invars, args):
+        if not isinstance(value, Rows) and _shape(v):
+            _require(_shape(v)[rows.axis] == 1)
     return rows
 
 
 def _broadcast_in_dim(eqn, args) -> Rows:
-    rows, places = args[0], eqn.params["broadcast_dimensions"]
-    to = places[rows.axis]
-    require(_shape(eqn.invars[0])[rows.axis] == _shape(eqn.outvars[0])[to], eqn)
-    return rows._replace(axis=to)
+    return args[0]._replace(axis=eqn.params["broadcast_dimensions"][args[0].axis])
 
 
-def _repeated(eqn, args) -> set[int]:
-    shape, out = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
-    places = eqn.params["broadcast_dimensions"]
-    own = {to for size, to in zip(shape, places) if size == out[to]}
-    return set(range(len(out))) - own
+def _new_rows(eqn, args) -> Rows:
+    """The same for every example."""
+    return _rows_in(_shape(eqn.outvars[0]))
 
 
-def _other_axes(eqn, args) -> set[int]:
-    return set(range(len(_shape(eqn.outvars[0])))) - {eqn.params["dimension"]}
+def _rows_in(shape) -> Rows:
+    axes = symbolic_axes(shape)
+    _require(len(axes) == 1)
+    return Rows(axes[0], _per_example(shape[axes[0]]))
+
+
+def _per_example(size) -> int:
+    """How many elements of an axis each example has."""
+    per_example, remainder = divmod(size, any_number())
+    _require(isinstance(per_example, int) and isinstance(remainder, int))
+    _require(remainder == 0)
+    return per_example
+
+
+def _iota(eqn, args) -> Rows:
+    rows = _new_rows(eqn, args)
+    _require(rows.axis != eqn.params["dimension"])
+    return rows
 
 
 def _reshape(eqn, args) -> Rows:
-    (rows, *_), shape, out = args, _shape(eqn.invars[0]), _shape(eqn.outvars[0])
-    count = shape[rows.axis] // rows.per_example
-    before = math.prod(shape[: rows.axis])
-    block = rows.per_example * math.prod(shape[rows.axis + 1 :])
-    for axis, size in enumerate(out):
-        per_example, remainder = divmod(size, max(count, 1))
-        same_place = math.prod(out[:axis]) == before and not remainder
-        if same_place and per_example * math.prod(out[axis + 1 :]) == block:
-            return Rows(axis, per_example)
-    raise Mixed("reshape")
-
-
-def _uniform_after_reshape(eqn, args) -> set[int]:
-    """All axes if all are uniform, and new axes of size 1."""
-    shape, out = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
-    differ = set(range(len(shape))) - args[0].uniform
-    if not differ:
-        return set(range(len(out)))
-    if any(shape[axis] == 1 for axis in differ):
-        return set()
-    return {axis for axis, size in enumerate(out) if size == 1}
+    before, out = _shape(eqn.invars[0])[: args[0].axis], _shape(eqn.outvars[0])
+    rows = _rows_in(out)
+    # With as many elements before an axis, as many of them are one example's.
+    _require(math.prod(before) == math.prod(out[: rows.axis]))
+    return rows
 
 
 def _transpose(eqn, args) -> Rows:
-    (rows,), order = args, eqn.params["permutation"]
-    return rows._replace(axis=order.index(rows.axis))
+    return args[0]._replace(axis=eqn.params["permutation"].index(args[0].axis))
 
 
 def _without(eqn, args, removed) -> Rows:
     """The same axis, after others were removed."""
     rows = _same_axis(eqn, args)
     removed = {axis % len(_shape(eqn.invars[0])) for axis in removed}
-    require(rows.axis not in removed, eqn)
+    _require(rows.axis not in removed)
     return rows._replace(axis=rows.axis - sum(axis < rows.axis for axis in removed))
 
 
@@ -162,8 +158,12 @@ def _squeeze(eqn, args) -> Rows:
     return _without(eqn, args, eqn.params["dimensions"])
 
 
+def _unstack(eqn, args) -> Rows:
+    return _without(eqn, args, [eqn.params["axis"]])
+
+
 def _tile(eqn, args) -> Rows:
-    require(eqn.params["reps"][args[0].axis] == 1, eqn)
+    _require(eqn.params["reps"][args[0].axis] == 1)
     return args[0]
 
 
@@ -177,14 +177,14 @@ def _reduce(eqn, args) -> Rows:
     return _without(eqn, args, eqn.params.get("axes", eqn.params.get("dimensions")))
 
 
-def _along(parameter: str):
+def _along(parameter: str, default: Any = None):
     """Works along one axis, or several, and alike on all others."""
 
     def rule(eqn, args) -> Rows:
-        rows, axes = _same_axis(eqn, args), eqn.params[parameter]
+        rows, axes = _same_axis(eqn, args), eqn.params.get(parameter, default)
         rank = len(_shape(eqn.invars[0]))
-        axes = (axes,) if isinstance(axes, int) else axes
-        require(rows.axis not in {axis % rank for axis in axes}, eqn)
+        axes = axes if isinstance(axes, tuple | list) else [axes]
+        _require(rows.axis not in {axis % rank for axis in axes})
         return rows
 
     return rule
@@ -196,30 +196,27 @@ def _on_last_axes(number: Callable[[Any], int]):
     def rule(eqn, args) -> Rows:
         rows = _same_axis(eqn, args)
         ranks = {len(_shape(v)) for v in eqn.invars}
-        require(len(ranks) == 1 and rows.axis < ranks.pop() - number(eqn), eqn)
+        _require(len(ranks) == 1 and rows.axis < ranks.pop() - number(eqn))
         return rows
 
     return rule
 
 
-def _whole_axis(size: Callable[[Any, int], bool], data: int = 1):
-    """Cuts or pads, and leaves the axis of the examples whole: `size(eqn, axis)`."""
+def _whole_axis(is_whole: Callable[[Any, int], bool]):
+    """Cuts or pads, and leaves the axis of the examples whole."""
 
     def rule(eqn, args) -> Rows:
-        rows = _same_axis(eqn, args, range(data))
-        require(size(eqn, rows.axis), eqn)
+        rows = _same_axis(eqn, args)
+        _require(is_whole(eqn, rows.axis))
         return rows
 
     return rule
 
 
-def _is_whole(eqn, axis: int) -> bool:
-    return _shape(eqn.outvars[0])[axis] == _shape(eqn.invars[0])[axis]
-
-
-def _is_not_reversed(eqn, axis: int) -> bool:
-    strides = eqn.params["strides"]
-    return _is_whole(eqn, axis) and (strides is None or strides[axis] == 1)
+def _is_not_cut(eqn, axis: int) -> bool:
+    strides = eqn.params.get("strides")
+    is_whole = _shape(eqn.outvars[0])[axis] == _shape(eqn.invars[0])[axis]
+    return is_whole and (strides is None or strides[axis] == 1)
 
 
 def _is_not_padded(eqn, axis: int) -> bool:
@@ -239,126 +236,108 @@ def _has_no_window(eqn, axis: int) -> bool:
 
 
 def _dot_general(eqn, args) -> Rows:
-    (contracted, batched) = eqn.params["dimension_numbers"]
-    free = []
-    for v, contract, batch in zip(eqn.invars, contracted, batched):
-        axes = range(len(_shape(v)))
-        free.append([axis for axis in axes if axis not in (*contract, *batch)])
+    (contracted, batched), found = eqn.params["dimension_numbers"], set()
+    free = [
+        [axis for axis in range(len(_shape(v))) if axis not in (*contract, *batch)]
+        for v, contract, batch in zip(eqn.invars, contracted, batched)
+    ]
     first_free = len(batched[0]), len(batched[0]) + len(free[0])
-    found = set()
     for side, rows in _rows_of(args):
         if rows.axis in batched[side]:
-            place = batched[side].index(rows.axis)
-            other = args[1 - side]
-            if isinstance(other, Shared):
-                require(batched[1 - side][place] in other.uniform, eqn)
-            found.add(rows._replace(axis=place))
+            found.add(rows._replace(axis=batched[side].index(rows.axis)))
         else:
-            # With examples on both sides, each would meet all others.
-            require(rows.axis in free[side] and len(_rows_of(args)) == 1, eqn)
+            _require(rows.axis in free[side])
             place = first_free[side] + free[side].index(rows.axis)
             found.add(rows._replace(axis=place))
-    require(len(found) == 1, eqn)
+    # With examples on a free axis of both sides, each would meet all others.
+    _require(len(found) == 1)
     return found.pop()
 
 
 def _convolution(eqn, args) -> Rows:
     image, kernel = args
     lhs, _, out = eqn.params["dimension_numbers"]
-    is_batch = isinstance(image, Rows) and image.axis == lhs[0]
-    require(is_batch and isinstance(kernel, Shared), eqn)
-    require(eqn.params["batch_group_count"] == 1, eqn)
+    _require(isinstance(kernel, Shared) and image.axis == lhs[0])
+    _require(eqn.params["batch_group_count"] == 1)
     return image._replace(axis=out[0])
 
 
 def _gather(eqn, args) -> Rows:
     operand, indices = args
     numbers = eqn.params["dimension_numbers"]
-    shape, rank = _shape(eqn.invars[0]), len(_shape(eqn.outvars[0]))
-    looked_up = [d for d in range(rank) if d not in numbers.offset_dims]
+    rank = len(_shape(eqn.outvars[0]))
+    looked_up = [axis for axis in range(rank) if axis not in numbers.offset_dims]
     pairs = numbers.operand_batching_dims, numbers.start_indices_batching_dims
     if isinstance(operand, Shared):
-        (rows,) = (x for _, x in _rows_of(args))
-        require(rows.axis < len(looked_up), eqn)
-        if rows.axis in pairs[1]:
-            place = pairs[0][pairs[1].index(rows.axis)]
-            require(place in operand.uniform, eqn)
-        return rows._replace(axis=looked_up[rows.axis])
+        _require(indices.axis < len(looked_up))
+        return indices._replace(axis=looked_up[indices.axis])
     if operand.axis in pairs[0]:
         place = pairs[1][pairs[0].index(operand.axis)]
-        require_rows(operand, indices, place, eqn)
+        _require(indices == operand._replace(axis=place))
         return operand._replace(axis=looked_up[place])
-    whole = eqn.params["slice_sizes"][operand.axis] == shape[operand.axis]
+    whole = (
+        eqn.params["slice_sizes"][operand.axis] == _shape(eqn.invars[0])[operand.axis]
+    )
     is_moved = operand.axis in numbers.start_index_map
-    require(whole and not is_moved and isinstance(indices, Shared), eqn)
+    _require(whole and not is_moved and isinstance(indices, Shared))
     gone = (*numbers.collapsed_slice_dims, *pairs[0])
-    kept = [axis for axis in range(len(shape)) if axis not in gone]
-    require(operand.axis in kept, eqn)
+    kept = [axis for axis in range(len(_shape(eqn.invars[0]))) if axis not in gone]
     return operand._replace(axis=numbers.offset_dims[kept.index(operand.axis)])
 
 
-def require_rows(rows: Rows, other: Value, axis: int, eqn) -> None:
-    """Requires the examples of another operand on `axis`, or nothing that differs."""
-    if isinstance(other, Rows):
-        require(other == rows._replace(axis=axis), eqn)
-    else:
-        require(axis in other.uniform, eqn)
-
-
 def _scatter(eqn, args) -> Rows:
-    """Whole examples are written to places that all share."""
+    """Whole examples are written to places that all share; or each to its own."""
     operand, indices, updates = args
     numbers = eqn.params["dimension_numbers"]
-    shape, update_shape = _shape(eqn.invars[0]), _shape(eqn.invars[2])
-    gone = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
-    kept = [axis for axis in range(len(shape)) if axis not in gone]
-    if isinstance(operand, Rows):
-        axis, rows = operand.axis, operand
-    else:
-        require(isinstance(updates, Rows), eqn)
-        require(updates.axis in numbers.update_window_dims, eqn)
-        axis = kept[numbers.update_window_dims.index(updates.axis)]
-        rows = updates._replace(axis=axis)
-        require(axis in operand.uniform, eqn)
-    is_moved = axis in numbers.scatter_dims_to_operand_dims
-    require(axis in kept and not is_moved and isinstance(indices, Shared), eqn)
-    place = numbers.update_window_dims[kept.index(axis)]
-    require(update_shape[place] == shape[axis], eqn)
-    require_rows(rows, updates, place, eqn)
-    return rows
+    _require(isinstance(operand, Rows) and isinstance(updates, Rows))
+    batched = numbers.operand_batching_dims
+    if operand.axis in batched:
+        place = numbers.scatter_indices_batching_dims[batched.index(operand.axis)]
+        rank = len(_shape(eqn.invars[2]))
+        in_updates = [a for a in range(rank) if a not in numbers.update_window_dims]
+        _require(indices == operand._replace(axis=place))
+        _require(updates == operand._replace(axis=in_updates[place]))
+        return operand
+    gone = (*numbers.inserted_window_dims, *batched)
+    kept = [axis for axis in range(len(_shape(eqn.invars[0]))) if axis not in gone]
+    is_moved = operand.axis in numbers.scatter_dims_to_operand_dims
+    _require(operand.axis in kept and not is_moved and isinstance(indices, Shared))
+    place = numbers.update_window_dims[kept.index(operand.axis)]
+    # Both sizes depend on n: they are equal.
+    _require(updates == operand._replace(axis=place))
+    return operand
 
 
-# Axes on which a primitive makes its result uniform.
-_MADE_UNIFORM: dict[str, Callable[..., set[int]]] = {
-    "broadcast_in_dim": _repeated,
-    "iota": _other_axes,
-    "reshape": _uniform_after_reshape,
-}
 _PRIMITIVES: dict[Callable[..., Rows], str] = {
+    _same_axis: """
+        select_n complex le_to lt_to bessel_i0e bessel_i1e igamma igammac
+        igamma_grad_a regularized_incomplete_beta polygamma zeta clz population_count
+    """,
     _broadcast_in_dim: "broadcast_in_dim",
     _reshape: "reshape",
     _transpose: "transpose",
     _squeeze: "squeeze",
     _stack: "stack",
+    _unstack: "unstack",
     _tile: "tile",
     _reduce: """
         reduce reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or
         reduce_xor argmax argmin
     """,
     _along("axis"): "cumsum cumprod cummax cummin cumlogsumexp split",
+    _along("axis", -1): "top_k",
     _along("dimension"): "sort concatenate",
     _along("dimensions"): "rev",
-    _on_last_axes(lambda eqn: 1): "top_k",
     _on_last_axes(lambda eqn: 2): """
         cholesky eigh lu qr geqrf householder_product svd triangular_solve
     """,
     _on_last_axes(lambda eqn: len(eqn.params["fft_lengths"])): "fft",
-    _whole_axis(_is_whole): "dynamic_slice",
-    _whole_axis(_is_not_reversed): "slice",
+    _whole_axis(_is_not_cut): "dynamic_slice slice",
     _whole_axis(_is_not_padded): "pad",
-    _whole_axis(_is_replaced, 2): "dynamic_update_slice",
+    _whole_axis(_is_replaced): "dynamic_update_slice",
     _whole_axis(_has_no_window): """
         reduce_window reduce_window_sum reduce_window_max reduce_window_min
+        select_and_scatter_add select_and_gather_add
     """,
     _dot_general: "dot_general",
     _convolution: "conv_general_dilated",
@@ -366,6 +345,12 @@ _PRIMITIVES: dict[Callable[..., Rows], str] = {
     _scatter: "scatter scatter-add scatter_add scatter_mul scatter_min scatter_max",
 }
 _RULES: dict[str, Callable[..., Rows]] = {
-    **dict.fromkeys((*ELEMENTWISE, "select_n"), _elementwise),
+    **dict.fromkeys(ELEMENTWISE, _same_axis),
     **{name: rule for rule, names in _PRIMITIVES.items() for name in names.split()},
+}
+# How shared numbers are repeated for each example.
+_NEW_ROWS: dict[str, Callable[..., Rows]] = {
+    "broadcast_in_dim": _new_rows,
+    "tile": _new_rows,
+    "iota": _iota,
 }

@@ -179,16 +179,17 @@ def compile_candidate(candidate: Candidate, run: Callable, args) -> tuple[Any, A
 
     `mixing` is what may mix the examples of a batch where they are folded, or None.
     """
-    mixing = []
-    start = time.perf_counter()
-    with watch_fold(lambda *fold: mixing.append(find_mixing(*fold))):
+    start, mixing = time.perf_counter(), []
+    # A block of one step is the same program under every method.
+    folds = candidate.lowering.method == "fold" and candidate.lowering.chunk_size != 1
+    with watch_fold(lambda *fold: mixing.append(find_mixing(*fold)) if folds else None):
         lowered = jax.jit(run).lower(*args)
     program = lowered.compile()
     candidate.compile_seconds = time.perf_counter() - start
     memory = program.memory_analysis()
     if memory is not None:
         candidate.temporary_bytes = int(memory.temp_size_in_bytes)
-    return program, next(iter(mixing), None)
+    return program, next(iter(mixing), "an unknown fold" if folds else None)
 
 
 def timed(program, args, calls: int = 1) -> tuple[float, Any]:
