@@ -66,7 +66,6 @@ APART = {
     "updated where it says": jax.vmap(
         lambda row: lax.dynamic_update_slice(row, row[:2], (jnp.argmax(row),))
     ),
-    "interpolated": lambda x: jnp.interp(x, jnp.arange(F), KERNEL[0]),
     "complex": lambda x: jnp.abs(lax.complex(x, 2 * x)),
     "bessel": jax.scipy.special.i0e,
     "tiled": lambda x: jnp.tile(x, (1, 2)),
