@@ -25,8 +25,8 @@ _ELEMENTWISE = """
     abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp
     conj convert_element_type cos cosh digamma div eq erf erf_inv erfc exp exp2
     expm1 floor ge gt imag integer_pow is_finite le lgamma log log1p log2 logistic lt
-    max min mul ne neg nextafter not one_minus_square or pow real reduce_precision rem round
-    rsqrt shift_left shift_right_arithmetic shift_right_logical sign sin sinh
+    max min mul ne neg nextafter not one_minus_square or pow real reduce_precision rem
+    round rsqrt shift_left shift_right_arithmetic shift_right_logical sign sin sinh
     sqrt square sub tan tanh xor
 """
 ELEMENTWISE = frozenset(_ELEMENTWISE.split())
