@@ -318,6 +318,21 @@ def test_counters_are_the_last_steps_and_sown_values_are_stacked(key, x):
         np.testing.assert_allclose(total, x.sum((0, 2)), rtol=1e-5)
 
 
+def test_a_name_goes_through_two_wrappers(key):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = TimeDistributed(TimeDistributed(nn.Dense(5)), name="encoder")(x)
+            return nn.Dense(2)(x)
+
+    x = jnp.ones((2, 3, 4, 6))
+    variables = Model().init(key, x)
+    shapes = jax.tree.map(jnp.shape, variables["params"])
+    assert shapes["encoder"] == {"kernel": (6, 5), "bias": (5,)}
+    assert set(shapes) == {"encoder", "Dense_0"}
+    assert Model().apply(variables, x).shape == (2, 3, 4, 2)
+
+
 def test_integers_that_a_layer_keeps_are_those_of_the_last_valid_step(key):
     class Last(nn.Module):
         @nn.compact

@@ -116,7 +116,7 @@ class TimeDistributed(nn.Module):
         # Only a module that is made by itself has no parent yet; a copy has one.
         is_copy = isinstance(self.parent, nn.Module | Scope | None)
         if self.name is not None and layer.scope is not None and not is_copy:
-            rename(layer, self.name)
+            rename(_innermost(layer), self.name)
             object.__setattr__(self, "name", None)
         super().__post_init__()
         if self.scope is not None and layer.scope is None:
@@ -165,6 +165,13 @@ class TimeDistributed(nn.Module):
             lift = nn.transforms.lift_transform
             call = lift(lift_one_step, call, self.axis_name)
         call(self.layer, *args, **kwargs)
+
+
+def _innermost(layer: nn.Module) -> nn.Module:
+    """The layer inside of wrappers, which owns the name."""
+    while isinstance(layer, TimeDistributed):
+        layer = layer.layer
+    return layer
 
 
 class _SequenceDense(nn.Module):

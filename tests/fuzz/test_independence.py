@@ -19,7 +19,7 @@ def test_what_is_shown_to_keep_examples_apart_does(program, seed):
     """Here the steps of the programs are the examples of a batch."""
     x = numbers(np.random.default_rng(seed), 100.0, T, F)
     call = lambda arrays: program(arrays[0][None])[0]
-    if find_mixing(call, [x], [1], 1) is not None:
+    if find_mixing(call, [x], [1], 1, 1) is not None:
         return
     run = jax.jit(call)
     order = np.array([2, 0, 3, 0])

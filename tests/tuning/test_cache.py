@@ -248,8 +248,8 @@ def test_fold_from_the_cache_is_shown_to_be_right_again(tmp_path, monkeypatch):
 def test_a_result_whose_reference_needed_chunks_is_found_again(tmp_path, monkeypatch):
     compile_really = search.compile_candidate
 
-    def compile_candidate(candidate, run, args):
-        program = compile_really(candidate, run, args)
+    def compile_candidate(candidate, *args):
+        program = compile_really(candidate, *args)
         candidate.temporary_bytes = 100 * (candidate.lowering.chunk_size or 10**6)
         return program
 

@@ -103,6 +103,14 @@ APART = {
     "a constant": lambda x: jnp.ones((x.shape[0], 2)),
     "its own derivative": lambda x: jax.jvp(jnp.tanh, (x,), (jnp.ones_like(x),))[1],
 }  # fmt: skip
+
+
+def write_the_mean(x):
+    reference = jax.new_ref(jnp.zeros(F))
+    reference[...] = x.mean(0)
+    return x + reference[...]
+
+
 MIXED = {
     "centred": (lambda x: x - x.mean(0), "reduce_sum"),
     "a gate of 0": (lambda x: x + 0.0 * x.mean(0), "reduce_sum"),
@@ -131,6 +139,10 @@ MIXED = {
     "one branch for all": (
         lambda x: lax.cond(jnp.max(x) > 0, jnp.sin, jnp.cos, x), "reduce_max",
     ),
+    "transposed by a reshape": (
+        lambda x: lax.reshape(x, x.shape, dimensions=(1, 0)), "reshape",
+    ),
+    "written to a reference": (write_the_mean, "a reference"),
     "joined": (lambda x: jnp.concatenate([x[1:], x[:1]]), None),
     "shifted": (lambda x: jnp.pad(x, ((1, 0), (0, 0)))[:-1], "pad"),
     "pooled": (
@@ -211,6 +223,17 @@ WIDE = jnp.arange(20.0)
         lambda x: x + jnp.pad(KERNEL, ((0, 0), (x.shape[0], 9)))[0, :F],
         lambda x: x * np.full(F, 1 / x.shape[0], np.float32),
         lambda x: jnp.cumsum(x.reshape(4, -1, 1), 1).reshape(x.shape),
+        lambda x: x - x.mean(0) if x.shape[0] == B * T else x,
+        lambda x: 2 * x if x.shape == (B, F) else x,
+        lambda x: 2 * x if x.shape[0] in (1, B) else x,
+        lambda x: x.at[:, 1].apply(lambda v: v * x.shape[0]),
+        lambda x: x + lax.reduce(
+            x, 0.0, lambda a, b: jnp.minimum(a + b, 1 / x.shape[0]), (1,)
+        )[:, None],
+        lambda x: jnp.pad(x, ((0, 0), (x.shape[0] % 5, 5 - x.shape[0] % 5)))[:, :F],
+        lambda x: x + lax.pad(KERNEL[0], 0.0, [(x.shape[0], -x.shape[0], 0)]),
+        lambda x: x + lax.slice_in_dim(WIDE, x.shape[0] % 5, x.shape[0] % 5 + F),
+        lambda x: lax.integer_pow(x, x.shape[0]),
     ],
 )  # fmt: skip
 def test_the_size_of_the_batch_may_not_matter(fun):
@@ -240,6 +263,21 @@ def test_a_derivative_that_is_given_may_mix_where_the_function_does_not():
         assert mixing_of(wrap(lambda g: g - g.mean(0)), X) == "a derivative"
     assert mixing_of(with_vjp(norm_of_all), X) == "a derivative"
     assert mixing_of(lambda x: with_vjp(norm_of_all)(KERNEL)[0] + x, X) is None
+
+
+def test_a_given_gradient_by_what_examples_share_may_be_a_mean():
+    linear = jax.custom_vjp(lambda w, x: x @ w)
+    linear.defvjp(
+        lambda w, x: (x @ w, (w, x)),
+        lambda res, g: (res[1].T @ g / g.shape[0], g @ res[0].T),
+    )
+    assert mixing_of(linear, KERNEL, X, in_axes=(None, 1)) == "a derivative"
+    scale = jax.custom_jvp(lambda w, x: x * w)
+    scale.defjvp(lambda p, t: (p[0] * p[1], t[0] * p[1] + p[0] * t[1]))
+    assert mixing_of(scale, KERNEL[0], X, in_axes=(None, 1)) is None
+    other = jax.custom_vjp(lambda x: x * 1.0)
+    other.defvjp(lambda x: (x - x.mean(0), None), lambda _, g: (g,))
+    assert mixing_of(other, X) == "a derivative"
 
 
 def test_noise_of_a_step_is_no_shared_number(key):

@@ -19,9 +19,9 @@ def clock(monkeypatch):
     seconds, measured = {}, collections.Counter()
     compile_really = search.compile_candidate
 
-    def compile_candidate(candidate, run, args):
-        program, mixing = compile_really(candidate, run, args)
-        return (candidate.lowering.chunk_size, program), mixing
+    def compile_candidate(candidate, run, args, mixing):
+        program, reason = compile_really(candidate, run, args, mixing)
+        return (candidate.lowering.chunk_size, program), reason
 
     def timed(program, args, calls=1):
         size, run = program

@@ -31,7 +31,7 @@ from tdjax._steps.axes import (
     time_size,
 )
 
-# Is told what the next block folds: `watch(call, folded, axes, out_axes)`.
+# Is told what the next block folds: `watch(call, folded, axes, out_axes, batch)`.
 _watcher: contextvars.ContextVar[Callable[..., None] | None] = contextvars.ContextVar(
     "watcher", default=None
 )
@@ -57,7 +57,7 @@ def fold_block(call, axes, out_axes):
         watch = _watcher.get()
         if watch is not None:
             _watcher.set(None)  # A fold inside of `call` is its own business.
-            watch(call, folded, axes, out_axes)
+            watch(call, folded, axes, out_axes, batch)
         y = _call_folded(call, folded, batch, timesteps)
         split = functools.partial(_split_time, batch, timesteps, time_major)
         return map_results(split, y, out_axes)

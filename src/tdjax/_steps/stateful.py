@@ -139,11 +139,17 @@ def _refuse_statistics(changed, capacity: int) -> None:
 
 
 def _gets_mask(args, mask) -> bool:
-    """Whether an argument of the layer may be the mask as well."""
+    """Whether an argument of the layer is the mask as well, or may be."""
     leaves = [x for x in jax.tree.leaves(args) if is_array(x)]
-    fits = lambda x: x.shape[: mask.ndim] == mask.shape
-    is_mask = lambda x: x.dtype == jnp.bool_ or x.size == mask.size
-    return any(fits(x) and is_mask(x) for x in leaves)
+    fitting = [x for x in leaves if x.shape[: mask.ndim] == mask.shape]
+
+    def may_be_mask(x) -> bool:
+        if x.size > mask.size or not (is_concrete(x) and is_concrete(mask)):
+            return x.dtype == jnp.bool_ or x.size == mask.size
+        # Numbers such as ids have the same shape.
+        return x.dtype == jnp.bool_ or np.array_equal(x != 0, mask)
+
+    return any(map(may_be_mask, fitting))
 
 
 def _warn_of_stand_ins(variables, before, changed, mask) -> None:

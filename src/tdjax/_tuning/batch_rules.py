@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 from jax import export
 
 from tdjax._jaxprs import ELEMENTWISE, IDENTITIES
@@ -43,7 +44,8 @@ class _NoRule(Exception):
     """There is no axis along which the operation keeps examples apart."""
 
 
-def _require(condition: Any) -> None:
+def require(condition: Any) -> None:
+    """Raises an error that makes the result `Mixed`, unless the condition holds."""
     if not condition:
         raise _NoRule
 
@@ -56,7 +58,21 @@ def any_number() -> Any:
 
 def symbolic_axes(shape) -> list[int]:
     """The axes whose size depends on the number of examples."""
-    return [axis for axis, size in enumerate(shape) if not isinstance(size, int)]
+    return [axis for axis, size in enumerate(shape) if export.is_symbolic_dim(size)]
+
+
+# Parameters that repeat the shape of a result, which is looked at itself.
+_SHAPES = frozenset(
+    ("shape", "new_sizes", "sizes", "slice_sizes", "limit_indices", "reps")
+)
+
+
+def _uses_size(eqn) -> bool:
+    """Whether an operation does something else for another number of examples."""
+    if eqn.primitive.name == "dim_as_value":
+        return True
+    options = [value for name, value in eqn.params.items() if name not in _SHAPES]
+    return any(map(export.is_symbolic_dim, jax.tree.leaves(options)))
 
 
 def apply_rule(eqn, args: list[Value]) -> list[Value]:
@@ -67,18 +83,20 @@ def apply_rule(eqn, args: list[Value]) -> list[Value]:
     for x in args:
         if isinstance(x, Mixed):
             return [x] * len(outs)
+    if _uses_size(eqn):
+        return [Mixed(name)] * len(outs)
     has_rows = any(isinstance(x, Rows) for x in args)
     has_keys = any(isinstance(x, PerStep) for x in args)
-    is_sized = any(symbolic_axes(out.shape) for out in outs) or name == "dim_as_value"
+    is_sized = any(symbolic_axes(out.shape) for out in outs)
     if not has_rows and not is_sized:
         return [PerStep() if has_keys else Shared()] * len(outs)
     if has_keys:
         return [Mixed("random keys")] * len(outs)
     rules = _RULES if has_rows else _NEW_ROWS
     try:
-        _require(name in rules)
+        require(name in rules)
         rows = rules[name](eqn, args)
-        _require(all(symbolic_axes(out.shape) == [rows.axis] for out in outs))
+        require(all(symbolic_axes(out.shape) == [rows.axis] for out in outs))
     except _NoRule:
         return [Mixed(name)] * len(outs)
     return [rows] * len(outs)
@@ -98,10 +116,10 @@ def _same_axis(eqn, args) -> Rows:
     A shared operand of another rank is a scalar.
     """
     (_, rows), *others = _rows_of(args)
-    _require(all(x == rows for _, x in others))
+    require(all(x == rows for _, x in others))
     for v, value in zip(eqn.invars, args):
         if not isinstance(value, Rows) and _shape(v):
-            _require(_shape(v)[rows.axis] == 1)
+            require(_shape(v)[rows.axis] == 1)
     return rows
 
 
@@ -116,29 +134,30 @@ def _new_rows(eqn, args) -> Rows:
 
 def _rows_in(shape) -> Rows:
     axes = symbolic_axes(shape)
-    _require(len(axes) == 1)
+    require(len(axes) == 1)
     return Rows(axes[0], _per_example(shape[axes[0]]))
 
 
 def _per_example(size) -> int:
     """How many elements of an axis each example has."""
     per_example, remainder = divmod(size, any_number())
-    _require(isinstance(per_example, int) and isinstance(remainder, int))
-    _require(remainder == 0)
+    require(isinstance(per_example, int) and isinstance(remainder, int))
+    require(remainder == 0)
     return per_example
 
 
 def _iota(eqn, args) -> Rows:
     rows = _new_rows(eqn, args)
-    _require(rows.axis != eqn.params["dimension"])
+    require(rows.axis != eqn.params["dimension"])
     return rows
 
 
 def _reshape(eqn, args) -> Rows:
+    require(eqn.params["dimensions"] is None)  # It would be transposed before.
     before, out = _shape(eqn.invars[0])[: args[0].axis], _shape(eqn.outvars[0])
     rows = _rows_in(out)
     # With as many elements before an axis, as many of them are one example's.
-    _require(math.prod(before) == math.prod(out[: rows.axis]))
+    require(math.prod(before) == math.prod(out[: rows.axis]))
     return rows
 
 
@@ -150,7 +169,7 @@ def _without(eqn, args, removed) -> Rows:
     """The same axis, after others were removed."""
     rows = _same_axis(eqn, args)
     removed = {axis % len(_shape(eqn.invars[0])) for axis in removed}
-    _require(rows.axis not in removed)
+    require(rows.axis not in removed)
     return rows._replace(axis=rows.axis - sum(axis < rows.axis for axis in removed))
 
 
@@ -163,7 +182,7 @@ def _unstack(eqn, args) -> Rows:
 
 
 def _tile(eqn, args) -> Rows:
-    _require(eqn.params["reps"][args[0].axis] == 1)
+    require(eqn.params["reps"][args[0].axis] == 1)
     return args[0]
 
 
@@ -184,7 +203,7 @@ def _along(parameter: str, default: Any = None):
         rows, axes = _same_axis(eqn, args), eqn.params.get(parameter, default)
         rank = len(_shape(eqn.invars[0]))
         axes = axes if isinstance(axes, tuple | list) else [axes]
-        _require(rows.axis not in {axis % rank for axis in axes})
+        require(rows.axis not in {axis % rank for axis in axes})
         return rows
 
     return rule
@@ -196,7 +215,7 @@ def _on_last_axes(number: Callable[[Any], int]):
     def rule(eqn, args) -> Rows:
         rows = _same_axis(eqn, args)
         ranks = {len(_shape(v)) for v in eqn.invars}
-        _require(len(ranks) == 1 and rows.axis < ranks.pop() - number(eqn))
+        require(len(ranks) == 1 and rows.axis < ranks.pop() - number(eqn))
         return rows
 
     return rule
@@ -207,7 +226,7 @@ def _whole_axis(is_whole: Callable[[Any, int], bool]):
 
     def rule(eqn, args) -> Rows:
         rows = _same_axis(eqn, args)
-        _require(is_whole(eqn, rows.axis))
+        require(is_whole(eqn, rows.axis))
         return rows
 
     return rule
@@ -246,19 +265,19 @@ def _dot_general(eqn, args) -> Rows:
         if rows.axis in batched[side]:
             found.add(rows._replace(axis=batched[side].index(rows.axis)))
         else:
-            _require(rows.axis in free[side])
+            require(rows.axis in free[side])
             place = first_free[side] + free[side].index(rows.axis)
             found.add(rows._replace(axis=place))
     # With examples on a free axis of both sides, each would meet all others.
-    _require(len(found) == 1)
+    require(len(found) == 1)
     return found.pop()
 
 
 def _convolution(eqn, args) -> Rows:
     image, kernel = args
     lhs, _, out = eqn.params["dimension_numbers"]
-    _require(isinstance(kernel, Shared) and image.axis == lhs[0])
-    _require(eqn.params["batch_group_count"] == 1)
+    require(isinstance(kernel, Shared) and image.axis == lhs[0])
+    require(eqn.params["batch_group_count"] == 1)
     return image._replace(axis=out[0])
 
 
@@ -269,17 +288,17 @@ def _gather(eqn, args) -> Rows:
     looked_up = [axis for axis in range(rank) if axis not in numbers.offset_dims]
     pairs = numbers.operand_batching_dims, numbers.start_indices_batching_dims
     if isinstance(operand, Shared):
-        _require(indices.axis < len(looked_up))
+        require(indices.axis < len(looked_up))
         return indices._replace(axis=looked_up[indices.axis])
     if operand.axis in pairs[0]:
         place = pairs[1][pairs[0].index(operand.axis)]
-        _require(indices == operand._replace(axis=place))
+        require(indices == operand._replace(axis=place))
         return operand._replace(axis=looked_up[place])
     whole = (
         eqn.params["slice_sizes"][operand.axis] == _shape(eqn.invars[0])[operand.axis]
     )
     is_moved = operand.axis in numbers.start_index_map
-    _require(whole and not is_moved and isinstance(indices, Shared))
+    require(whole and not is_moved and isinstance(indices, Shared))
     gone = (*numbers.collapsed_slice_dims, *pairs[0])
     kept = [axis for axis in range(len(_shape(eqn.invars[0]))) if axis not in gone]
     return operand._replace(axis=numbers.offset_dims[kept.index(operand.axis)])
@@ -289,22 +308,22 @@ def _scatter(eqn, args) -> Rows:
     """Whole examples are written to places that all share; or each to its own."""
     operand, indices, updates = args
     numbers = eqn.params["dimension_numbers"]
-    _require(isinstance(operand, Rows) and isinstance(updates, Rows))
+    require(isinstance(operand, Rows) and isinstance(updates, Rows))
     batched = numbers.operand_batching_dims
     if operand.axis in batched:
         place = numbers.scatter_indices_batching_dims[batched.index(operand.axis)]
         rank = len(_shape(eqn.invars[2]))
         in_updates = [a for a in range(rank) if a not in numbers.update_window_dims]
-        _require(indices == operand._replace(axis=place))
-        _require(updates == operand._replace(axis=in_updates[place]))
+        require(indices == operand._replace(axis=place))
+        require(updates == operand._replace(axis=in_updates[place]))
         return operand
     gone = (*numbers.inserted_window_dims, *batched)
     kept = [axis for axis in range(len(_shape(eqn.invars[0]))) if axis not in gone]
     is_moved = operand.axis in numbers.scatter_dims_to_operand_dims
-    _require(operand.axis in kept and not is_moved and isinstance(indices, Shared))
+    require(operand.axis in kept and not is_moved and isinstance(indices, Shared))
     place = numbers.update_window_dims[kept.index(operand.axis)]
     # Both sizes depend on n: they are equal.
-    _require(updates == operand._replace(axis=place))
+    require(updates == operand._replace(axis=place))
     return operand
 
 

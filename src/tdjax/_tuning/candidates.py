@@ -174,22 +174,28 @@ def _change(
     )
 
 
-def compile_candidate(candidate: Candidate, run: Callable, args) -> tuple[Any, Any]:
-    """`(program, mixing)`: compiles a candidate and notes its time and memory.
+def compile_candidate(
+    candidate: Candidate, run: Callable, args, mixing: list[str | None]
+) -> tuple[Any, str | None]:
+    """`(program, reason)`: compiles a candidate and notes its time and memory.
 
-    `mixing` is what may mix the examples of a batch where they are folded, or None.
+    The reason says why examples may not be folded. It is found out for the first
+    candidate that folds, and kept in `mixing`: it holds for blocks of any size.
     """
-    start, mixing = time.perf_counter(), []
+    start = time.perf_counter()
     # A block of one step is the same program under every method.
     folds = candidate.lowering.method == "fold" and candidate.lowering.chunk_size != 1
-    with watch_fold(lambda *fold: mixing.append(find_mixing(*fold)) if folds else None):
+    if folds and not mixing:
+        with watch_fold(lambda *fold: mixing.append(find_mixing(*fold))):
+            lowered = jax.jit(run).lower(*args)
+    else:
         lowered = jax.jit(run).lower(*args)
     program = lowered.compile()
     candidate.compile_seconds = time.perf_counter() - start
     memory = program.memory_analysis()
     if memory is not None:
         candidate.temporary_bytes = int(memory.temp_size_in_bytes)
-    return program, next(iter(mixing), "an unknown fold" if folds else None)
+    return program, next(iter(mixing), "an unknown fold") if folds else None
 
 
 def timed(program, args, calls: int = 1) -> tuple[float, Any]:

@@ -15,6 +15,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from tdjax import _jaxprs
 from tdjax._steps.axes import PER_STEP, PER_STEP_OR_BATCH, Axis, map_results
@@ -26,14 +28,18 @@ from tdjax._tuning.batch_rules import (
     Value,
     any_number,
     apply_rule,
+    require,
     symbolic_axes,
 )
 
 
-def find_mixing(call: Callable, arrays: list, axes: list, out_axes: Any) -> str | None:
+def find_mixing(
+    call: Callable, arrays: list, axes: list, out_axes: Any, batch: int
+) -> str | None:
     """What in a folded `call(arrays)` may mix examples; None if nothing does.
 
-    `axes` and `out_axes` are the time axes that the arrays and the results had.
+    `axes` and `out_axes` are the time axes that the arrays and the results had, and
+    `batch` is the number of examples of one step.
     """
     out: list[Axis] = []
 
@@ -43,23 +49,62 @@ def find_mixing(call: Callable, arrays: list, axes: list, out_axes: Any) -> str 
         map_results(lambda y, axis: out.append(axis), results, out_axes)
         return jax.tree.leaves(results)
 
+    trace = lambda size: jax.make_jaxpr(leaves_of)(_of_size(size, arrays, axes))
     try:
-        types = [_of_any_size(*pair) for pair in zip(arrays, axes)]
-        program = jax.make_jaxpr(leaves_of)(types)
+        program = trace(any_number())
     except Exception:  # `fun` may raise anything for such a batch.
         return "its size"
+    if _jaxprs.has_references(program):
+        return "a reference"
     values: list[Value] = [PerStep() if axis is PER_STEP else Rows(0) for axis in axes]
-    results = run(program, values)
+    results = _run(program, values)
     reasons = [_reason(*pair) for pair in zip(results, out, strict=True)]
-    return next(filter(None, reasons), None)
+    reason = next(filter(None, reasons), None)
+    return reason or _difference(trace, arrays, axes, batch)
 
 
-def _of_any_size(x, axis: Axis) -> Any:
-    """The type of `x` for a batch of any size."""
-    if axis is PER_STEP:
-        return x
-    shape, weak_type = (any_number(), *x.shape[1:]), jax.typeof(x).weak_type
-    return jax.ShapeDtypeStruct(shape, x.dtype, weak_type=weak_type)
+def _difference(trace, arrays: list, axes: list, batch: int) -> str | None:
+    """Whether two sizes give two programs: `==` is False for a size of any number."""
+    examples = next(len(x) for x, axis in zip(arrays, axes) if axis is not PER_STEP)
+    folded = max(examples, 2)  # JAX treats 1 apart.
+    other = batch if 1 < batch < folded else folded + 1
+    try:
+        same = _outline(trace(folded)) == _outline(trace(other))
+    except Exception:
+        same = False
+    return None if same else "its size"
+
+
+def _of_size(size: Any, arrays: list, axes: list) -> list:
+    """The types of the arrays for a batch of another size."""
+
+    def resize(x, axis: Axis):
+        if axis is PER_STEP:
+            return x
+        weak_type = jax.typeof(x).weak_type
+        shape = (size, *x.shape[1:])
+        return jax.ShapeDtypeStruct(shape, x.dtype, weak_type=weak_type)
+
+    return list(map(resize, arrays, axes))
+
+
+def _outline(program) -> list[Any]:
+    """The operations and the numbers in a program, but no shapes."""
+    jaxpr, consts = _jaxprs.open_program(program)
+    lines: list[Any] = [_number(x) for x in consts]
+    for eqn in jaxpr.eqns:
+        numbers = [_number(v.val) for v in eqn.invars if _jaxprs.is_literal(v)]
+        inner = [_outline(each) for each in _jaxprs.programs(eqn)]
+        lines.append((eqn.primitive.name, numbers, inner))
+    return lines
+
+
+def _number(x: Any) -> Any:
+    """A scalar's value; of other constants the type."""
+    is_key = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.extended)
+    if is_key or isinstance(x, Tracer) or np.ndim(x) > 0:
+        return str(jax.typeof(x))
+    return np.asarray(x).tobytes()
 
 
 def _reason(result: Value, axis: Axis) -> str | None:
@@ -74,24 +119,31 @@ def _reason(result: Value, axis: Axis) -> str | None:
     return "a result without a batch axis" if isinstance(axis, int) else None
 
 
-def run(program, values: list[Value]) -> list[Value]:
-    """Runs a jaxpr, closed or without constants."""
+def _run(program, values: list[Value], derivatives: bool = True) -> list[Value]:
+    """Runs a jaxpr, closed or without constants; looks at given derivatives, or not."""
     jaxpr, consts = _jaxprs.open_program(program)
     consts = [Shared()] * (len(consts) or len(jaxpr.constvars))
-    return _jaxprs.evaluate(jaxpr, consts, values, _evaluate_equation)
+    run_equation = functools.partial(_evaluate_equation, derivatives=derivatives)
+    return _jaxprs.evaluate(jaxpr, consts, values, run_equation)
 
 
-def _evaluate_equation(eqn, args) -> list[Value]:
+def _evaluate_equation(eqn, args, derivatives: bool) -> list[Value]:
     name = eqn.primitive.name
+    run = functools.partial(_run, derivatives=derivatives)
     # A literal is a scalar.
     args = [x if isinstance(x, Value) else Shared() for x in args]
     calls = _jaxprs.CALLS_AND_CUSTOM_DERIVATIVES
     if calls.get(name) in eqn.params:
         results = run(eqn.params[calls[name]], args)
-        is_custom = name not in _jaxprs.CALLS
-        return _with_derivative(eqn, args, results) if is_custom else results
+        is_given = derivatives and name not in _jaxprs.CALLS
+        return _with_derivative(eqn, args, results) if is_given else results
     if name in _CONTROL_FLOW:
-        return _CONTROL_FLOW[name](eqn, args)
+        return _CONTROL_FLOW[name](eqn, args, run)
+    # The function of a scatter, a pool or a reduction.
+    for inner in _jaxprs.programs(eqn):
+        shared: list[Value] = [Shared()] * len(_jaxprs.open_program(inner)[0].invars)
+        if any(result != Shared() for result in run(inner, shared)):
+            return [Mixed(name)] * len(eqn.outvars)
     return apply_rule(eqn, args)
 
 
@@ -100,32 +152,45 @@ def _with_derivative(eqn, args, results: list[Value]) -> list[Value]:
 
     JAX's own derivatives of what keeps examples apart do so too.
     """
-    is_float = lambda v: jnp.issubdtype(v.aval.dtype, jnp.inexact)
-    pairs = list(enumerate(zip(eqn.invars, args)))
-    by = [i for i, (v, x) in pairs if isinstance(x, Rows) and is_float(v)]
-    if not by:
+    if not any(isinstance(x, Rows) for x in args):
         return results
+    is_float = lambda v: jnp.issubdtype(v.aval.dtype, jnp.inexact)
+    by = [i for i, v in enumerate(eqn.invars) if is_float(v)]
+
+    def call(operands, primals):
+        given = dict(zip(by, primals))
+        return _jaxprs.bind(eqn, [given.get(i, x) for i, x in enumerate(operands)])
+
+    def push_forward(operands, tangents):
+        primals = [operands[i] for i in by]
+        return jax.jvp(functools.partial(call, operands), (primals,), (tangents,))
 
     def pull_back(operands, cotangents):
-        def call(primals):
-            given = dict(zip(by, primals))
-            return _jaxprs.bind(eqn, [given.get(i, x) for i, x in enumerate(operands)])
+        primals = [operands[i] for i in by]
+        y, pullback = jax.vjp(functools.partial(call, operands), primals)
+        return y, pullback(cotangents)[0]
 
-        _, pullback = jax.vjp(call, [operands[i] for i in by])
-        return pullback(cotangents)[0]
-
-    types = [[v.aval for v in atoms] for atoms in (eqn.invars, eqn.outvars)]
+    types = [v.aval for v in eqn.invars]
+    by_rows = [args[i] for i in by]
     try:
-        program = jax.make_jaxpr(pull_back)(*types)
+        if eqn.primitive.name == "custom_jvp_call":
+            given, expected = by_rows, [*results, *results]
+            program = jax.make_jaxpr(push_forward)(types, [types[i] for i in by])
+        else:
+            # A gradient by what examples share should be a sum: it may be a mean.
+            require(all(isinstance(x, Rows) for x in by_rows))
+            given, expected = results, [*results, *by_rows]
+            program = jax.make_jaxpr(pull_back)(types, [v.aval for v in eqn.outvars])
     except Exception:  # A derivative may raise anything for a batch of any size.
         return [Mixed("a derivative")] * len(results)
-    gradients = run(program, [*args, *results])
-    if all(got in (args[i], Shared()) for got, i in zip(gradients, by)):
+    # It holds the function itself again.
+    got = _run(program, [*args, *given], derivatives=False)
+    if all(x in (want, Shared()) for x, want in zip(got, expected, strict=True)):
         return results
     return [Mixed("a derivative")] * len(results)
 
 
-def _scan(eqn, args) -> list[Value]:
+def _scan(eqn, args, run) -> list[Value]:
     consts, carry, xs = _jaxprs.split_scan(eqn, args)
     xs = [_slice(x) for x in xs]
     body = eqn.params["jaxpr"]
@@ -146,7 +211,7 @@ def _stacked(y: Value) -> Value:
     return y._replace(axis=y.axis + 1) if isinstance(y, Rows) else y
 
 
-def _while(eqn, args) -> list[Value]:
+def _while(eqn, args, run) -> list[Value]:
     cond_consts, body_consts, carry = _jaxprs.split_while(eqn, args)
     cond, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
     carry, _ = _settle(lambda carry: run(body, [*body_consts, *carry]), carry)
@@ -175,7 +240,7 @@ def _either(x: Value, y: Value) -> Value:
     return next((v for v in (x, y) if isinstance(v, Mixed)), Mixed("control flow"))
 
 
-def _cond(eqn, args) -> list[Value]:
+def _cond(eqn, args, run) -> list[Value]:
     index, *operands = args
     outs = [run(branch, operands) for branch in eqn.params["branches"]]
     if not isinstance(index, Shared):

@@ -66,7 +66,8 @@ class _Search:
     """The state of a search.
 
     `reference` are the results of the reference, None before it has run; `tolerances`
-    are the deviations allowed in each of them.
+    are the deviations allowed in each of them. `mixing` is why examples may not be
+    folded, or None, once this is known.
     """
 
     program_of: Callable[[Lowering], Callable]
@@ -75,6 +76,7 @@ class _Search:
     reference: Any = None
     tolerances: list[float] = dataclasses.field(default_factory=list)
     contenders: list[_Contender] = dataclasses.field(default_factory=list)
+    mixing: list[str | None] = dataclasses.field(default_factory=list)
 
     def best_seconds(self) -> float:
         return min((min(c.seconds) for c in self.contenders), default=math.inf)
@@ -159,7 +161,7 @@ def _try(candidate: Candidate, search: _Search, times_again: bool = True) -> Non
     """Compiles, checks and times one candidate, and notes the verdict."""
     try:
         run = search.program_of(candidate.lowering)
-        program, mixing = compile_candidate(candidate, run, search.args)
+        program, reason = compile_candidate(candidate, run, search.args, search.mixing)
         used, limit = candidate.temporary_bytes, search.limits.memory_limit
         if used is not None and limit is not None and used > limit:
             candidate.verdict = "over the memory limit"
@@ -177,8 +179,8 @@ def _try(candidate: Candidate, search: _Search, times_again: bool = True) -> Non
         search.tolerances = _tolerances(results, run, search)
     _compare(candidate, results, search)
     del results
-    if candidate.measured and mixing:
-        candidate.verdict = f"may depend on the rest of the batch: {mixing}"
+    if candidate.measured and reason:
+        candidate.verdict = f"may depend on the rest of the batch: {reason}"
     if candidate.measured and times_again:
         _time_once_more(candidate, program, seconds, search)
 
