@@ -501,3 +501,15 @@ def test_signs_of_zeros_go_through_what_has_no_rule(fun):
     moved = np.asarray(fun(x) != fun(flipped)).any((0, 2))
     assert moved[0]
     assert influence[moved, 0].all()
+
+
+@pytest.mark.parametrize("end", [lambda x: jax.nn.relu(x), lambda x: -jax.nn.relu(x)])
+@pytest.mark.parametrize(
+    "compare",
+    [jnp.equal, lambda a, b: jnp.equal(b, a), lambda a, b: ~jnp.not_equal(b, a)],
+)
+def test_a_number_at_the_end_of_a_range_is_not_certain(end, compare):
+    """`relu(x) == 0` may be false."""
+    fun = lambda x: jnp.where(compare(end(x), 0.0), 0.0, x[:, ::-1])
+    influence = tdjax.step_influence(fun, jnp.ones((1, 3, 1)))
+    assert influence[np.eye(3, dtype=bool)[::-1]].all()
