@@ -795,3 +795,19 @@ def test_a_filter_of_intermediates_may_keep_all(key, x):
     kept = state["intermediates"]
     (layer,), (wrapper,) = kept["__call__"], kept["TimeDistributed.__call__"]
     np.testing.assert_array_equal(layer.swapaxes(0, 1), wrapper)
+
+
+def test_numbers_in_the_masks_shape_are_no_mask(key):
+    class Norm(nn.Module):
+        @nn.compact
+        def __call__(self, ids):
+            x = nn.Embed(9, 3)(ids)
+            return nn.BatchNorm(use_running_average=False)(x)
+
+    model, ids = TimeDistributed(Norm()), jnp.arange(B * T).reshape(B, T) % 9
+    mask = jnp.ones((B, T), bool).at[0, 1].set(False)
+    variables = model.init(key, ids)
+    run = lambda ids: model.apply(variables, ids, mask=mask, mutable=["batch_stats"])
+    with pytest.warns(UserWarning, match="writes statistics"):
+        run(ids)
+    run(mask.astype(int))  # This may be the mask.
