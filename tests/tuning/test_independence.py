@@ -56,6 +56,8 @@ APART = {
     "reversed features": lambda x: x[:, ::-1],
     "sliced": lambda x: x[:, 1:3],
     "one feature": lambda x: x[:, 0],
+    "a row for each feature": lambda x: KERNEL[jnp.argmax(x, -1)],
+    "words of two axes": lambda x: KERNEL[(x > 0).astype(int)],
     "chosen features": lambda x: x[:, jnp.array([2, 0])],
     "padded": lambda x: jnp.pad(x, ((0, 0), (1, 2))),
     "concatenated": lambda x: jnp.concatenate([x, jnp.zeros((x.shape[0], 1)), -x], 1),
@@ -229,6 +231,7 @@ WIDE = jnp.arange(20.0)
         lambda x: jnp.cumsum(x.reshape(4, -1, 1), 1).reshape(x.shape),
         lambda x: x - x.mean(0) if x.shape[0] == B * T else x,
         lambda x: 2 * x if x.shape == (B, F) else x,
+        lambda x: x * (2.0 if x.shape[0] == B * T else 3.0),
         lambda x: 2 * x if x.shape[0] in (1, B) else x,
         lambda x: x.at[:, 1].apply(lambda v: v * x.shape[0]),
         lambda x: x + lax.reduce(

@@ -133,9 +133,8 @@ def _new_rows(eqn, args) -> Rows:
 
 
 def _rows_in(shape) -> Rows:
-    axes = symbolic_axes(shape)
-    require(len(axes) == 1)
-    return Rows(axes[0], _per_example(shape[axes[0]]))
+    axis = symbolic_axes(shape)[0]
+    return Rows(axis, _per_example(shape[axis]))
 
 
 def _per_example(size) -> int:
