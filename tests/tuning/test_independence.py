@@ -19,6 +19,7 @@ from tdjax._tuning.independence import find_mixing
 B, T, F = 4, 3, 5
 X = normal(0, B, T, F)
 KERNEL = normal(1, F, F)
+CUBE = normal(5, 2, 3, F)
 IMAGES = normal(2, B, T, 6, 6, 2)
 IDS = (jnp.abs(integers(3, B, T, 2)) % F).astype(int)
 
@@ -42,6 +43,9 @@ APART = {
     "zeros of the batch": lambda x: x + jnp.zeros(x.shape) + jnp.ones((x.shape[0], 1)),
     "matmul": lambda x: x @ KERNEL,
     "matmul from the left": lambda x: (KERNEL @ x.T).T,
+    "a cube from the left": lambda x: lax.dot_general(
+        CUBE, x, (((2,), (1,)), ((), ()))
+    ).transpose(2, 0, 1),
     "outer product": lambda x: jnp.einsum("bi,bj->bij", x, x),
     "sum of features": lambda x: x - x.mean(-1, keepdims=True),
     "softmax": jax.nn.softmax,
