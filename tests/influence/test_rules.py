@@ -172,7 +172,9 @@ def some_results(y):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_each_rule_covers_what_changes(name):
-    rule = HOW_TO_USE.get(name) or getattr(lax, name)
+    rule = HOW_TO_USE.get(name) or getattr(lax, name, None)
+    if rule is None:
+        pytest.skip("not a function of this JAX")
     x = samples(np.float32)
     program = str(jax.make_jaxpr(rule)(x[0, 0]))
     assert any(f" {form}" in program for form in (name, name.replace("_add", "-add")))

@@ -62,7 +62,7 @@ def symbolic_axes(shape) -> list[int]:
 
 
 # Parameters that repeat the shape of a result, which is looked at itself.
-_SHAPES = frozenset(
+SHAPES = frozenset(
     ("shape", "new_sizes", "sizes", "slice_sizes", "limit_indices", "reps")
 )
 
@@ -71,7 +71,7 @@ def _uses_size(eqn) -> bool:
     """Whether an operation does something else for another number of examples."""
     if eqn.primitive.name == "dim_as_value":
         return True
-    options = [value for name, value in eqn.params.items() if name not in _SHAPES]
+    options = [value for name, value in eqn.params.items() if name not in SHAPES]
     return any(map(export.is_symbolic_dim, jax.tree.leaves(options)))
 
 

@@ -21,6 +21,7 @@ from jax.core import Tracer
 from tdjax import _jaxprs
 from tdjax._steps.axes import PER_STEP, PER_STEP_OR_BATCH, Axis, map_results
 from tdjax._tuning.batch_rules import (
+    SHAPES,
     Mixed,
     PerStep,
     Rows,
@@ -64,15 +65,14 @@ def find_mixing(
 
 
 def _difference(trace, arrays: list, axes: list, batch: int) -> str | None:
-    """Whether two sizes give two programs: `==` is False for a size of any number."""
+    """Whether other sizes give other programs: `==` is False for any number `n`."""
     examples = next(len(x) for x, axis in zip(arrays, axes) if axis is not PER_STEP)
-    folded = max(examples, 2)  # JAX treats 1 apart.
-    other = batch if 1 < batch < folded else folded + 1
+    sizes = {examples, batch, examples + 1, examples + 2} - {1}  # JAX treats 1 apart.
     try:
-        same = _outline(trace(folded)) == _outline(trace(other))
+        first, *others = [_outline(trace(size)) for size in sizes]
     except Exception:
-        same = False
-    return None if same else "its size"
+        return "its size"
+    return None if all(other == first for other in others) else "its size"
 
 
 def _of_size(size: Any, arrays: list, axes: list) -> list:
@@ -89,22 +89,39 @@ def _of_size(size: Any, arrays: list, axes: list) -> list:
 
 
 def _outline(program) -> list[Any]:
-    """The operations and the numbers in a program, but no shapes."""
+    """A program without its shapes: operations, on what, with which numbers."""
     jaxpr, consts = _jaxprs.open_program(program)
-    lines: list[Any] = [_number(x) for x in consts]
+    places: dict[Any, Any] = {
+        v: i for i, v in enumerate([*jaxpr.constvars, *jaxpr.invars])
+    }
+    lines: list[Any] = list(map(_Number, consts))
+    read = lambda v: _Number(v.val) if _jaxprs.is_literal(v) else places[v]
     for eqn in jaxpr.eqns:
-        numbers = [_number(v.val) for v in eqn.invars if _jaxprs.is_literal(v)]
-        inner = [_outline(each) for each in _jaxprs.programs(eqn)]
-        lines.append((eqn.primitive.name, numbers, inner))
-    return lines
+        options = {k: v for k, v in eqn.params.items() if k not in SHAPES}
+        numbers = [x for x in jax.tree.leaves(options) if isinstance(x, int | float)]
+        inner = list(map(_outline, _jaxprs.programs(eqn)))
+        lines.append((eqn.primitive.name, list(map(read, eqn.invars)), numbers, inner))
+        places.update((v, (len(lines), i)) for i, v in enumerate(eqn.outvars))
+    return [*lines, list(map(read, jaxpr.outvars))]
 
 
-def _number(x: Any) -> Any:
-    """A scalar's value; of other constants the type."""
-    is_key = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.extended)
-    if is_key or isinstance(x, Tracer) or np.ndim(x) > 0:
-        return str(jax.typeof(x))
-    return np.asarray(x).tobytes()
+class _Number:
+    """A constant, compared by its value if that is known, and else by its type."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other):
+        if not isinstance(other, _Number):
+            return False
+        pair = self.value, other.value
+        is_key = lambda x: jnp.issubdtype(jax.typeof(x).dtype, jax.dtypes.extended)
+        if pair[0] is pair[1]:
+            return True
+        if any(isinstance(x, Tracer) or is_key(x) for x in pair):
+            return str(jax.typeof(pair[0])) == str(jax.typeof(pair[1]))
+        first, second = map(np.asarray, pair)
+        return first.shape == second.shape and first.tobytes() == second.tobytes()
 
 
 def _reason(result: Value, axis: Axis) -> str | None:
@@ -124,14 +141,19 @@ def _run(program, values: list[Value], derivatives: bool = True) -> list[Value]:
     jaxpr, consts = _jaxprs.open_program(program)
     consts = [Shared()] * (len(consts) or len(jaxpr.constvars))
     run_equation = functools.partial(_evaluate_equation, derivatives=derivatives)
-    return _jaxprs.evaluate(jaxpr, consts, values, run_equation)
+    results = _jaxprs.evaluate(jaxpr, consts, values, run_equation)
+    return list(map(_or_shared, results))
+
+
+def _or_shared(x: Any) -> Value:
+    """A literal is a scalar that all share."""
+    return x if isinstance(x, Value) else Shared()
 
 
 def _evaluate_equation(eqn, args, derivatives: bool) -> list[Value]:
     name = eqn.primitive.name
     run = functools.partial(_run, derivatives=derivatives)
-    # A literal is a scalar.
-    args = [x if isinstance(x, Value) else Shared() for x in args]
+    args = list(map(_or_shared, args))
     calls = _jaxprs.CALLS_AND_CUSTOM_DERIVATIVES
     if calls.get(name) in eqn.params:
         results = run(eqn.params[calls[name]], args)
