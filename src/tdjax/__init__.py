@@ -21,7 +21,8 @@ from tdjax._dense import (
     init_per_step_dense,
     per_step_dense,
 )
-from tdjax._influence.step_influence import step_influence
+from tdjax._influence.plot import plot_step_influence
+from tdjax._influence.step_influence import assert_causal, step_influence
 from tdjax._masks import lengths_to_mask, masked_mean
 from tdjax._steps.transform import time_distributed
 from tdjax._tuning.autotune import autotune
@@ -38,6 +39,7 @@ __all__ = [
     "Tuning",
     "as_flatten",
     "as_per_step",
+    "assert_causal",
     "autotune",
     "dense",
     "flatten_dense",
@@ -50,6 +52,7 @@ __all__ = [
     "masked_mean",
     "nnx",
     "per_step_dense",
+    "plot_step_influence",
     "step_influence",
     "time_distributed",
 ]

@@ -290,18 +290,47 @@ def test_bound_says_how_large_values_may_be():
         (
             lambda: tdjax.step_influence(jnp.sin, X[0, 0]),
             ValueError,
-            r"x must have shape \(batch, time, \.\.\.\), got float32\[4\]",
+            r"args\[0\] is mapped over axis 1 and must have that axis, got float32\[4\]",
         ),
-        (lambda: tdjax.step_influence(jnp.sin, [1.0]), TypeError, "x must be an array"),
+        (
+            lambda: tdjax.step_influence(jnp.sin, [1.0]),
+            TypeError,
+            r"args\[0\]\[0\] .* must be an array",
+        ),
         (
             lambda: tdjax.step_influence(lambda x: x.sum((1, 2)), X),
             ValueError,
-            r"fun\(x\) must have shape \(batch, time, \.\.\.\), got float32\[2\]",
+            r"a result of fun .* must have that axis, got float32\[2\]",
         ),
         (
-            lambda: tdjax.step_influence(lambda x: (x, x), X),
+            lambda: tdjax.step_influence(lambda x: (x, x[:, :1]), X),
+            ValueError,
+            r"results of fun must have one number of steps, got float32.*None in out_axes",
+        ),
+        (
+            lambda: tdjax.step_influence(jnp.sin, X, out_axes=None),
+            ValueError,
+            "one number of steps, got none",
+        ),
+        (
+            lambda: tdjax.step_influence(jnp.sin, X, argnums=1),
+            ValueError,
+            r"argnums must be positions among the 1 argument\(s\), got 1",
+        ),
+        (
+            lambda: tdjax.step_influence(jnp.sin, X, argnums="x"),
             TypeError,
-            "fun must return one array .* got tuple",
+            "argnums must be an int or several, got 'x'",
+        ),
+        (
+            lambda: tdjax.step_influence(jnp.add, X, X, argnums=(0, 1), in_axes=(1,)),
+            ValueError,
+            r"in_axes must have an entry for each of argnums=\(0, 1\)",
+        ),
+        (
+            lambda: tdjax.step_influence(jnp.sin, X, in_axes=None),
+            ValueError,
+            "in_axes",
         ),
         (
             lambda: tdjax.step_influence(jnp.sin, X, bound=0),
@@ -513,3 +542,75 @@ def test_a_number_at_the_end_of_a_range_is_not_certain(end, compare):
     fun = lambda x: jnp.where(compare(end(x), 0.0), 0.0, x[:, ::-1])
     influence = tdjax.step_influence(fun, jnp.ones((1, 3, 1)))
     assert influence[np.eye(3, dtype=bool)[::-1]].all()
+
+
+class Model(nn.Module):
+    """A causal model of a batch of two inputs, one with time first."""
+
+    @nn.compact
+    def __call__(self, batch):
+        x = batch["x"] + jnp.swapaxes(batch["shift"], 0, 1)
+        hidden = nn.RNN(nn.GRUCell(3))(x)
+        return {"logits": nn.Dense(2)(hidden), "loss": hidden.sum()}
+
+
+def test_a_whole_model_of_parameters_and_a_batch():
+    batch = {"x": normal(0, 2, 4, 3), "shift": normal(1, 4, 2, 3), "scale": 2.0}
+    model = Model()
+    params = model.init(jax.random.key(0), batch)
+    options = {
+        "argnums": 1,
+        "in_axes": {"x": 1, "shift": 0, "scale": None},
+        "out_axes": {"logits": 1, "loss": None},
+    }
+    influence = tdjax.step_influence(model.apply, params, batch, **options)
+    np.testing.assert_array_equal(influence, np.tri(4, dtype=bool))
+    tdjax.assert_causal(model.apply, params, batch, **options)
+    # Zero parameters cut every path; those that are not known cut none.
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    assert not tdjax.step_influence(model.apply, zeros, batch, **options).any()
+    shapes = jax.eval_shape(lambda: params)
+    influence = tdjax.step_influence(model.apply, shapes, batch, **options)
+    np.testing.assert_array_equal(influence, np.tri(4, dtype=bool))
+
+
+def test_several_arguments_vary_together_and_the_rest_is_constant():
+    fun = lambda a, b, c: a[:, ::-1] * 0 + b + jnp.cumsum(c, 1)
+    x = normal(0, 1, 3, 2)
+    for argnums, expected in (
+        (1, np.eye(3)),
+        (2, np.tri(3)),
+        ((1, -1), np.tri(3)),
+        ([0, 1], np.eye(3)),
+    ):
+        got = tdjax.step_influence(fun, x, x, x, argnums=argnums)
+        np.testing.assert_array_equal(got, expected.astype(bool))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1])
+def test_time_may_be_any_axis(axis):
+    x = jnp.moveaxis(normal(0, 3, 2, 4), 0, axis)
+    fun = lambda x: jnp.cumsum(x, axis)
+    got = tdjax.step_influence(fun, x, in_axes=axis, out_axes=axis)
+    np.testing.assert_array_equal(got, np.tri(3, dtype=bool))
+
+
+def test_a_leak_from_the_future_is_named():
+    x = normal(0, 2, 5, 3)
+    shift_left = lambda x: x.at[:, 2:].set(jnp.roll(x, -1, 1)[:, 2:])
+    message = r"output step 2 depends on input step 3 \(2 such pairs among 5 steps\)"
+    with pytest.raises(AssertionError, match=message):
+        tdjax.assert_causal(shift_left, x)
+    mask = nn.make_causal_mask(jnp.ones((2, 5)))
+    attend = nn.MultiHeadDotProductAttention(1)
+    params = attend.init(jax.random.key(0), x)
+    tdjax.assert_causal(
+        lambda p, x: attend.apply(p, x, mask=mask), params, x, argnums=1
+    )
+    with pytest.raises(AssertionError, match="output step 0 depends on input step 1"):
+        tdjax.assert_causal(attend.apply, params, x, argnums=1)
+
+
+def test_causality_needs_equal_numbers_of_steps(user_errors):
+    with pytest.raises(ValueError, match=r"5 steps that returns 2"):
+        tdjax.assert_causal(lambda x: x[:, :2], normal(0, 2, 5, 3))
