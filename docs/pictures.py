@@ -55,8 +55,12 @@ def draw_families():
     shared = tdjax.init_dense(key, features, features)
     families = {
         "dense\none kernel for all steps": lambda x: tdjax.dense(shared, x),
-        "per_step_dense\none kernel per step": lambda x: tdjax.per_step_dense(per_step, x),
-        "flatten_dense\none kernel for everything": lambda x: tdjax.flatten_dense(flatten, x),
+        "per_step_dense\none kernel per step": lambda x: tdjax.per_step_dense(
+            per_step, x
+        ),
+        "flatten_dense\none kernel for everything": lambda x: tdjax.flatten_dense(
+            flatten, x
+        ),
     }
     figure, panels = plt.subplots(1, 3, figsize=(9, 3.9), sharey=True)
     for ax, (title, fun) in zip(panels, families.items()):
@@ -85,8 +89,10 @@ def draw_packing():
             row, step = places[slot]
             packed.text(slot, 0, f"{row}.{step}", ha="center", va="center", size=8)
     padded.set_title(f"4 sequences, padded: {mask.size} steps are computed")
-    packed.set_title(f"the same with capacity={capacity}: {capacity} steps are computed")
-    for ax, columns, rows in ((padded, timesteps, 4), (packed, capacity, 1)):
+    packed.set_title(
+        f"the same with capacity={capacity}: {capacity} steps are computed"
+    )
+    for ax, rows in ((padded, 4), (packed, 1)):
         ax.set(xlim=(-0.6, capacity - 0.4), ylim=(rows - 0.4, -0.6), aspect="equal")
         ax.axis("off")
     return figure
@@ -100,10 +106,10 @@ def draw_compile_time(rows):
     """Seconds to compile Dense, by the number of steps."""
     lines = {name: [] for name in COMPILED.values()}
     for row in rows:
-        if (row["suite"], row["of"]) == ("compile", "gradient"):
-            if row["candidate"] in COMPILED:
-                point = row["timesteps"], row["compile_seconds"]
-                lines[COMPILED[row["candidate"]]].append(point)
+        is_asked = (row["suite"], row["of"]) == ("compile", "gradient")
+        if is_asked and row["candidate"] in COMPILED:
+            point = row["timesteps"], row["compile_seconds"]
+            lines[COMPILED[row["candidate"]]].append(point)
     figure, ax = plt.subplots()
     draw_lines(ax, lines)
     ax.set_xscale("log", base=2)
@@ -119,7 +125,13 @@ def draw_lines(ax, lines):
     """A line for each name, tdjax in colour and in front, named at its end."""
     for place, name in enumerate(lines):
         x, y = zip(*sorted(lines[name]))
-        ax.plot(x, y, color=f"C{place}", marker=["o", "s", "^", "D"][place], zorder=5 - place)
+        ax.plot(
+            x,
+            y,
+            color=f"C{place}",
+            marker=["o", "s", "^", "D"][place],
+            zorder=5 - place,
+        )
         ax.annotate(
             name, (x[-1], y[-1]), xytext=(8, 0), textcoords="offset points",
             color=f"C{place}", va="center", weight="bold" if place == 0 else "normal",

@@ -74,7 +74,9 @@ def _split_rngs(model, x):
 
 @pytest.mark.parametrize("way", [_shared, _state_axes, _split_rngs])
 def test_nnx_vmap_fails_in_three_ways_in_training(way):
-    with pytest.raises(Exception, match="got axis spec None but output|its rank should be at least 1"):
+    with pytest.raises(
+        Exception, match=r"got axis spec None but output|its rank should be at least 1"
+    ):
         way(Block(), X)
 
 
