@@ -1,7 +1,9 @@
 """The README's Python runs, and what it says of the project is so."""
 
 import re
+import runpy
 
+import matplotlib.style
 import pytest
 
 from markdown_pages import ROOT, broken_links, python_blocks, run_block
@@ -38,3 +40,15 @@ def test_the_oldest_pair_is_that_of_the_metadata():
 
 def test_links_lead_somewhere():
     assert broken_links(PAGE) == []
+
+
+def test_its_pictures_are_those_of_the_script(tmp_path, monkeypatch):
+    script = runpy.run_path(str(ROOT / "docs" / "pictures.py"))
+    monkeypatch.setitem(script["main"].__globals__, "OUT", tmp_path)
+    with matplotlib.style.context("default"):
+        script["main"]()
+    drawn = {f"docs/pictures/{path.name}" for path in tmp_path.iterdir()}
+    assert drawn == set(re.findall(r"!\[[^]]+\]\(([^)]+)\)", README))
+    for path in tmp_path.iterdir():
+        committed = ROOT / "docs" / "pictures" / path.name
+        assert abs(path.stat().st_size / committed.stat().st_size - 1) < 0.2
