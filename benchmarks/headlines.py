@@ -6,10 +6,8 @@ from typing import Any
 from benchmarks.targets import geometric_mean
 
 Row = dict[str, Any]
-
-
 TUNED, KERAS = "time_distributed, tuned", "Keras TimeDistributed"
-# suite, ours, peer, which cases; one figure for each of the columns.
+# What, beside what: the suite, ours, the peer, and a pattern of the cases.
 LINES = {
     ("Dense at every step", "`x @ w + b`"): ("dense", TUNED, "raw jnp", ""),
     ("a conv net for every frame", "`jax.vmap`"): ("video", TUNED, "jax.vmap", ""),

@@ -54,17 +54,14 @@ def draw_families():
     per_step = tdjax.init_per_step_dense(key, timesteps, features, features)
     shared = tdjax.init_dense(key, features, features)
     families = {
-        "dense\none kernel for all steps": lambda x: tdjax.dense(shared, x),
-        "per_step_dense\none kernel per step": lambda x: tdjax.per_step_dense(
-            per_step, x
-        ),
-        "flatten_dense\none kernel for everything": lambda x: tdjax.flatten_dense(
-            flatten, x
-        ),
+        "dense\none kernel for all steps": (tdjax.dense, shared),
+        "per_step_dense\none kernel per step": (tdjax.per_step_dense, per_step),
+        "flatten_dense\none kernel for everything": (tdjax.flatten_dense, flatten),
     }
     figure, panels = plt.subplots(1, 3, figsize=(9, 3.9), sharey=True)
-    for ax, (title, fun) in zip(panels, families.items()):
-        tdjax.plot_step_influence(tdjax.step_influence(fun, x), ax=ax)
+    for ax, (title, (fun, params)) in zip(panels, families.items()):
+        influence = tdjax.step_influence(fun, params, x, argnums=1)
+        tdjax.plot_step_influence(influence, ax=ax)
         ax.set_title(title, fontsize=10)
         ax.set_ylabel("output step" if ax is panels[0] else "")
     return figure
