@@ -315,6 +315,128 @@ def test_noise_of_a_step_is_no_shared_number(key):
         assert mixing(apply, X) == "random keys"
 
 
+class Noise:
+    """Linen layers whose noise of a step goes through control flow."""
+
+    cond = lambda key, on: lax.cond(
+        on, lambda: jax.random.normal(key, (F,)), lambda: jnp.zeros(F)
+    )
+    fori_loop = lambda key, on: lax.fori_loop(
+        0,
+        2,
+        lambda i, s: s + jax.random.normal(jax.random.fold_in(key, i), (F,)),
+        jnp.zeros(F),
+    )
+    scan = lambda key, on: lax.scan(
+        lambda s, k: (s + jax.random.normal(k, (F,)), None),
+        jnp.zeros(F),
+        jax.random.split(key, 2),
+    )[0]
+
+
+@pytest.mark.parametrize("through", ["cond", "fori_loop", "scan"])
+def test_noise_of_a_step_is_none_behind_control_flow_either(key, through):
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            scale = self.param("scale", nn.initializers.zeros, ())
+            noise = getattr(Noise, through)(self.make_rng("noise"), scale >= 0)
+            return x + scale * noise
+
+    model = tdjax.linen.TimeDistributed(Layer(), method="fold")
+    rngs = {"params": key, "noise": key}
+    variables = model.init(rngs, X)
+    apply = functools.partial(model.apply, variables, rngs=rngs)
+    assert mixing(apply, X) == "random keys"
+
+
+def _unless_large(x):
+    try:
+        if x.shape[0] > 1000:
+            return x
+    except Exception:
+        return x
+    return x - x.max(0)
+
+
+def _given(fun):
+    gradient = jax.custom_vjp(lambda x: x * 1.0)
+    gradient.defvjp(lambda x: (x, None), lambda _, g: (fun(g),))
+    return gradient
+
+
+def _pushed(fun):
+    gradient = jax.custom_jvp(lambda x: x * 1.0)
+    gradient.defjvp(lambda x, t: (x[0], fun(t[0])))
+    return gradient
+
+
+KEYS = {B * T: jax.random.key(1)}
+OTHER_KEY = jax.random.key(2)
+BY_NUMBER = {
+    "isinstance": lambda x: x - x.max(0) if isinstance(x.shape[0], int) else x,
+    "range": lambda x: x - x.max(0) if x.shape[0] in range(2, 1000) else x,
+    "type": lambda x: x[::-1] if type(x.shape[0]) is int else x,
+    "an error of a comparison": _unless_large,
+    "features": lambda x: (
+        x + (x[:, :2] if x.shape[0] == B * T else x[:, :3]).sum(-1, keepdims=True)
+    ),
+    "a range": lambda x: x * jnp.arange(3 if x.shape[0] == B * T else 4).sum(),
+    "a shape": lambda x: x + jnp.ones(3 if x.shape[0] == B * T else 4).sum(),
+    "a dtype": lambda x: x.astype("int8" if x.shape[0] == B * T else "int16").astype(
+        "float32"
+    ),
+    "a key": lambda x: x + jax.random.normal(KEYS.get(x.shape[0], OTHER_KEY), (F,)),
+    "a gradient": _given(lambda g: g - g.mean(0) if g.shape[0] == B * T else g),
+    "a gradient by type": _given(
+        lambda g: g - g.max(0) if isinstance(g.shape[0], int) else g
+    ),
+    "a tangent": _pushed(lambda t: t - t.mean(0) if t.shape[0] == B * T else t),
+    "a callback": lambda x: (
+        x
+        / jax.pure_callback(
+            lambda n=x.shape[0]: np.float32(n), jax.ShapeDtypeStruct((), jnp.float32)
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("fun", BY_NUMBER)
+def test_a_function_that_does_another_thing_for_some_number_is_refused(fun):
+    assert mixing_of(BY_NUMBER[fun], X)
+
+
+def test_traced_weights_are_told_apart():
+    choose = lambda w, v, x: x @ (w if x.shape[0] == B * T else v)
+    assert (
+        mixing_of(choose, KERNEL, 2 * KERNEL, X, in_axes=(None, None, 1)) == "its size"
+    )
+    keep = lambda w, v, x: x @ w + x @ v
+    assert mixing_of(keep, KERNEL, 2 * KERNEL, X, in_axes=(None, None, 1)) is None
+
+
+def test_promised_places_of_one_step_are_not_those_of_all():
+    places = lambda x: jnp.argmax(x, -1)
+    assert mixing_of(lambda x: KERNEL.at[places(x)].get(), X) is None
+    assert (
+        mixing_of(lambda x: KERNEL.at[places(x)].get(unique_indices=True), X)
+        == "gather"
+    )
+
+
+def test_an_empty_array_of_features_is_no_error():
+    assert mixing_of(lambda x: x + x[:, :0].reshape(-1).sum(), X) is not None
+
+
+def test_literals_of_a_given_gradient_are_not_shared_parameters():
+    clip = jax.custom_vjp(lambda low, high, x: x)
+    clip.defvjp(
+        lambda low, high, x: (x, (low, high)),
+        lambda limits, g: (None, None, jnp.clip(g, *limits)),
+    )
+    assert mixing_of(lambda x: clip(-1.0, 1.0, x), X) is None
+
+
 def test_weak_types_stay_weak():
     weak = jnp.full(X.shape, 1.0)
     assert weak.weak_type

@@ -51,7 +51,7 @@ def autotune(
     Compiles the lowerings (`method`, `chunk_size`, `unroll`, `remat`), compares the
     results of each with those of `method="vmap"`, and times those that agree, in turn,
     on the device of the inputs. `"fold"` is only taken if the program shows that it
-    never mixes the examples of a batch. See docs/guide.md#tuning.
+    never mixes the examples of a batch. See docs/tuning.md.
 
     Args:
       fun: a function of one step, or what `time_distributed` returned. The options of

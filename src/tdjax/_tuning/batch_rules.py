@@ -1,37 +1,51 @@
 """Where the examples of a batch are after each primitive, if they stay apart.
 
 Programs are those of a batch of any size `n`: an axis whose size depends on `n` holds
-the examples. A rule says on which axis of the result slice i is a function of example i
-alone, the same for every i. Where there is none, the result is `Mixed`.
+the examples. Or they are those of `LARGE_PRIME` examples, and its multiples are the
+sizes that depend on their number. A rule says on which axis of the result slice i is a
+function of example i alone, the same for every i. Where there is none, the result is
+`Mixed`.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, SupportsIndex
 
 import jax
 from jax import export
 
 from tdjax._jaxprs import ELEMENTWISE, IDENTITIES
 
+# No other axis has this size, or a multiple of it.
+LARGE_PRIME = 10007
 
-class Shared(NamedTuple):
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
     """The same whatever the examples are, and however many."""
 
 
-class PerStep(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class PerStep:
     """As `Shared`, and another one for each step: random keys."""
 
 
-class Rows(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Rows:
     """The examples are along `axis`, `per_example` elements of it for each."""
 
     axis: int
     per_example: int = 1
 
+    def on(self, axis: SupportsIndex) -> "Rows":
+        """The same along another axis."""
+        return Rows(int(axis), self.per_example)
 
-class Mixed(NamedTuple):
+
+@dataclasses.dataclass(frozen=True)
+class Mixed:
     """It may depend on other examples, on the place in the batch or on its size."""
 
     by: str  # The first operation that may be the reason.
@@ -56,9 +70,16 @@ def any_number() -> Any:
     return export.symbolic_shape("n", constraints=["n >= 2"])[0]
 
 
-def symbolic_axes(shape) -> list[int]:
+def follows_examples(size: Any) -> bool:
+    """Whether a number depends on the number of examples."""
+    if isinstance(size, int) and size > 0:
+        return size % LARGE_PRIME == 0
+    return export.is_symbolic_dim(size)
+
+
+def axes_of_examples(shape) -> list[int]:
     """The axes whose size depends on the number of examples."""
-    return [axis for axis, size in enumerate(shape) if export.is_symbolic_dim(size)]
+    return [axis for axis, size in enumerate(shape) if follows_examples(size)]
 
 
 # Parameters that repeat the shape of a result, which is looked at itself.
@@ -67,12 +88,16 @@ SHAPES = frozenset(
 )
 
 
+# What they return can't be told from their operands.
+_OPAQUE = frozenset(("io_callback", "pure_callback", "rng_uniform"))
+
+
 def _uses_size(eqn) -> bool:
     """Whether an operation does something else for another number of examples."""
     if eqn.primitive.name == "dim_as_value":
         return True
     options = [value for name, value in eqn.params.items() if name not in SHAPES]
-    return any(map(export.is_symbolic_dim, jax.tree.leaves(options)))
+    return any(map(follows_examples, jax.tree.leaves(options)))
 
 
 def apply_rule(eqn, args: list[Value]) -> list[Value]:
@@ -83,11 +108,11 @@ def apply_rule(eqn, args: list[Value]) -> list[Value]:
     for x in args:
         if isinstance(x, Mixed):
             return [x] * len(outs)
-    if _uses_size(eqn):
+    if name in _OPAQUE or _uses_size(eqn):
         return [Mixed(name)] * len(outs)
     has_rows = any(isinstance(x, Rows) for x in args)
     has_keys = any(isinstance(x, PerStep) for x in args)
-    is_sized = any(symbolic_axes(out.shape) for out in outs)
+    is_sized = any(axes_of_examples(out.shape) for out in outs)
     if not has_rows and not is_sized:
         return [PerStep() if has_keys else Shared()] * len(outs)
     if has_keys:
@@ -96,7 +121,7 @@ def apply_rule(eqn, args: list[Value]) -> list[Value]:
     try:
         require(name in rules)
         rows = rules[name](eqn, args)
-        require(all(symbolic_axes(out.shape) == [rows.axis] for out in outs))
+        require(all(axes_of_examples(out.shape) == [rows.axis] for out in outs))
     except _NoRule:
         return [Mixed(name)] * len(outs)
     return [rows] * len(outs)
@@ -124,7 +149,7 @@ def _same_axis(eqn, args) -> Rows:
 
 
 def _broadcast_in_dim(eqn, args) -> Rows:
-    return args[0]._replace(axis=eqn.params["broadcast_dimensions"][args[0].axis])
+    return args[0].on(eqn.params["broadcast_dimensions"][args[0].axis])
 
 
 def _new_rows(eqn, args) -> Rows:
@@ -133,13 +158,15 @@ def _new_rows(eqn, args) -> Rows:
 
 
 def _rows_in(shape) -> Rows:
-    axis = symbolic_axes(shape)[0]
-    return Rows(axis, _per_example(shape[axis]))
+    axes = axes_of_examples(shape)
+    require(axes)
+    return Rows(axes[0], _per_example(shape[axes[0]]))
 
 
 def _per_example(size) -> int:
     """How many elements of an axis each example has."""
-    per_example, remainder = divmod(size, any_number())
+    number = LARGE_PRIME if isinstance(size, int) else any_number()
+    per_example, remainder = divmod(size, number)
     require(isinstance(per_example, int) and isinstance(remainder, int))
     require(remainder == 0)
     return per_example
@@ -161,7 +188,7 @@ def _reshape(eqn, args) -> Rows:
 
 
 def _transpose(eqn, args) -> Rows:
-    return args[0]._replace(axis=eqn.params["permutation"].index(args[0].axis))
+    return args[0].on(eqn.params["permutation"].index(args[0].axis))
 
 
 def _without(eqn, args, removed) -> Rows:
@@ -169,7 +196,7 @@ def _without(eqn, args, removed) -> Rows:
     rows = _same_axis(eqn, args)
     removed = {axis % len(_shape(eqn.invars[0])) for axis in removed}
     require(rows.axis not in removed)
-    return rows._replace(axis=rows.axis - sum(axis < rows.axis for axis in removed))
+    return rows.on(rows.axis - sum(axis < rows.axis for axis in removed))
 
 
 def _squeeze(eqn, args) -> Rows:
@@ -187,7 +214,7 @@ def _tile(eqn, args) -> Rows:
 
 def _stack(eqn, args) -> Rows:
     rows = _same_axis(eqn, args)
-    return rows._replace(axis=rows.axis + (eqn.params["axis"] <= rows.axis))
+    return rows.on(rows.axis + (eqn.params["axis"] <= rows.axis))
 
 
 def _reduce(eqn, args) -> Rows:
@@ -262,11 +289,11 @@ def _dot_general(eqn, args) -> Rows:
     first_free = len(batched[0]), len(batched[0]) + len(free[0])
     for side, rows in _rows_of(args):
         if rows.axis in batched[side]:
-            found.add(rows._replace(axis=batched[side].index(rows.axis)))
+            found.add(rows.on(batched[side].index(rows.axis)))
         else:
             require(rows.axis in free[side])
             place = first_free[side] + free[side].index(rows.axis)
-            found.add(rows._replace(axis=place))
+            found.add(rows.on(place))
     # With examples on a free axis of both sides, each would meet all others.
     require(len(found) == 1)
     return found.pop()
@@ -277,7 +304,7 @@ def _convolution(eqn, args) -> Rows:
     lhs, _, out = eqn.params["dimension_numbers"]
     require(isinstance(kernel, Shared) and image.axis == lhs[0])
     require(eqn.params["batch_group_count"] == 1)
-    return image._replace(axis=out[0])
+    return image.on(out[0])
 
 
 def _gather(eqn, args) -> Rows:
@@ -287,12 +314,14 @@ def _gather(eqn, args) -> Rows:
     looked_up = [axis for axis in range(rank) if axis not in numbers.offset_dims]
     pairs = numbers.operand_batching_dims, numbers.start_indices_batching_dims
     if isinstance(operand, Shared):
-        require(indices.axis < len(looked_up))
-        return indices._replace(axis=looked_up[indices.axis])
+        # What holds for the places of one step may not hold for those of all.
+        is_promised = eqn.params["unique_indices"] or eqn.params["indices_are_sorted"]
+        require(indices.axis < len(looked_up) and not is_promised)
+        return indices.on(looked_up[indices.axis])
     if operand.axis in pairs[0]:
         place = pairs[1][pairs[0].index(operand.axis)]
-        require(indices == operand._replace(axis=place))
-        return operand._replace(axis=looked_up[place])
+        require(indices == operand.on(place))
+        return operand.on(looked_up[place])
     whole = (
         eqn.params["slice_sizes"][operand.axis] == _shape(eqn.invars[0])[operand.axis]
     )
@@ -300,7 +329,7 @@ def _gather(eqn, args) -> Rows:
     require(whole and not is_moved and isinstance(indices, Shared))
     gone = (*numbers.collapsed_slice_dims, *pairs[0])
     kept = [axis for axis in range(len(_shape(eqn.invars[0]))) if axis not in gone]
-    return operand._replace(axis=numbers.offset_dims[kept.index(operand.axis)])
+    return operand.on(numbers.offset_dims[kept.index(operand.axis)])
 
 
 def _scatter(eqn, args) -> Rows:
@@ -313,8 +342,8 @@ def _scatter(eqn, args) -> Rows:
         place = numbers.scatter_indices_batching_dims[batched.index(operand.axis)]
         rank = len(_shape(eqn.invars[2]))
         in_updates = [a for a in range(rank) if a not in numbers.update_window_dims]
-        require(indices == operand._replace(axis=place))
-        require(updates == operand._replace(axis=in_updates[place]))
+        require(indices == operand.on(place))
+        require(updates == operand.on(in_updates[place]))
         return operand
     gone = (*numbers.inserted_window_dims, *batched)
     kept = [axis for axis in range(len(_shape(eqn.invars[0]))) if axis not in gone]
@@ -322,7 +351,7 @@ def _scatter(eqn, args) -> Rows:
     require(operand.axis in kept and not is_moved and isinstance(indices, Shared))
     place = numbers.update_window_dims[kept.index(operand.axis)]
     # Both sizes depend on n: they are equal.
-    require(updates == operand._replace(axis=place))
+    require(updates == operand.on(place))
     return operand
 
 

@@ -6,9 +6,12 @@ that they agree for some numbers shows little where a parameter is zero, say.
 The function is traced for a batch of any size, `n` (as `jax.export` does). Then the
 examples are along the one axis whose size depends on `n`, and `batch_rules` says for
 each operation whether it works along this axis example by example. A function that does
-not work for any `n`, or computes with its value, is not shown to be right.
+not work for any `n`, or computes with its value, is not shown to be right. It may also
+do one thing for `n` and another for a number. So it is traced for some numbers too: for
+a large one the program must keep examples apart, and the others must be the same.
 """
 
+import enum
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +24,7 @@ from jax.core import Tracer
 from tdjax import _jaxprs
 from tdjax._steps.axes import PER_STEP, PER_STEP_OR_BATCH, Axis, map_results
 from tdjax._tuning.batch_rules import (
+    LARGE_PRIME,
     SHAPES,
     Mixed,
     PerStep,
@@ -29,8 +33,8 @@ from tdjax._tuning.batch_rules import (
     Value,
     any_number,
     apply_rule,
+    axes_of_examples,
     require,
-    symbolic_axes,
 )
 
 
@@ -57,22 +61,22 @@ def find_mixing(
         return "its size"
     if _jaxprs.has_references(program):
         return "a reference"
-    values: list[Value] = [PerStep() if axis is PER_STEP else Rows(0) for axis in axes]
-    results = _run(program, values)
-    reasons = [_reason(*pair) for pair in zip(results, out, strict=True)]
-    reason = next(filter(None, reasons), None)
-    return reason or _difference(trace, arrays, axes, batch)
-
-
-def _difference(trace, arrays: list, axes: list, batch: int) -> str | None:
-    """Whether other sizes give other programs: `==` is False for any number `n`."""
     examples = next(len(x) for x, axis in zip(arrays, axes) if axis is not PER_STEP)
     sizes = {examples, batch, examples + 1, examples + 2} - {1}  # JAX treats 1 apart.
     try:
-        first, *others = [_outline(trace(size)) for size in sizes]
+        large, *others = [(trace(size), size) for size in (LARGE_PRIME, *sizes)]
+        is_alike = all(_outline(*large) == _outline(*other) for other in others)
     except Exception:
         return "its size"
-    return None if all(other == first for other in others) else "its size"
+    reason = _first_reason(program, axes, out) or _first_reason(large[0], axes, out)
+    return reason or (None if is_alike else "its size")
+
+
+def _first_reason(program, axes: list, out_axes: list[Axis]) -> str | None:
+    values: list[Value] = [PerStep() if axis is PER_STEP else Rows(0) for axis in axes]
+    results = _run(program, values)
+    reasons = [_reason(*pair) for pair in zip(results, out_axes, strict=True)]
+    return next(filter(None, reasons), None)
 
 
 def _of_size(size: Any, arrays: list, axes: list) -> list:
@@ -88,8 +92,11 @@ def _of_size(size: Any, arrays: list, axes: list) -> list:
     return list(map(resize, arrays, axes))
 
 
-def _outline(program) -> list[Any]:
-    """A program without its shapes: operations, on what, with which numbers."""
+def _outline(program, examples: int, derivatives: bool = True) -> list[Any]:
+    """What a program for so many examples does: operations, on what, with what options.
+
+    It is equal to that for another number if both do the same.
+    """
     jaxpr, consts = _jaxprs.open_program(program)
     places: dict[Any, Any] = {
         v: i for i, v in enumerate([*jaxpr.constvars, *jaxpr.invars])
@@ -98,15 +105,42 @@ def _outline(program) -> list[Any]:
     read = lambda v: _Number(v.val) if _jaxprs.is_literal(v) else places[v]
     for eqn in jaxpr.eqns:
         options = {k: v for k, v in eqn.params.items() if k not in SHAPES}
-        numbers = [x for x in jax.tree.leaves(options) if isinstance(x, int | float)]
-        inner = list(map(_outline, _jaxprs.programs(eqn)))
-        lines.append((eqn.primitive.name, list(map(read, eqn.invars)), numbers, inner))
+        facts = [x for x in jax.tree.leaves(options) if isinstance(x, _FACTS)]
+        inner = [_outline(p, examples, derivatives) for p in _jaxprs.programs(eqn)]
+        # A derivative may call its own function again.
+        given = _derivatives(eqn) if derivatives else []
+        inner += [_outline(p, examples, derivatives=False) for p in given]
+        types = [_Type(v.aval, examples) for v in eqn.outvars]
+        operands = list(map(read, eqn.invars))
+        lines.append((eqn.primitive.name, operands, facts, types, inner))
         places.update((v, (len(lines), i)) for i, v in enumerate(eqn.outvars))
     return [*lines, list(map(read, jaxpr.outvars))]
 
 
+_FACTS = int | float | complex | str | enum.Enum | np.dtype | np.generic
+
+
+class _Type:
+    """A shape and a dtype; sizes may follow the number of examples."""
+
+    def __init__(self, aval: Any, examples: int):
+        self.shape, self.dtype = getattr(aval, "shape", ()), str(aval.dtype)
+        self.examples = examples
+
+    def __eq__(self, other):
+        if not isinstance(other, _Type) or self.dtype != other.dtype:
+            return False
+        same_rank = len(self.shape) == len(other.shape)
+        return same_rank and all(map(self._is_same(other), self.shape, other.shape))
+
+    def _is_same(self, other):
+        whole = lambda x, y: x % self.examples == 0 == y % other.examples
+        ratio = lambda x, y: x // self.examples == y // other.examples
+        return lambda x, y: x == y or (whole(x, y) and ratio(x, y))
+
+
 class _Number:
-    """A constant, compared by its value if that is known, and else by its type."""
+    """A constant, compared by its value; one that is being traced is only itself."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -115,13 +149,19 @@ class _Number:
         if not isinstance(other, _Number):
             return False
         pair = self.value, other.value
-        is_key = lambda x: jnp.issubdtype(jax.typeof(x).dtype, jax.dtypes.extended)
         if pair[0] is pair[1]:
             return True
-        if any(isinstance(x, Tracer) or is_key(x) for x in pair):
-            return str(jax.typeof(pair[0])) == str(jax.typeof(pair[1]))
-        first, second = map(np.asarray, pair)
-        return first.shape == second.shape and first.tobytes() == second.tobytes()
+        if any(isinstance(x, Tracer) for x in pair):
+            return False
+        if str(jax.typeof(pair[0])) != str(jax.typeof(pair[1])):
+            return False
+        first, second = (np.asarray(_without_key_type(x)) for x in pair)
+        return first.tobytes() == second.tobytes()
+
+
+def _without_key_type(x: Any) -> Any:
+    is_key = jnp.issubdtype(jax.typeof(x).dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(x) if is_key else x
 
 
 def _reason(result: Value, axis: Axis) -> str | None:
@@ -176,8 +216,38 @@ def _with_derivative(eqn, args, results: list[Value]) -> list[Value]:
     """
     if not any(isinstance(x, Rows) for x in args):
         return results
+    by_rows = [args[i] for i in _differentiable(eqn)]
+    if eqn.primitive.name == "custom_jvp_call":
+        given, expected = by_rows, [*results, *results]
+    else:
+        given, expected = results, [*results, *by_rows]
+    try:
+        # A gradient by what examples share should be a sum: it may be a mean.
+        is_pushed = eqn.primitive.name == "custom_jvp_call"
+        require(is_pushed or all(isinstance(x, Rows) for x in by_rows))
+        (program,) = _derivatives(eqn)
+    except Exception:  # A derivative may raise anything for a batch of any size.
+        return [Mixed("a derivative")] * len(results)
+    # It holds the function itself again.
+    got = _run(program, [*args, *given], derivatives=False)
+    if all(x in (want, Shared()) for x, want in zip(got, expected, strict=True)):
+        return results
+    return [Mixed("a derivative")] * len(results)
+
+
+def _differentiable(eqn) -> list[int]:
+    """The places of the operands that a derivative can be taken by."""
     is_float = lambda v: jnp.issubdtype(v.aval.dtype, jnp.inexact)
-    by = [i for i, v in enumerate(eqn.invars) if is_float(v)]
+    atoms = enumerate(eqn.invars)
+    return [i for i, v in atoms if is_float(v) and not _jaxprs.is_literal(v)]
+
+
+def _derivatives(eqn) -> list:
+    """The program of the derivative that is given for a call, with the call itself.
+
+    `custom_jvp`: of operands and tangents. `custom_vjp`: of operands and cotangents.
+    """
+    by = _differentiable(eqn)
 
     def call(operands, primals):
         given = dict(zip(by, primals))
@@ -193,23 +263,11 @@ def _with_derivative(eqn, args, results: list[Value]) -> list[Value]:
         return y, pullback(cotangents)[0]
 
     types = [v.aval for v in eqn.invars]
-    by_rows = [args[i] for i in by]
-    try:
-        if eqn.primitive.name == "custom_jvp_call":
-            given, expected = by_rows, [*results, *results]
-            program = jax.make_jaxpr(push_forward)(types, [types[i] for i in by])
-        else:
-            # A gradient by what examples share should be a sum: it may be a mean.
-            require(all(isinstance(x, Rows) for x in by_rows))
-            given, expected = results, [*results, *by_rows]
-            program = jax.make_jaxpr(pull_back)(types, [v.aval for v in eqn.outvars])
-    except Exception:  # A derivative may raise anything for a batch of any size.
-        return [Mixed("a derivative")] * len(results)
-    # It holds the function itself again.
-    got = _run(program, [*args, *given], derivatives=False)
-    if all(x in (want, Shared()) for x, want in zip(got, expected, strict=True)):
-        return results
-    return [Mixed("a derivative")] * len(results)
+    if eqn.primitive.name == "custom_jvp_call":
+        return [jax.make_jaxpr(push_forward)(types, [types[i] for i in by])]
+    if eqn.primitive.name == "custom_vjp_call":
+        return [jax.make_jaxpr(pull_back)(types, [v.aval for v in eqn.outvars])]
+    return []
 
 
 def _scan(eqn, args, run) -> list[Value]:
@@ -217,7 +275,7 @@ def _scan(eqn, args, run) -> list[Value]:
     xs = [_slice(x) for x in xs]
     body = eqn.params["jaxpr"]
     carry, outs = _settle(lambda carry: run(body, [*consts, *carry, *xs]), carry)
-    if symbolic_axes((eqn.params["length"],)):
+    if axes_of_examples((eqn.params["length"],)):
         return [Mixed("scan")] * len(eqn.outvars)
     return [*carry, *map(_stacked, outs)]
 
@@ -226,11 +284,11 @@ def _slice(x: Value) -> Value:
     """A slice along the first axis."""
     if not isinstance(x, Rows):
         return x
-    return x._replace(axis=x.axis - 1) if x.axis > 0 else Mixed("scan")
+    return x.on(x.axis - 1) if x.axis > 0 else Mixed("scan")
 
 
 def _stacked(y: Value) -> Value:
-    return y._replace(axis=y.axis + 1) if isinstance(y, Rows) else y
+    return y.on(y.axis + 1) if isinstance(y, Rows) else y
 
 
 def _while(eqn, args, run) -> list[Value]:
