@@ -6,6 +6,7 @@ writes them to docs/pictures. The curves are those of benchmarks/results/cpu.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -16,12 +17,22 @@ import numpy as np
 
 import tdjax
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.plots import (
+    OURS,
+    PEER,
+    draw_compile_time,
+    is_ours,
+    name_figure,
+    new_figure,
+    ratios_to,
+    times,
+)
+
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "pictures"
 RESULTS = HERE.parent / "benchmarks" / "results" / "cpu" / "results.json"
-STRONG, GREY, LIGHT, EMPTY = "#1f6feb", "#8c959f", "#cfe2ff", "#f3f4f6"
-# Which peers a curve is drawn for; more lines than four can't be told apart.
-COMPILED = {"vmap": "tdjax", "Keras TimeDistributed": "Keras"}
+LIGHT, EMPTY = "#cfe2ff", "#f3f4f6"
 LOSSES = {
     "linear_cross_entropy": "tdjax",
     "Optax, all logits": "Optax on all logits",
@@ -33,12 +44,14 @@ def main():
     matplotlib.use("Agg")
     plt.style.use("tdjax.plots")
     OUT.mkdir(exist_ok=True)
-    rows = [r for r in json.loads(RESULTS.read_text())["rows"] if "missing" not in r]
+    results = json.loads(RESULTS.read_text())
+    about = results["about"]
+    rows = [row for row in results["rows"] if "missing" not in row]
     pictures = {
         "families": draw_families(),
         "packing": draw_packing(),
-        "compile": draw_compile_time(rows),
-        "loss": draw_loss(rows),
+        "compile": draw_compile_time(rows, about),
+        "loss": draw_loss(rows, about),
     }
     for name, figure in pictures.items():
         figure.savefig(OUT / f"{name}.png")
@@ -99,43 +112,7 @@ def draw_cell(ax, x: int, y: int, colour: str):
     ax.add_patch(plt.Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, color=colour))
 
 
-def draw_compile_time(rows):
-    """Seconds to compile Dense, by the number of steps."""
-    lines = {name: [] for name in COMPILED.values()}
-    for row in rows:
-        is_asked = (row["suite"], row["of"]) == ("compile", "gradient")
-        if is_asked and row["candidate"] in COMPILED:
-            point = row["timesteps"], row["compile_seconds"]
-            lines[COMPILED[row["candidate"]]].append(point)
-    figure, ax = plt.subplots()
-    draw_lines(ax, lines)
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
-    ax.xaxis.set_major_formatter("{x:.0f}")
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.set(xlabel="steps", ylabel="seconds to compile the gradient of Dense")
-    ax.set_title("Compile time stays flat; Keras' grows with the sequence")
-    return figure
-
-
-def draw_lines(ax, lines):
-    """A line for each name, tdjax in colour and in front, named at its end."""
-    for place, name in enumerate(lines):
-        x, y = zip(*sorted(lines[name]))
-        ax.plot(
-            x,
-            y,
-            color=f"C{place}",
-            marker=["o", "s", "^", "D"][place],
-            zorder=5 - place,
-        )
-        ax.annotate(
-            name, (x[-1], y[-1]), xytext=(8, 0), textcoords="offset points",
-            color=f"C{place}", va="center", weight="bold" if place == 0 else "normal",
-        )  # fmt: skip
-
-
-def draw_loss(rows):
+def draw_loss(rows, about):
     """Time and temporary memory of the loss and its gradient at 32,000 words."""
     chosen = [
         row
@@ -143,29 +120,30 @@ def draw_loss(rows):
         if row["suite"] == "loss" and row["of"] == "gradient"
         and "4096 steps, 256 features, 32000 words, float32" in row["case"]
     ]  # fmt: skip
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3))
-    values = {"seconds": 1.0, "temporary_bytes": 1e-6}
-    titles = {"seconds": "seconds", "temporary_bytes": "temporary memory, MB"}
-    for ax, (key, scale) in zip(panels, values.items()):
-        bars = [
-            (LOSSES[row["candidate"]], row[key] * scale)
-            for row in chosen
-            if row["candidate"] in LOSSES and row.get(key)
-        ]
-        bars.sort(key=lambda bar: bar[1], reverse=True)
-        names, sizes = zip(*bars)
-        colours = [STRONG if name == "tdjax" else GREY for name in names]
-        drawn = ax.barh(names, sizes, color=colours)
-        ax.bar_label(drawn, fmt="{:.2f}" if key == "seconds" else "{:,.0f}", padding=4)
-        ax.set_xticks([])
-        ax.spines["bottom"].set_visible(False)
-        ax.set_xlim(0, 1.2 * max(sizes))
-        ax.set_title(titles[key], fontsize=10)
-    figure.suptitle(
-        "The fused loss at 4096 steps and 32,000 words keeps no logits",
-        x=0.01, ha="left", weight="bold",
-    )  # fmt: skip
-    return figure
+    figure, (time, memory) = new_figure(["seconds", "temporary memory, MB"], 3.2)
+    draw_bars(time, {row["candidate"]: row["seconds"] for row in chosen}, "{:.2f}")
+    known = [row for row in chosen if row["temporary_bytes"]]
+    sizes = {row["candidate"]: row["temporary_bytes"] / 1e6 for row in known}
+    draw_bars(memory, sizes, "{:,.0f}")
+    ratio = lambda column: times(
+        ratios_to("Optax, all logits", chosen, LOSSES, column)["tdjax"]
+    )
+    title = "The fused loss at 4096 steps and 32,000 words takes"
+    title += (
+        f" {ratio('seconds')} Optax' time and {ratio('temporary_bytes')} its memory"
+    )
+    return name_figure(figure, title, about)
+
+
+def draw_bars(ax, sizes: dict[str, float], form: str):
+    """A bar for each of LOSSES, the smallest on top, with its size at the end."""
+    order = sorted(sizes.keys() & LOSSES.keys(), key=sizes.get, reverse=True)
+    names, values = [LOSSES[name] for name in order], [sizes[name] for name in order]
+    colors = [OURS if is_ours(name) else PEER for name in names]
+    ax.bar_label(ax.barh(names, values, color=colors), fmt=form, padding=4)
+    ax.set_xticks([])
+    ax.spines["bottom"].set_visible(False)
+    ax.set_xlim(0, 1.25 * max(values))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """The committed results are what a run wrote, and the README quotes them."""
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
-from benchmarks import report
+from benchmarks import plots, report
 from benchmarks.headlines import headlines
 
 ROOT = Path(__file__).parent.parent
@@ -20,12 +21,15 @@ def test_there_are_results_of_a_cpu():
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.parent.name)
-def test_the_tables_and_plots_belong_to_the_json(path):
+def test_the_tables_and_plots_belong_to_the_json(path, tmp_path):
     results = read(path)
     assert (path.parent / "README.md").read_text() == report.markdown(results)
     assert results["about"]["quick"] is False
-    for suite in {row["suite"] for row in results["rows"]}:
-        assert (path.parent / f"{suite}.png").stat().st_size > 1000
+    plots.draw_all(tmp_path, results)
+    drawn = {picture.name: picture.stat().st_size for picture in tmp_path.iterdir()}
+    assert {f"{row['suite']}.png" for row in results["rows"]} == set(drawn)
+    for name, size in drawn.items():
+        assert abs(size / (path.parent / name).stat().st_size - 1) < 0.2
 
 
 def test_the_figures_in_the_readme_come_from_the_results():
@@ -33,6 +37,156 @@ def test_the_figures_in_the_readme_come_from_the_results():
     rows = read(ROOT / "benchmarks" / "results" / "cpu" / "results.json")["rows"]
     for line in headlines(rows):
         assert f"| {' | '.join(line)} |" in text
+
+
+def rows_of(suite):
+    rows = read(ROOT / "benchmarks" / "results" / "cpu" / "results.json")["rows"]
+    return [row for row in rows if row["suite"] == suite and "missing" not in row]
+
+
+def title(rows):
+    about = {"device": "a GPU", "cores": None, "versions": {"jax": "1"}, "quick": True}
+    figure = plots.PICTURES[rows[0]["suite"]](rows, about)
+    note = figure.get_supxlabel()
+    assert note.startswith("A quick run")
+    assert note.endswith("a GPU, jax 1")
+    return figure.get_suptitle().replace("\n", " ")
+
+
+def rows(suite, column, values, **about):
+    """A row of `column` for each candidate, forward and gradient, predict and fit."""
+    kinds = ("fit", "predict") if suite == "keras" else ("gradient", "forward")
+    about = {"suite": suite, "case": "one", "layer": "a layer", **about}
+    return [
+        {**about, "of": of, "candidate": name, "seconds": 1.0, column: value}
+        for of in kinds
+        for name, value in values.items()
+    ]
+
+
+def compiled(times, keras=()):
+    return [
+        row
+        for name, line in (("vmap", times), ("Keras TimeDistributed", keras))
+        for steps, seconds in zip((16, 64, 256), line)
+        for row in rows("compile", "compile_seconds", {name: seconds}, timesteps=steps)
+    ]
+
+
+def beside(tuned, torch, **about):
+    values = {"raw jnp": 1.0, "time_distributed, tuned": tuned, "PyTorch": torch}
+    return rows("dense", "seconds", values, **about)
+
+
+def packed(share, *ratios):
+    sizes = {"share": share, "capacity_share": share}
+    return [
+        row
+        for place, ratio in enumerate(ratios)
+        for row in rows(
+            "packing", "ratio", {"packed": ratio}, layer=str(place), **sizes
+        )
+    ]
+
+
+def traded(time, memory):
+    whole = rows("memory", "ratio", {"all steps": 1.0}, temporary_bytes=4e6)
+    options = {"temporary_bytes": memory, "seconds": time}
+    return whole + [
+        {**row, **options} for row in rows("memory", "ratio", {"chunks": time})
+    ]
+
+
+def fused(time, memory):
+    names = "Optax, all logits", "linear_cross_entropy"
+    found = rows("loss", "seconds", dict(zip(names, (1.0, time))))
+    return [
+        {**row, "temporary_bytes": memory if "linear" in row["candidate"] else 1.0}
+        for row in found
+    ]
+
+
+def tuned(*picks):
+    return [
+        {**row, "chosen": row["candidate"] == "pick"}
+        for place, pick in enumerate(picks)
+        for row in rows(
+            "tuner", "seconds", {"vmap": 1.0, "pick": pick}, layer=str(place)
+        )
+    ]
+
+
+def called(ours, split):
+    names = (
+        "nnx.jit, the layer alone",
+        "nnx.jit, tdjax.nnx",
+        "jax.jit after nnx.split, tdjax.nnx",
+    )
+    return rows("overhead", "seconds", dict(zip(names, (100e-6, ours, split))))
+
+
+def kerases(first, later):
+    about = {"model": "a model", "timesteps": 16}
+    found = rows("keras", "seconds", {"Keras": 1.0, "drop-in": later}, **about)
+    return [
+        {**row, "first_seconds": first if row["candidate"] == "drop-in" else 1.0}
+        for row in found
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (compiled((1.0, 2.0, 1.2)), "Compile time stays flat"),
+        (compiled((1.0, 2.0, 3.0)), "Compile time grows 3.0 times with the sequence"),
+        (compiled((1.0, 1.0), (2.0, 9.0)), "Compile time stays flat; Keras' grows with the sequence"),
+        (compiled((1.0, 1.0), (2.0, 2.1)), "Compile time stays flat"),
+        (beside(0.8, 0.5), "Dense with gradients: tuned tdjax takes 0.80 of raw jnp's time; PyTorch takes 0.50 of it"),
+        (beside(1.2, 1.3), "Dense with gradients: tuned tdjax takes 1.20 times raw jnp's time; no peer takes less"),
+        (beside(0.9, 0.5) + beside(0.4, 0.8, case="two"), "Dense with gradients: tuned tdjax takes 0.60 of raw jnp's time; no peer takes less"),
+        # PyTorch ran one case of two: its mean is of other numbers.
+        (beside(0.8, 0.5) + beside(0.8, 0.5, case="two")[:2], "Dense with gradients: tuned tdjax takes 0.80 of raw jnp's time"),
+        (packed(0.3, 0.27), "Packed, a batch that is 30 % valid takes 0.27 of the padded time"),
+        (packed(0.3, 0.27, 0.35) + packed(1.0, 2.0), "Packed, a batch that is 30 % valid takes 0.27 to 0.35 of the padded time"),
+        (packed(0.5, 0.9, 1.25), "Packed, a batch that is 50 % valid takes 0.90 to 1.25 times the padded time"),
+        (traded(0.5, 1e6), "The conv net's gradient with chunks takes 0.25 of the memory and 0.50 of the time"),
+        (traded(1.5, 1e6), "The conv net's gradient with chunks takes 0.25 of the memory and 1.50 times the time"),
+        (fused(0.6, 0.1), "The fused loss takes 0.60 of Optax' time and 0.10 of its memory"),
+        (fused(1.6, None), "The fused loss takes 1.60 times Optax' time"),
+        (tuned(0.5, 1.05), "The tuner's pick is within 1.1 times the fastest choice in 4 of 4 cases, at worst 1.05 times"),
+        (tuned(0.5, 2.0), "The tuner's pick is within 1.1 times the fastest choice in 2 of 4 cases, at worst 2.00 times"),
+        (rows("operations", "ratio", {"XLA": 1.0, "PyTorch": 0.4}), "PyTorch's operations take 0.40 of XLA's time"),
+        (rows("operations", "ratio", {"XLA": 1.0, "PyTorch": 1.4}), "PyTorch's operations take 1.40 times XLA's time"),
+        (called(150e-6, 30e-6), "tdjax adds 50 µs to the call of an NNX layer, which takes 100 alone; after nnx.split it all takes 30 µs"),
+        (called(90e-6, 20e-6), "tdjax adds no time to the call of an NNX layer, which takes 100 alone; after nnx.split it all takes 20 µs"),
+        (kerases(0.1, 0.5), "With tdjax.keras, the first call takes 0.10 of Keras' time, later steps 0.50 of it"),
+        (kerases(2.0, 0.5), "With tdjax.keras, the first call takes 2.00 times Keras' time, later steps 0.50 of it"),
+        (kerases(0.1, 0.5)[1::2], "Keras models with tdjax.keras; Keras' own layer was not run"),
+    ],
+)  # fmt: skip
+def test_the_title_of_a_plot_follows_its_rows(rows, expected):
+    assert title(rows) == expected
+
+
+def test_operations_without_a_peer_have_no_plot():
+    assert (
+        plots.PICTURES["operations"](rows("operations", "ratio", {"XLA": 1.0}), {})
+        is None
+    )
+
+
+def test_the_title_of_packing_is_the_headline_of_the_readme():
+    chosen = [row for row in rows_of("packing") if row["layer"] == "conv net"]
+    everything = read(ROOT / "benchmarks" / "results" / "cpu" / "results.json")["rows"]
+    (figure,) = (line[2] for line in headlines(everything) if "packed" in line[0])
+    assert f"takes {figure} of the padded time" in title(chosen)
+
+
+def test_names_at_the_ends_of_lines_keep_apart():
+    heights = [10.0, 12.0, 90.0, 11.0]
+    moves = plots._moves(heights, 15)
+    moved = sorted(height + move for height, move in zip(heights, moves))
+    assert min(high - low for low, high in itertools.pairwise(moved)) >= 15
 
 
 def test_a_run_that_cannot_be_read_is_not_resumed(tmp_path):

@@ -82,8 +82,8 @@ def init_flatten_dense(
       timesteps: number of steps; the other arguments are those of `init_dense`.
 
     Returns:
-      `{"kernel": (timesteps * in_features, timesteps * features),
-      "bias": (timesteps * features,)}`.
+      A dict of `kernel`, `(timesteps * in_features, timesteps * features)`, and `bias`,
+      `(timesteps * features,)`.
 
     Raises:
       TypeError, ValueError: if a size is not a positive int.
@@ -287,8 +287,8 @@ def as_flatten(params: Mapping[str, Any], timesteps: int) -> Params:
       timesteps: number of steps.
 
     Returns:
-      `{"kernel": (timesteps * in_features, timesteps * features),
-      "bias": (timesteps * features,)}`.
+      A dict of `kernel`, `(timesteps * in_features, timesteps * features)`, and `bias`,
+      `(timesteps * features,)`.
 
     Raises:
       TypeError, ValueError: if `params` or `timesteps` is of the wrong kind or shape.

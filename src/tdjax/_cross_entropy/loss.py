@@ -45,7 +45,7 @@ def linear_cross_entropy(
     Equals `optax.softmax_cross_entropy_with_integer_labels` of a Dense head's logits,
     averaged over the valid steps. But only one block of logits exists at a time, and
     `"mean"` and `"sum"` compute their gradients in the same pass. Call it under `jit`:
-    otherwise its loops are compiled at every call. See docs/guide.md#loss for memory,
+    otherwise its loops are compiled at every call. See docs/loss.md for memory,
     precision and transformations.
 
     Args:

@@ -47,7 +47,7 @@ def step_influence(
         `fun(params, batch)` with `argnums=1`. The number of steps may change. Random
         keys it closes over are constants.
       *args: example arguments. Small sizes give the same answer sooner. Of those at
-        `argnums` only shapes and dtypes count; they may be `jax.ShapeDtypeStruct`s.
+        `argnums` only shapes and dtypes count, so a `jax.ShapeDtypeStruct` will do.
         Such a struct among the others stands for any values.
       argnums: the position of the argument whose steps vary, or of several.
       in_axes: their time axis: an int, a pytree prefix of the argument with None for
@@ -112,7 +112,7 @@ def assert_causal(
     and a leak is a path in the program of `fun`.
 
     Args:
-      fun, *args, argnums, in_axes, out_axes, bound: as in `step_influence`.
+      fun, args, argnums, in_axes, out_axes, bound: as in `step_influence`.
 
     Raises:
       AssertionError: if there is a leak. It names the first two steps, counted from 0.

@@ -72,12 +72,12 @@ def time_distributed(
     `method="vmap"` is this definition, and the reference. `method="fold"` merges batch
     and time and calls `fun` once: often faster, but **wrong** where `fun` mixes the
     examples of a batch. `chunk_size` bounds the memory. `tdjax.autotune` measures which
-    lowering is fastest. See docs/guide.md#methods.
+    lowering is fastest. See docs/methods.md.
 
     Called with `mask`, bool, `(batch, time)` (`(time, batch)` for time-major data),
     masked steps give zeros and no gradient, even if they contain NaN or infinity
-    (docs/guide.md#masks). With `capacity` only valid steps are computed; like `"fold"`,
-    this is wrong where `fun` mixes examples (docs/guide.md#packing).
+    (docs/masks.md). With `capacity` only valid steps are computed; like `"fold"`,
+    this is wrong where `fun` mixes examples (docs/masks.md#packing).
 
     Args:
       fun: a function of pytrees of arrays. Keyword arguments of the call, except
