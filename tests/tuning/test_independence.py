@@ -437,6 +437,53 @@ def test_literals_of_a_given_gradient_are_not_shared_parameters():
     assert mixing_of(lambda x: clip(-1.0, 1.0, x), X) is None
 
 
+@pytest.mark.parametrize("kind", ["threshold", "noise"])
+def test_noise_that_is_only_written_to_the_state_is_found(key, kind):
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            rate = self.variable("schedule", "rate", jnp.zeros, ())
+            seen = self.variable("schedule", "seen", jnp.zeros, ())
+            draw = jax.random.uniform(self.make_rng("noise"))
+            is_threshold = kind == "threshold"
+            seen.value = (
+                1.0 * (draw < rate.value) if is_threshold else rate.value * draw
+            )
+            return nn.Dense(3)(x)
+
+    model = tdjax.linen.TimeDistributed(Layer(), method="fold")
+    rngs = {"params": key, "noise": key}
+    variables = model.init(rngs, X)
+    apply = functools.partial(model.apply, variables, rngs=rngs, mutable=["schedule"])
+    assert mixing(apply, X) == "random keys"
+
+
+def test_a_given_gradient_of_what_is_repeated_for_each_example_is_looked_at():
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+    def expand(w, n):
+        return jnp.broadcast_to(w, (n, *w.shape))
+
+    expand.defvjp(
+        lambda w, n: (expand(w, n), None),
+        lambda n, _, g: (g.sum(0) / jnp.maximum(1, jnp.linalg.norm(g) / 1e3),),
+    )
+    repeat = lambda w, x: x + expand(w, x.shape[0])
+    assert mixing_of(repeat, KERNEL[0], X, in_axes=(None, 1)) == "a derivative"
+
+
+def test_a_given_gradient_may_close_over_arrays():
+    levels = np.arange(1.0, 1 + F, dtype=np.float32)
+    rounded = jax.custom_vjp(lambda x: jnp.round(x * levels) / levels)
+    rounded.defvjp(lambda x: (rounded(x), None), lambda _, g: (g,))
+    assert mixing_of(rounded, X) is None
+
+
+@pytest.mark.parametrize("batch", [2, 6, 10])
+def test_results_whose_number_depends_on_the_batch_are_refused(batch):
+    fun = lambda x: (x, x) if x.shape[0] == batch else (x,)
+    assert mixing_of(fun, normal(0, batch, T, F)) == "its size"
+
+
 def test_weak_types_stay_weak():
     weak = jnp.full(X.shape, 1.0)
     assert weak.weak_type

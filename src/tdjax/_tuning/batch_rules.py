@@ -18,7 +18,8 @@ from jax import export
 
 from tdjax._jaxprs import ELEMENTWISE, IDENTITIES
 
-# No other axis has this size, or a multiple of it.
+# No other axis should have this size, or a multiple of it: if one does, the function is
+# refused.
 LARGE_PRIME = 10007
 
 
@@ -82,7 +83,8 @@ def axes_of_examples(shape) -> list[int]:
     return [axis for axis, size in enumerate(shape) if follows_examples(size)]
 
 
-# Parameters that repeat the shape of a result, which is looked at itself.
+# Parameters that repeat the shape of a result, which is looked at itself, here and
+# where programs are compared.
 SHAPES = frozenset(
     ("shape", "new_sizes", "sizes", "slice_sizes", "limit_indices", "reps")
 )

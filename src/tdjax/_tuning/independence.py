@@ -34,7 +34,6 @@ from tdjax._tuning.batch_rules import (
     any_number,
     apply_rule,
     axes_of_examples,
-    require,
 )
 
 
@@ -46,33 +45,35 @@ def find_mixing(
     `axes` and `out_axes` are the time axes that the arrays and the results had, and
     `batch` is the number of examples of one step.
     """
-    out: list[Axis] = []
 
-    def leaves_of(arrays):
-        results = call(arrays)
-        out[:] = []
-        map_results(lambda y, axis: out.append(axis), results, out_axes)
-        return jax.tree.leaves(results)
+    def trace(size) -> tuple[Any, list[Axis]]:
+        """The program for so many examples, and the axes of its results."""
+        axes_of_results: list[Axis] = []
 
-    trace = lambda size: jax.make_jaxpr(leaves_of)(_of_size(size, arrays, axes))
-    try:
-        program = trace(any_number())
-    except Exception:  # `fun` may raise anything for such a batch.
-        return "its size"
-    if _jaxprs.has_references(program):
-        return "a reference"
+        def leaves_of(arrays):
+            results = call(arrays)
+            note = lambda y, axis: axes_of_results.append(axis)
+            map_results(note, results, out_axes)
+            return jax.tree.leaves(results)
+
+        program = jax.make_jaxpr(leaves_of)(_of_size(size, arrays, axes))
+        return program, axes_of_results
+
     examples = next(len(x) for x, axis in zip(arrays, axes) if axis is not PER_STEP)
     sizes = {examples, batch, examples + 1, examples + 2} - {1}  # JAX treats 1 apart.
     try:
-        large, *others = [(trace(size), size) for size in (LARGE_PRIME, *sizes)]
-        is_alike = all(_outline(*large) == _outline(*other) for other in others)
-    except Exception:
+        of_any_size, of_large_size = trace(any_number()), trace(LARGE_PRIME)
+        outline = _outline(*of_large_size, LARGE_PRIME)
+        is_alike = all(_outline(*trace(size), size) == outline for size in sizes)
+    except Exception:  # `fun` may raise anything for such a batch.
         return "its size"
-    reason = _first_reason(program, axes, out) or _first_reason(large[0], axes, out)
+    if _jaxprs.has_references(of_any_size[0]):
+        return "a reference"
+    reason = _first_reason(*of_any_size, axes) or _first_reason(*of_large_size, axes)
     return reason or (None if is_alike else "its size")
 
 
-def _first_reason(program, axes: list, out_axes: list[Axis]) -> str | None:
+def _first_reason(program, out_axes: list[Axis], axes: list[Axis]) -> str | None:
     values: list[Value] = [PerStep() if axis is PER_STEP else Rows(0) for axis in axes]
     results = _run(program, values)
     reasons = [_reason(*pair) for pair in zip(results, out_axes, strict=True)]
@@ -92,10 +93,24 @@ def _of_size(size: Any, arrays: list, axes: list) -> list:
     return list(map(resize, arrays, axes))
 
 
-def _outline(program, examples: int, derivatives: bool = True) -> list[Any]:
-    """What a program for so many examples does: operations, on what, with what options.
+# What an operation's options are compared by. (Its arrays are operands, its functions
+# are programs or make them.)
+_FACTS = int | float | complex | str | enum.Enum | np.dtype | np.generic
+
+
+def _outline(program, out_axes: list[Axis], examples: int) -> list[Any]:
+    """What a program for so many examples does, and the axes of its results.
 
     It is equal to that for another number if both do the same.
+    """
+    return [*_operations(program, examples, derivatives=True), out_axes]
+
+
+def _operations(program, examples: int, derivatives: bool) -> list[Any]:
+    """Constants, then each operation: on what, with what options, of what types.
+
+    Given derivatives are among them, but not their own: the first only counts, and it
+    may call its function again.
     """
     jaxpr, consts = _jaxprs.open_program(program)
     places: dict[Any, Any] = {
@@ -106,10 +121,9 @@ def _outline(program, examples: int, derivatives: bool = True) -> list[Any]:
     for eqn in jaxpr.eqns:
         options = {k: v for k, v in eqn.params.items() if k not in SHAPES}
         facts = [x for x in jax.tree.leaves(options) if isinstance(x, _FACTS)]
-        inner = [_outline(p, examples, derivatives) for p in _jaxprs.programs(eqn)]
-        # A derivative may call its own function again.
+        inner = [_operations(p, examples, derivatives) for p in _jaxprs.programs(eqn)]
         given = _derivatives(eqn) if derivatives else []
-        inner += [_outline(p, examples, derivatives=False) for p in given]
+        inner += [_operations(p, examples, derivatives=False) for p in given]
         types = [_Type(v.aval, examples) for v in eqn.outvars]
         operands = list(map(read, eqn.invars))
         lines.append((eqn.primitive.name, operands, facts, types, inner))
@@ -117,11 +131,8 @@ def _outline(program, examples: int, derivatives: bool = True) -> list[Any]:
     return [*lines, list(map(read, jaxpr.outvars))]
 
 
-_FACTS = int | float | complex | str | enum.Enum | np.dtype | np.generic
-
-
 class _Type:
-    """A shape and a dtype; sizes may follow the number of examples."""
+    """A dtype and a shape, in a program for so many examples."""
 
     def __init__(self, aval: Any, examples: int):
         self.shape, self.dtype = getattr(aval, "shape", ()), str(aval.dtype)
@@ -130,13 +141,20 @@ class _Type:
     def __eq__(self, other):
         if not isinstance(other, _Type) or self.dtype != other.dtype:
             return False
-        same_rank = len(self.shape) == len(other.shape)
-        return same_rank and all(map(self._is_same(other), self.shape, other.shape))
+        if len(self.shape) != len(other.shape):
+            return False
+        numbers = self.examples, other.examples
+        pairs = zip(self.shape, other.shape)
+        return all(_is_same_size(*pair, *numbers) for pair in pairs)
 
-    def _is_same(self, other):
-        whole = lambda x, y: x % self.examples == 0 == y % other.examples
-        ratio = lambda x, y: x // self.examples == y // other.examples
-        return lambda x, y: x == y or (whole(x, y) and ratio(x, y))
+
+def _is_same_size(x: int, y: int, examples: int, other_examples: int) -> bool:
+    """Whether two sizes are equal, or the same number for each example."""
+    if x == y:
+        return True
+    if x % examples or y % other_examples:
+        return False
+    return x // examples == y // other_examples
 
 
 class _Number:
@@ -169,7 +187,7 @@ def _reason(result: Value, axis: Axis) -> str | None:
     if isinstance(result, Mixed):
         return result.by
     if isinstance(result, PerStep):
-        return None if axis is PER_STEP else "random keys"
+        return "random keys"
     if isinstance(result, Rows):
         has_place = isinstance(axis, int) or axis is PER_STEP_OR_BATCH
         return None if has_place and result == Rows(0) else "its layout"
@@ -201,7 +219,7 @@ def _evaluate_equation(eqn, args, derivatives: bool) -> list[Value]:
         return _with_derivative(eqn, args, results) if is_given else results
     if name in _CONTROL_FLOW:
         return _CONTROL_FLOW[name](eqn, args, run)
-    # The function of a scatter, a pool or a reduction.
+    # The function of a scatter, a pool or a reduction may use nothing but its operands.
     for inner in _jaxprs.programs(eqn):
         shared: list[Value] = [Shared()] * len(_jaxprs.open_program(inner)[0].invars)
         if any(result != Shared() for result in run(inner, shared)):
@@ -214,32 +232,40 @@ def _with_derivative(eqn, args, results: list[Value]) -> list[Value]:
 
     JAX's own derivatives of what keeps examples apart do so too.
     """
-    if not any(isinstance(x, Rows) for x in args):
+    if not any(isinstance(x, Rows) for x in [*args, *results]):
         return results
-    by_rows = [args[i] for i in _differentiable(eqn)]
+    refused: list[Value] = [Mixed("a derivative")] * len(results)
+    operands = [args[i] for i in _differentiable(eqn)]
     if eqn.primitive.name == "custom_jvp_call":
-        given, expected = by_rows, [*results, *results]
-    else:
-        given, expected = results, [*results, *by_rows]
+        given, expected = operands, [*results, *results]
+    elif all(isinstance(x, Rows) for x in operands):
+        # The gradient by what examples share comes from all of them.
+        given = [x if isinstance(x, Rows) else refused[0] for x in results]
+        expected = [*results, *operands]
+    else:  # A gradient by what examples share should be a sum: it may be a mean.
+        return refused
     try:
-        # A gradient by what examples share should be a sum: it may be a mean.
-        is_pushed = eqn.primitive.name == "custom_jvp_call"
-        require(is_pushed or all(isinstance(x, Rows) for x in by_rows))
         (program,) = _derivatives(eqn)
     except Exception:  # A derivative may raise anything for a batch of any size.
-        return [Mixed("a derivative")] * len(results)
-    # It holds the function itself again.
+        return refused
+    # It holds the function itself again, whose second derivative nobody asks for.
     got = _run(program, [*args, *given], derivatives=False)
-    if all(x in (want, Shared()) for x, want in zip(got, expected, strict=True)):
-        return results
-    return [Mixed("a derivative")] * len(results)
+    pairs = zip(got, expected, strict=True)
+    return results if all(x in (want, Shared()) for x, want in pairs) else refused
 
 
 def _differentiable(eqn) -> list[int]:
-    """The places of the operands that a derivative can be taken by."""
+    """The places of the operands that a derivative can be taken by.
+
+    Not by literals, nor by arrays that the function closes over, which come first.
+    """
     is_float = lambda v: jnp.issubdtype(v.aval.dtype, jnp.inexact)
-    atoms = enumerate(eqn.invars)
-    return [i for i, v in atoms if is_float(v) and not _jaxprs.is_literal(v)]
+    closed_over = eqn.params.get("num_consts", 0)
+    return [
+        place
+        for place, v in enumerate(eqn.invars)
+        if place >= closed_over and is_float(v) and not _jaxprs.is_literal(v)
+    ]
 
 
 def _derivatives(eqn) -> list:
