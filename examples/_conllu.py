@@ -1,4 +1,4 @@
-"""CoNLL-U files as a tagging task: words in, universal parts of speech out.
+"""Reads CoNLL-U files: words, their universal parts of speech, and ids for words.
 
 The format: https://universaldependencies.org/format.html.
 """
@@ -10,11 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from _options import InputError
-from _sequences import NO_LABEL, Tagged, Task, cut
-
 UPOS = ("ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM")
 UPOS += ("PART", "PRON", "PROPN", "PUNCT", "SCONJ", "SYM", "VERB", "X")
 BUCKETS = 2**14
@@ -24,28 +19,13 @@ _RANGE = re.compile(r"([1-9][0-9]{,8})-([1-9][0-9]{,8})")
 _EMPTY_NODE = re.compile(r"([0-9]{1,9})\.[1-9][0-9]{,8}")
 
 
+class MalformedFile(ValueError):
+    """Says where a file is wrong, what is there and what should be."""
+
+
 class Word(NamedTuple):
     form: str
     upos: str
-
-
-def conllu_task(train: str, held_out: str, length: int) -> Task:
-    """Parts of speech; sentences longer than `length` words are cut, not dropped."""
-    corpora = [read_conllu(path) for path in (train, held_out)]
-    tags = tuple(sorted({word.upos for sentence in corpora[0] for word in sentence}))
-    sides = [
-        [_tagged(path, sentence, tags) for sentence in corpus]
-        for path, corpus in zip((train, held_out), corpora)
-    ]
-    windows = cut(sides[0], sides[1], length)
-    return Task("parts of speech", "word", tags, BUCKETS, *windows, " ", "\n")
-
-
-def _tagged(path: str, sentence: list[Word], tags: tuple[str, ...]) -> Tagged:
-    labels = [tags.index(w.upos) if w.upos in tags else NO_LABEL for w in sentence]
-    forms = [word.form for word in sentence]
-    ids = np.array([word_ids(form) for form in forms], np.int32)
-    return Tagged(Path(path).name, forms, ids, np.array(labels, np.int32))
 
 
 def word_ids(form: str) -> list[int]:
@@ -70,12 +50,12 @@ def read_conllu(path: str | Path) -> list[list[Word]]:
     """The sentences of a file, as syntactic words (ranges and empty nodes are not).
 
     Raises:
-      InputError: if the file is malformed, with the line, what it has and what it
+      MalformedFile: if the file is malformed, with the line, what it has and what it
         should have.
     """
     sentences = [words for block in _blocks(path) if (words := _words(block))]
     if not sentences:
-        raise InputError(f"{path}: no words, expected at least one sentence")
+        raise MalformedFile(f"{path}: no words, expected at least one sentence")
     return sentences
 
 
@@ -112,8 +92,8 @@ def _words(block: list[tuple[str, str]]) -> list[Word]:
     return words
 
 
-def _malformed(where: str, found: str, expected: str) -> InputError:
-    return InputError(f"{where}: found {found}, expected {expected}")
+def _malformed(where: str, found: str, expected: str) -> MalformedFile:
+    return MalformedFile(f"{where}: found {found}, expected {expected}")
 
 
 def _columns(where: str, line: str) -> list[str]:

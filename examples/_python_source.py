@@ -9,11 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from _options import InputError
-from _sequences import Tagged, Task, cut
-
 TAGS = ("other", "keyword", "name", "number", "string", "comment", "operator")
-VOCABULARY = 129
+VOCABULARY = 129  # ASCII, and one id for every other character
 
 # Installed packages and tests are not the library; `encodings` is a hundred copies of
 # one table, which would be on both sides of the split; `pydoc_data` is one string.
@@ -33,55 +30,39 @@ _TAG_OF_TYPE = {
 }
 
 
-def python_task(length: int) -> Task:
-    """Characters of Python's own source, in windows of `length`."""
-    train, held_out = read_split()
-    if not train or not held_out:
-        raise InputError(f"no Python source in {_library()}; use --conllu instead")
-    windows = cut(train, held_out, length)
-    return Task("Python source", "character", TAGS, VOCABULARY, *windows)
-
-
-def read_split() -> tuple[list[Tagged], list[Tagged]]:
-    """Training and held-out files, with a tag for every character."""
-    train, held_out = read_sources()
-    return _tagged(train), _tagged(held_out)
-
-
 def read_sources(files: int = FILES) -> tuple[dict[str, str], dict[str, str]]:
-    """Training and held-out sources; a file's name alone decides on which side it is.
+    """Training and held-out sources by name; a hash of the name decides on the side.
 
     Files that are empty, or that this Python cannot read, are left out.
+
+    Raises:
+      FileNotFoundError: if this Python has no sources of its library.
     """
+    library = Path(sysconfig.get_paths()["stdlib"])
     sides = {}, {}
-    for path in _selection(files):
-        name = path.relative_to(_library()).as_posix()
-        if source := _read(path):
+    for name in _selection(library, files):
+        if source := _read(library / name):
             sides[_hash(name) % HELD_OUT_OF == 0][name] = source
+    if not all(sides):
+        raise FileNotFoundError(f"no Python source in {library}")
     return sides
-
-
-def _library() -> Path:
-    return Path(sysconfig.get_paths()["stdlib"])
 
 
 def _hash(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
-def _selection(files: int) -> list[Path]:
+def _selection(library: Path, files: int) -> list[str]:
     """The same files on every machine with this Python: the first by hash of name."""
-    library = _library()
-    paths = {
-        path.relative_to(library).as_posix(): path
+    names = [
+        path.relative_to(library).as_posix()
         for pattern in ("*.py", "*/*.py")
         for path in library.glob(pattern)
         if path.relative_to(library).parts[0] not in EXCLUDED
         and path.stat().st_size <= LARGEST_FILE
-    }
+    ]
     # The bare hash already decides on the side of the split.
-    names = sorted(paths, key=lambda name: _hash("order of " + name))
-    return [paths[name] for name in names[:files]]
+    return sorted(names, key=lambda name: _hash("order of " + name))[:files]
 
 
 def _read(path: Path) -> str | None:
@@ -94,17 +75,10 @@ def _read(path: Path) -> str | None:
     return source
 
 
-def _tagged(sources: dict[str, str]) -> list[Tagged]:
-    return [
-        Tagged(name, source, character_ids(source), label_characters(source))
-        for name, source in sources.items()
-    ]
-
-
 def character_ids(source: str) -> np.ndarray:
-    """`(characters, 1)`: the ASCII code, and one id for every other character."""
+    """`(characters,)`: the ASCII code, and one id for every other character."""
     codes = np.frombuffer(source.encode("utf-32-le"), np.uint32)
-    return np.minimum(codes, VOCABULARY - 1).astype(np.int32)[:, None]
+    return np.minimum(codes, VOCABULARY - 1).astype(np.int32)
 
 
 def label_characters(source: str) -> np.ndarray:

@@ -1,232 +1,200 @@
-"""From Keras: one import line, then the model as Flax, and its weights back in Keras.
+"""From Keras: one import line changes, then the model goes to Flax and back.
 
     python examples/from_keras.py
 
-builds the tagger of `tagging.py` in Keras: a bidirectional GRU with a Dense layer at
-every step, on characters of the Python standard library. Keras compiles its own
-`TimeDistributed` step after step. With the line
+The tagger of tagging.py, in Keras: a bidirectional GRU with a Dense layer at every step
+labels the characters of Python's standard library. The program needs Keras
+(pip install "tdjax[keras]") and takes about a minute on two CPU cores.
 
-    from tdjax.keras import TimeDistributed
+Keras compiles its own `TimeDistributed` step after step. That of tdjax has the same
+arguments, weights and results, and is one program for all steps. Both take the same
+training steps in turn; the times are printed, and drawn in runs/from_keras. Then the
+model trains with `fit`, becomes a Flax module with the same predictions, trains on
+with Optax, and its weights go back to Keras.
 
-in the place of
-
-    from keras.layers import TimeDistributed
-
-nothing else in the model changes, and the table that the program prints shows what
-does: the time to the first prediction and to the first step of training, the time of
-each further step, and how far the results are apart, before and after that first step.
-The model then trains with `fit`. Its `.keras` file becomes a Flax module with the same
-outputs, which trains on with Optax, and whose weights go back into the Keras model.
-All takes about a minute on two CPU cores.
-
-It leaves the learning curve and the `.keras` files in `runs/from_keras`, and goes on
-from there with `--resume` after Ctrl-C or `kill -9`.
-
-What to copy:
-
-* `build_tagger`: a Keras model in which the import line is an argument.
-* `report`: a `.keras` file to Flax, training with Optax, and back to Keras.
-* `make_loss`: what `fit` does with a mask, in JAX.
+To copy: the import line, `make_loss`, and the end of `main`, from `to_flax` on.
 """
 
-import functools
+import argparse
 import os
-import sys
-from dataclasses import dataclass
+import time
 from pathlib import Path
-from typing import Any, NamedTuple
+
+os.environ["KERAS_BACKEND"] = "jax"  # Keras reads it when it is imported.
 
 import jax
+import jax.numpy as jnp
+import keras
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from rich.console import Console
+from keras.layers import TimeDistributed as KerasTimeDistributed
 
 import tdjax
+from tagging import majority_baseline, python_task
+from tdjax.keras import TimeDistributed, from_flax, to_flax
 
-# Keras reads it when it is imported.
-os.environ.setdefault("KERAS_BACKEND", "jax")
-try:
-    import keras
-except ImportError as error:
-    needed = 'pip install "tdjax[keras]", and KERAS_BACKEND=jax if it is set'
-    sys.exit(f"error: this program needs Keras on JAX: {needed} ({error})")
-
-import tdjax.keras
-from _batches import fingerprint, in_batches, take
-from _checkpoints import checksum
-from _display import results
-from _keras_comparison import compare
-from _keras_fit import EVALUATION_BATCH, FitRun, evaluate, fit, rows
-from _main import run_program, save_curves, say_where
-from _options import InputError, Settings, option
-from _problem import QUANTITIES
-from _python_source import python_task
-from _sequences import NO_LABEL, Task, Windows, majority_accuracy
-
-COMPARED_BATCHES = 9
+HIDDEN, BATCH, STEPS, COMPARED_STEPS = 64, 32, 400, 10
 
 
-@dataclass(frozen=True)
-class KerasSettings(Settings):
-    """The options of this example beside those of all."""
-
-    steps: int = 400
-    out: Path = Path("runs/from_keras")
-    length: int = option(128, "characters in a sequence, at most")
-    hidden: int = option(64, "features of the embedding and of each direction")
-    optax_steps: int = option(100, "steps with Optax, after the conversion to Flax")
-
-
-class Data(NamedTuple):
-    """Examples are `(ids, labels)`."""
-
-    task: Task
-    train: Any
-    held_out: Any
-
-    @classmethod
-    def load(cls, length: int) -> "Data":
-        task = python_task(length)
-        return cls(task, examples_of(task.train), examples_of(task.held_out))
-
-
-def build_tagger(TimeDistributed, task: Task, settings: KerasSettings) -> keras.Model:
-    """`(batch, time)` characters to `(batch, time, tags)` logits; 0 is padding."""
-    length, hidden = task.train.labels.shape[1], settings.hidden
-    gru = keras.layers.GRU(hidden, return_sequences=True)
-    return keras.Sequential(
-        [
-            keras.Input((length,), dtype="int32"),
-            keras.layers.Embedding(task.vocabulary + 1, hidden, mask_zero=True),
-            keras.layers.Bidirectional(gru),
-            TimeDistributed(keras.layers.Dense(len(task.tags))),
-        ]
-    )
-
-
-def compiled_tagger(task: Task, settings: KerasSettings) -> keras.Model:
-    """The model with the drop-in, ready for `fit`."""
-    keras.utils.set_random_seed(settings.seed)
-    model: Any = build_tagger(tdjax.keras.TimeDistributed, task, settings)
-    schedule: Any = keras.optimizers.schedules.CosineDecay(
-        settings.learning_rate, settings.steps
-    )
-    optimizer = keras.optimizers.Adam(schedule, global_clipnorm=1.0)
+def build_tagger(wrapper, vocabulary, tags, steps):
+    """`(batch, time)` ids to `(batch, time, tags)` logits; the id 0 is padding."""
+    gru = keras.layers.GRU(HIDDEN, return_sequences=True)
+    layers = [
+        keras.Input((None,), dtype="int32"),
+        keras.layers.Embedding(vocabulary + 1, HIDDEN, mask_zero=True),
+        keras.layers.Bidirectional(gru),
+        wrapper(keras.layers.Dense(tags)),
+    ]
+    model = keras.Sequential(layers)
+    schedule = keras.optimizers.schedules.CosineDecay(1e-2, COMPARED_STEPS + steps)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(optimizer, loss, metrics=["accuracy"])
+    model.compile(keras.optimizers.Adam(schedule), loss, metrics=["accuracy"])
     return model
 
 
-def examples_of(windows: Windows) -> tuple[np.ndarray, np.ndarray]:
-    """`(ids, labels)` with 0 at padding, as an embedding with `mask_zero` wants it."""
-    there = windows.labels != NO_LABEL
-    ids = np.where(there, windows.ids[..., 0] + 1, 0)
-    return ids, np.where(there, windows.labels, 0)
+def keras_examples(ids, labels, lengths):
+    """`(ids, labels)` of windows, with the id 0 at padding and nowhere else."""
+    is_valid = np.arange(ids.shape[1]) < lengths[:, None]
+    return np.where(is_valid, ids[..., 0] + 1, 0), labels
 
 
-def make_loss(module: Any):
-    """Keras means the loss over the steps that are not masked; so does this."""
+def draw_batches(rng, examples, count):
+    """`count` batches, one after the other in the same arrays."""
+    rows = rng.integers(len(examples[0]), size=count * BATCH)
+    return [array[rows] for array in examples]
 
-    def loss(params, examples):
-        ids, labels = examples
+
+def compare(models, examples):
+    """Trains models in turn; returns each one's seconds: first step, median later."""
+    seconds = {name: [] for name in models}
+    for start in range(0, len(examples[0]), BATCH):
+        batch = [array[start : start + BATCH] for array in examples]
+        for name, model in models.items():
+            begin = time.perf_counter()
+            model.train_on_batch(*batch)
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: (x[0], float(np.median(x[1:]))) for name, x in seconds.items()}
+
+
+def train_in_keras(model, train, held_out, steps, rng):
+    """Trains with `fit`, in ten parts; returns the held-out accuracy."""
+    start, every, accuracy = time.perf_counter(), -(-steps // 10), 0.0
+    for done in range(0, steps, every):
+        count = min(every, steps - done)
+        examples = draw_batches(rng, train, count)
+        options = {"batch_size": BATCH, "shuffle": False, "verbose": 0}
+        history = model.fit(*examples, **options).history
+        accuracy = model.evaluate(*held_out, batch_size=128, verbose=0)[1]
+        report("fit", done + count, steps, history["loss"][0], accuracy, start)
+    return accuracy
+
+
+def make_loss(module):
+    """The loss and the accuracy of `fit`: means over the steps that are not padding."""
+
+    def loss(params, ids, labels):
         logits = module.apply({"params": params}, ids)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return tdjax.masked_mean(losses, ids != 0)
+        is_right = (logits.argmax(-1) == labels).astype(jnp.float32)
+        return tuple(tdjax.masked_mean(x, ids != 0) for x in (losses, is_right))
 
     return loss
 
 
-def flax_accuracy(module: Any, variables: Any, examples: Any) -> float:
-    ids, labels = examples
-    predict = jax.jit(lambda ids: module.apply(variables, ids).argmax(-1))
-    right = in_batches(predict, ids, EVALUATION_BATCH) == labels
-    return float(right[ids != 0].mean())
-
-
-def train_on(
-    module: Any, variables: Any, train: Any, settings: KerasSettings
-) -> dict[str, Any]:
-    """Steps with Optax, on the batches that come next; returns the new variables."""
-    schedule = optax.cosine_decay_schedule(
-        settings.learning_rate / 5, settings.optax_steps
-    )
-    optimizer = optax.adam(schedule)
-    compute = jax.grad(make_loss(module))
+def train_in_flax(module, variables, train, held_out, steps, rng):
+    """Trains with Optax; returns the variables and the held-out accuracy."""
+    loss, start = make_loss(module), time.perf_counter()
+    optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
 
     @jax.jit
-    def step(params, state, batch):
-        updates, state = optimizer.update(compute(params, batch), state)
-        return optax.apply_updates(params, updates), state
+    def train_step(params, state, ids, labels):
+        compute = jax.value_and_grad(loss, has_aux=True)
+        (value, _), gradient = compute(params, ids, labels)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(params, updates), state, value
 
-    params = variables["params"]
+    params, evaluate, accuracy = variables["params"], jax.jit(loss), 0.0
     state = optimizer.init(params)
-    for done in range(settings.steps, settings.steps + settings.optax_steps):
-        batch = rows(settings, done, done + 1, len(train[0]))
-        params, state = step(params, state, take(train, batch))
-    return {**variables, "params": params}
+    for step in range(1, steps + 1):
+        batch = draw_batches(rng, train, 1)
+        params, state, value = train_step(params, state, *batch)
+        if step % -(-steps // 3) == 0 or step == steps:
+            accuracy = float(evaluate(params, *held_out)[1])
+            report("Optax", step, steps, value, accuracy, start)
+    return {**variables, "params": params}, accuracy
 
 
-def report(
-    run: FitRun, data: Data, settings: KerasSettings
-) -> tuple[dict[str, float], keras.Model]:
-    """Held-out accuracies on the way from Keras to Flax and back, and the model."""
-    train, held_out = data.train, data.held_out
-    accuracies = {"Keras, after fit": evaluate(run.model, held_out)["accuracy"]}
-    module, variables = tdjax.keras.to_flax(run.file)
-    measure = functools.partial(flax_accuracy, module, examples=held_out)
-    accuracies["Flax, from the .keras file"] = measure(variables)
-    variables = train_on(module, variables, train, settings)
-    accuracies[f"Flax, {settings.optax_steps} steps with Optax later"] = measure(
-        variables
+def report(name, step, steps, loss, accuracy, start):
+    numbers = f"loss {loss:.3f}  held out {accuracy:.2%}"
+    seconds = f"{time.perf_counter() - start:.0f} s"
+    print(f"{name:5} {step:4}/{steps}  {numbers}  {seconds}", flush=True)
+
+
+def difference(x, y):
+    """The largest difference, relative to the largest number."""
+    return float(np.abs(x - y).max() / np.abs(y).max())
+
+
+def main(steps=STEPS, out=Path("runs/from_keras")):
+    """Compares, trains, converts and draws; returns the results."""
+    windows, held_out_windows, tags, vocabulary = python_task()
+    train, held_out = keras_examples(*windows), keras_examples(*held_out_windows)
+    rng, some = np.random.default_rng(0), held_out[0][-BATCH:]
+
+    # The first one also pays for what starts up only once.
+    wrappers = {"tdjax.keras": TimeDistributed, "keras.layers": KerasTimeDistributed}
+    keras.utils.set_random_seed(0)
+    sizes = vocabulary, len(tags), steps
+    models = {name: build_tagger(x, *sizes) for name, x in wrappers.items()}
+    model, original = models.values()
+    original.set_weights(model.get_weights())
+    seconds = compare(models, draw_batches(rng, train, COMPARED_STEPS))
+    for name, (first, later) in seconds.items():
+        print(f"{name}: first step {first:.1f} s, later steps {1000 * later:.0f} ms")
+    same = difference(*(x.predict_on_batch(some) for x in models.values()))
+    print(f"after {COMPARED_STEPS} steps their logits differ by {same:.1e}")
+
+    in_keras = train_in_keras(model, train, held_out, steps, rng)
+    module, variables = to_flax(model)
+    apply, more = jax.jit(module.apply), -(-steps // 4)
+    there = difference(apply(variables, some), model.predict_on_batch(some))
+    variables, in_flax = train_in_flax(module, variables, train, held_out, more, rng)
+    from_flax(variables, model)
+    back = difference(model.predict_on_batch(some), apply(variables, some))
+    print(f"Keras and Flax differ by {there:.1e}, and after the way back by {back:.1e}")
+
+    majority, baseline = majority_baseline(windows, held_out_windows)
+    print(f"tagger: {in_keras:.2%} of held-out steps right, {in_flax:.2%} after Optax")
+    print(f"baseline, always {tags[majority]!r}: {baseline:.2%}")
+    print("picture:", draw(seconds, out))
+    accuracies = {"keras": in_keras, "flax": in_flax, "baseline": baseline}
+    return {**accuracies, "differences": (same, there, back)}
+
+
+def draw(seconds, out):
+    plt.switch_backend("Agg")
+    plt.style.use("tdjax.plots")
+    figure, axes = plt.subplots(1, 2, figsize=(7, 2.4), sharey=True)
+    (first, later), (keras_first, keras_later) = seconds.values()
+    panels = (first, keras_first), (1000 * later, 1000 * keras_later)
+    for ax, values, unit in zip(axes, panels, ("{:.1f} s", "{:.0f} ms")):
+        bars = ax.barh(list(seconds), values, height=0.5, color=["C0", "C1"])
+        ax.bar_label(bars, fmt=unit, padding=4)
+        ax.set(xticks=[], xlim=(0, 1.3 * max(values)))
+    axes[0].set_xlabel("first step, with compilation")
+    axes[1].set_xlabel("each later step")
+    title = (
+        f"With tdjax, Keras compiles in {first:.1f} s instead of {keras_first:.1f} s"
     )
-    model: Any = keras.saving.load_model(run.file)
-    tdjax.keras.from_flax(variables, model)
-    accuracies["Keras, with these weights"] = evaluate(model, held_out)["accuracy"]
-    return accuracies, model
-
-
-def start(data: Data, settings: KerasSettings) -> FitRun:
-    sides = {"training data": data.train, "held-out data": data.held_out}
-    identity = {name: fingerprint(side) for name, side in sides.items()}
-    return FitRun(settings, identity, lambda: compiled_tagger(data.task, settings))
-
-
-def show_comparison(run: FitRun, data: Data, settings: Any, console: Console) -> None:
-    """What the import line does; a run that goes on knows it already."""
-    if not run.notes:
-        size = settings.batch_size
-        some = take(data.train, slice(COMPARED_BATCHES * size))
-        build = lambda layer: build_tagger(layer, data.task, settings)
-        run.notes = compare(build, make_loss, some, size, console)
-    title = "the first calls compile; deviation: the largest, from Keras' own layer"
-    console.print(results(title, run.notes))
-
-
-def program(settings: KerasSettings, console: Console) -> None:
-    if (backend := keras.config.backend()) != "jax":
-        raise InputError(f"KERAS_BACKEND is {backend!r}, this program needs 'jax'")
-    data = Data.load(settings.length)
-    run = start(data, settings)
-    say_where(settings, run.step)
-    show_comparison(run, data, settings, console)
-    fit(run, data.train, data.held_out, console)
-    majority = majority_accuracy(data.task)
-    baselines = {"accuracy": {"majority class": majority}}
-    curve = save_curves(settings.out, run.curve, QUANTITIES, baselines)
-    accuracies, model = report(run, data, settings)
-    accuracies["majority-class baseline"] = majority
-    table = {name: {"accuracy": f"{x:.2%}"} for name, x in accuracies.items()}
-    console.print(results("held-out characters right", table))
-    model.save(settings.out / "from_flax.keras")
-    print(f"learning curve  {curve}")
-    print(f"Keras models    {run.file}, {settings.out / 'from_flax.keras'}")
-    print(f"parameters      {checksum(run.model.get_weights())}")
-
-
-def main(arguments: list[str]) -> int:
-    description = "Takes a Keras model to tdjax.keras, to Flax, and back."
-    return run_program(program, KerasSettings, arguments, description)
+    figure.suptitle(title, x=0.01, ha="left", size=12, weight="bold")
+    out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out / "seconds.png")
+    return out / "seconds.png"
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--out", type=Path, default=Path("runs/from_keras"))
+    main(**vars(parser.parse_args()))

@@ -2,224 +2,191 @@
 
     python examples/tagging.py
 
-reads the Python standard library that is on every machine, each character labelled by
-`tokenize` as part of a keyword, a name, a string, ..., and learns to colour source code
-of files that it has not seen. It takes about a minute on two CPU cores. It leaves the
-learning curve and its checkpoints in `runs/tagging`, and goes on from there with
-`--resume` after Ctrl-C or `kill -9`. On the CPU of one machine, the resumed run gives
-exactly the numbers of a run without a break.
+Each character of Python's standard library is labelled by `tokenize` as part of a
+keyword, a name, a string, ... The tagger learns to colour files that it has not seen.
+It takes a minute on two CPU cores, and leaves its learning curve in runs/tagging.
 
     python examples/tagging.py --conllu en_atis-ud-train.conllu en_atis-ud-dev.conllu
 
-trains the same model as a part-of-speech tagger on any two CoNLL-U files of Universal
+trains the same model on parts of speech, from two CoNLL-U files of Universal
 Dependencies (https://universaldependencies.org).
 
 Sequences are ragged: a batch is padded, and `tdjax.lengths_to_mask` says which steps
-are there. `--head dense` puts a bare `Dense` at the end instead of
-`TimeDistributed(Dense)`: the parameters, the loss and every step of training are the
-same. Only the masked head gives zeros at padding, which no loss sees. The report shows
-both on the same parameters.
-
-What to copy:
-
-* `Tagger`: lengths keep padding out of the recurrence, and
-  `tdjax.linen.TimeDistributed` applies the output layer to every valid step.
-* `masked_cross_entropy`: `tdjax.masked_mean` over the steps that have a label, whatever
-  is in the others.
-* `Tagging`: what `run_example` needs to know of a problem. The loop that it runs is in
-  `_training.py`.
+are there. With `mask=`, the head gives zeros at padding and gets no gradient from it,
+and `tdjax.masked_mean` leaves padding out of the loss. Without the wrapper, `Dense` is
+the same function at every valid step: the last lines of the output compare the two.
 """
 
-import functools
+import argparse
 import sys
-from dataclasses import dataclass
+import time
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
+import _python_source
 import tdjax.linen
-from _batches import in_batches, take
-from _conllu import conllu_task
-from _display import results
-from _main import run_example
-from _options import Settings, option
-from _problem import Problem
-from _python_source import python_task
-from _sequences import NO_LABEL, Task, majority_accuracy
-from _tags_in_colour import snippet
+from _conllu import BUCKETS, UPOS, MalformedFile, read_conllu, word_ids
 
-EVALUATION_BATCH = 128
-HEADS = ("time_distributed", "dense")
-
-
-@dataclass(frozen=True)
-class TaggingSettings(Settings):
-    """The options of this example beside those of all."""
-
-    out: Path = Path("runs/tagging")
-    length: int = option(128, "characters (or words) in a sequence, at most")
-    hidden: int = option(64, "features of the embedding and of each direction")
-    head: str = option("time_distributed", "the output layer, the same", choices=HEADS)
-    conllu: tuple[str, str] | None = option(
-        None,
-        "tag parts of speech in CoNLL-U files instead",
-        same_on_resume=False,
-        nargs=2,
-        metavar=("TRAIN", "DEV"),
-    )
+LENGTH, HIDDEN, BATCH, STEPS = 128, 64, 32, 700
 
 
 class Tagger(nn.Module):
-    """`(batch, time, features)` ids to `(batch, time, tags)` logits.
-
-    A symbol's embedding is the sum over its features. Nothing at or after a sequence's
-    length reaches the logits before it. At and after it the logits are 0 with the head
-    `"time_distributed"`, and of no use with `"dense"`.
-    """
+    """`(batch, time, features)` ids to `(batch, time, tags)` logits."""
 
     vocabulary: int
     tags: int
-    hidden: int
-    head: str = "time_distributed"
-    dropout: float = 0.1
+    bare_head: bool = False
 
     @nn.compact
     def __call__(self, ids, lengths, train=False):
-        x = nn.Embed(self.vocabulary, self.hidden)(ids).sum(axis=2)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        forward, backward = (nn.RNN(nn.GRUCell(self.hidden)) for _ in range(2))
+        x = nn.Embed(self.vocabulary, HIDDEN)(ids).sum(axis=2)
+        x = nn.Dropout(0.1, deterministic=not train)(x)
+        forward, backward = (nn.RNN(nn.GRUCell(HIDDEN)) for _ in range(2))
         x = nn.Bidirectional(forward, backward)(x, seq_lengths=lengths)
         head = nn.Dense(self.tags)
-        if self.head == "dense":
-            return head(x)
+        if self.bare_head:
+            return head(x)  # the same at valid steps, anything at padding
         mask = tdjax.lengths_to_mask(lengths, ids.shape[1])
         return tdjax.linen.TimeDistributed(head)(x, mask=mask)
 
 
-def cross_entropies(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """`(batch, time)`; 0 where there is no label, whatever the logits are there."""
-    labelled = labels != NO_LABEL
-    # Masked before the loss and not after: 0 times a NaN gradient is NaN.
-    logits = jnp.where(labelled[..., None], logits, 0.0)
-    labels = jnp.where(labelled, labels, 0)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return jnp.where(labelled, losses, 0.0)
+def python_task():
+    """Characters; a file's name decides whether it is held out."""
+    sides = [
+        windows(
+            (_python_source.character_ids(source)[:, None], labels)
+            for source in sources.values()
+            for labels in [_python_source.label_characters(source)]
+        )
+        for sources in _python_source.read_sources()
+    ]
+    return *sides, _python_source.TAGS, _python_source.VOCABULARY
 
 
-def masked_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """The mean over all labelled steps of the batch, 0 if there are none."""
-    return tdjax.masked_mean(cross_entropies(logits, labels), labels != NO_LABEL)
+def conllu_task(paths):
+    """Words, each with the ids of its form, its shape and its ends."""
+    sides = [
+        windows(
+            (
+                np.array([word_ids(word.form) for word in words]),
+                np.array([UPOS.index(word.upos) for word in words]),
+            )
+            for words in read_conllu(path)
+        )
+        for path in paths
+    ]
+    return *sides, UPOS, BUCKETS
 
 
-class Score(NamedTuple):
-    """A tag that training never saw is an error, and has no loss."""
+def windows(sequences):
+    """`(ids, labels, lengths)`: sequences cut into windows, padded with zeros."""
+    pieces = [
+        (ids[start : start + LENGTH], labels[start : start + LENGTH])
+        for ids, labels in sequences
+        for start in range(0, len(labels), LENGTH)
+    ]
+    features = pieces[0][0].shape[1]
+    all_ids = np.zeros((len(pieces), LENGTH, features), np.int32)
+    all_labels = np.zeros((len(pieces), LENGTH), np.int32)
+    for row, (ids, labels) in enumerate(pieces):
+        all_ids[row, : len(ids)], all_labels[row, : len(ids)] = ids, labels
+    return all_ids, all_labels, np.array([len(ids) for ids, _ in pieces], np.int32)
 
-    loss: float
-    accuracy: float
-    predicted: np.ndarray
 
+def main(steps=STEPS, out=Path("runs/tagging"), conllu=None):
+    """Trains, reports and draws; returns the held-out accuracies."""
+    train, held_out, tags, vocabulary = conllu_task(conllu) if conllu else python_task()
+    model = Tagger(vocabulary, len(tags))
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
 
-class Tagging(Problem):
-    """Trains a sequence tagger.
-
-    A batch is `(ids, labels, lengths)`, as in `Windows`.
-    """
-
-    def __init__(self, settings: TaggingSettings):
-        self.task = load_task(settings)
-        self.train = self.task.train.arrays
-        self.held_out = self.task.held_out.arrays
-        self.majority = majority_accuracy(self.task)
-        self.baselines = {"accuracy": {"majority class": self.majority}}
-        sizes = self.task.vocabulary, len(self.task.tags), settings.hidden
-        self.model = Tagger(*sizes, settings.head)
-
-    def identity(self):
-        task = self.task
-        names = {"task": task.name, "tags": list(task.tags)}
-        return {**names, "vocabulary": task.vocabulary, **super().identity()}
-
-    def init(self, key):
-        ids, _, lengths = self.train
-        return jax.jit(self.model.init)(key, ids[:1], lengths[:1])["params"]
-
-    def loss(self, params, batch, key):
+    def loss(params, batch, dropout_key=None):
         ids, labels, lengths = batch
-        variables, rngs = {"params": params}, {"dropout": key}
-        logits: Any = self.model.apply(variables, ids, lengths, True, rngs=rngs)
-        accuracy = jnp.sum(logits.argmax(-1) == labels) / jnp.sum(lengths)
-        return masked_cross_entropy(logits, labels), {"accuracy": accuracy}
+        train, rngs = dropout_key is not None, {"dropout": dropout_key}
+        logits = model.apply(params, ids, lengths, train, rngs=rngs if train else None)
+        mask = tdjax.lengths_to_mask(lengths, LENGTH)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        is_right = (logits.argmax(-1) == labels).astype(jnp.float32)
+        return tdjax.masked_mean(losses, mask), tdjax.masked_mean(is_right, mask)
 
-    def score(self, params, examples) -> Score:
-        predict = functools.partial(_predict, self.model, params)
-        losses, predicted = in_batches(predict, examples, EVALUATION_BATCH)
-        _, labels, lengths = examples
-        loss = losses.sum() / max((labels != NO_LABEL).sum(), 1)
-        accuracy = (predicted == labels).sum() / lengths.sum()
-        return Score(float(loss), float(accuracy), predicted)
+    @jax.jit
+    def train_step(params, state, batch, dropout_key):
+        compute = jax.value_and_grad(loss, has_aux=True)
+        (value, _), gradient = compute(params, batch, dropout_key)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(params, updates), state, value
 
-    def evaluate(self, params, examples):
-        score = self.score(params, examples)
-        return {"loss": score.loss, "accuracy": score.accuracy}
+    accuracy = jax.jit(lambda params: loss(params, held_out)[1])
+    key, rng = jax.random.key(0), np.random.default_rng(0)
+    params = jax.jit(model.init)(key, held_out[0][:1], held_out[2][:1])
+    state, curve, start = optimizer.init(params), [], time.perf_counter()
+    for step in range(1, steps + 1):
+        rows = rng.integers(len(train[0]), size=BATCH)
+        batch = [array[rows] for array in train]
+        batch_key = jax.random.fold_in(key, step)
+        params, state, value = train_step(params, state, batch, batch_key)
+        if step % -(-steps // 10) == 0 or step == steps:
+            curve.append((step, float(accuracy(params))))
+            print(
+                f"step {step:4}/{steps}  loss {value:.3f}  "
+                f"held out {curve[-1][1]:.2%}  {time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
 
-    def report(self, params, console, out):
-        task, score = self.task, self.score(params, self.held_out)
-        total = task.held_out.lengths.sum()
-        title = f"{task.name}: held out, {total:,} {task.unit}s"
-        accuracies = {
-            "tagger": score.accuracy,
-            "majority-class baseline": self.majority,
-        }
-        rows = {
-            name: {"accuracy": f"{x:.2%}", "wrong": f"{round((1 - x) * total):,}"}
-            for name, x in accuracies.items()
-        }
-        console.print(snippet(task, score.predicted))
-        console.print(results(title, rows))
-        batch = take(self.held_out, slice(EVALUATION_BATCH))
-        heads = compare_heads(self.model, params, batch)
-        console.print(results("the same parameters under both heads", heads))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _predict(model: Tagger, params, batch):
-    ids, labels, lengths = batch
-    logits: Any = model.apply({"params": params}, ids, lengths)
-    return cross_entropies(logits, labels), logits.argmax(-1)
+    majority, baseline = majority_baseline(train, held_out)
+    print(f"tagger: {curve[-1][1]:.2%} of held-out steps right")
+    print(f"baseline, always {tags[majority]!r}: {baseline:.2%}")
+    compare_heads(model, params, held_out)
+    print("picture:", draw(curve, tags[majority], baseline, out))
+    return {"tagger": curve[-1][1], "baseline": baseline}
 
 
-def compare_heads(model: Tagger, params, batch) -> dict[str, dict[str, str]]:
-    """What both heads make of one batch with the same parameters."""
-    ids, labels, lengths = batch
-    padding = ~np.asarray(tdjax.lengths_to_mask(lengths, ids.shape[1]))
-    rows = {}
-    for head in HEADS:
-        with_head = model.clone(head=head)
-        own = jax.eval_shape(with_head.init, jax.random.key(0), ids, lengths)
-        logits: Any = jax.jit(with_head.apply)({"params": params}, ids, lengths)
-        at_padding = np.abs(np.asarray(logits)[padding]).max(initial=0)
-        rows[head] = {
-            "parameters": f"{sum(leaf.size for leaf in jax.tree.leaves(own)):,}",
-            "loss": f"{masked_cross_entropy(logits, labels):.7f}",
-            "largest logit at padding": f"{at_padding:.2f}",
-        }
-    return rows
+def majority_baseline(train, held_out):
+    """The most frequent tag of training, and how often it is right."""
+    masks = [np.asarray(tdjax.lengths_to_mask(x[2], LENGTH)) for x in (train, held_out)]
+    majority = np.bincount(train[1][masks[0]]).argmax()
+    return majority, float((held_out[1][masks[1]] == majority).mean())
 
 
-def load_task(settings: TaggingSettings) -> Task:
-    if settings.conllu:
-        return conllu_task(*settings.conllu, settings.length)
-    return python_task(settings.length)
+def compare_heads(model, params, examples):
+    """Shows what a bare Dense makes of the same parameters."""
+    ids, _, lengths = (array[-BATCH:] for array in examples)
+    wrapped = jax.jit(model.apply)(params, ids, lengths)
+    bare = jax.jit(model.clone(bare_head=True).apply)(params, ids, lengths)
+    mask = tdjax.lengths_to_mask(lengths, LENGTH)[..., None]
+    difference = jnp.abs(jnp.where(mask, wrapped - bare, 0)).max()
+    at_padding = [jnp.abs(jnp.where(mask, 0, x)).max() for x in (wrapped, bare)]
+    print(f"a bare Dense differs by at most {difference} at valid steps;")
+    print("largest logit at padding: {:.1f} wrapped, {:.1f} bare".format(*at_padding))
 
 
-def main(arguments: list[str]) -> int:
-    return run_example(Tagging, TaggingSettings, arguments)
+def draw(curve, majority, baseline, out):
+    plt.switch_backend("Agg")
+    plt.style.use("tdjax.plots")
+    figure, ax = plt.subplots()
+    steps, accuracies = zip(*curve)
+    ax.plot(steps, accuracies, color="C0", marker="o")
+    ax.axhline(baseline, color="C1")
+    ax.text(0, baseline + 0.02, f"always {majority!r}", color="C1")
+    ax.set(ylim=(0, 1.02), xlim=(0, None), xlabel="training steps")
+    ax.set_title(f"{accuracies[-1]:.1%} of the held-out steps get the right tag")
+    ax.yaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
+    out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out / "learning_curve.png")
+    return out / "learning_curve.png"
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--out", type=Path, default=Path("runs/tagging"))
+    parser.add_argument("--conllu", nargs=2, metavar=("TRAIN", "DEV"))
+    try:
+        main(**vars(parser.parse_args()))
+    except (OSError, MalformedFile) as error:
+        sys.exit(f"error: {error}")

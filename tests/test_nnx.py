@@ -473,3 +473,48 @@ def test_other_methods_of_an_nnx_layer_run_over_time_too(x, options):
         AttributeError, match="TimeDistributed has no attribute 'decode'"
     ):
         model.decode(x)
+
+
+class MaskedNorm(nnx.Module):
+    """BatchNorm that gets the mask of its step."""
+
+    def __init__(self):
+        self.norm = nnx.BatchNorm(3, momentum=0.9, rngs=nnx.Rngs(0))
+
+    def __call__(self, x, mask):
+        return self.norm(2 * x, mask=mask[:, None])
+
+
+@pytest.mark.parametrize("spare", [0, 3])
+def test_packed_statistics_are_those_of_the_valid_steps(spare):
+    mask = tdjax.lengths_to_mask(jnp.array([4, 0, 2]), 5)
+    x = jnp.where(mask[..., None], normal(0, 3, 5, 3), jnp.nan)
+    layer = MaskedNorm()
+    capacity = int(mask.sum()) + spare
+    model = tdjax.nnx.TimeDistributed(layer, method="fold", capacity=capacity)
+    y = nnx.jit(lambda model, x, mask: model(x, mask, mask=mask))(model, x, mask)
+    valid = 2 * np.asarray(x)[np.asarray(mask)].astype(np.float64)
+    mean, var = valid.mean(0), valid.var(0)
+    np.testing.assert_allclose(layer.norm.mean[...], 0.1 * mean, rtol=1e-5)
+    np.testing.assert_allclose(layer.norm.var[...], 0.9 + 0.1 * var, rtol=1e-5)
+    expected = (valid - mean) / np.sqrt(var + 1e-5)
+    np.testing.assert_allclose(y[mask], expected, rtol=1e-4, atol=1e-5)
+    assert not y[~mask].any()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"method": "vmap"}, {"method": "fold", "chunk_size": 2}]
+)
+def test_packed_statistics_of_parts_of_the_batch_are_refused(options):
+    mask = tdjax.lengths_to_mask(jnp.array([4, 2]), 5)
+    model = tdjax.nnx.TimeDistributed(MaskedNorm(), capacity=6, **options)
+    with pytest.raises(ValueError, match=r"take method='fold' without chunk_size"):
+        model(jnp.ones((2, 5, 3)), mask, mask=mask)
+
+
+def test_packed_statistics_without_the_mask_are_refused():
+    mask = tdjax.lengths_to_mask(jnp.array([4, 2]), 5)
+    norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    model = tdjax.nnx.TimeDistributed(norm, method="fold", capacity=6)
+    with pytest.raises(ValueError, match="takes the mask of its step as an input"):
+        model(jnp.ones((2, 5, 3)), mask=mask)

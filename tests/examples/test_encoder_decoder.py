@@ -1,185 +1,194 @@
-"""The encoder and decoder example: its dates, its padding, its greedy decoding."""
+"""The encoder and decoder: its dates, its padding, its greedy decoding."""
 
 import datetime
+import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-import _dates
-import _text_pairs
-import _trigrams
-import encoder_decoder
+import encoder_decoder as program
 
-FEW = 2000
+MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun"]
+MONTHS += ["Jul", "Aug", "Sep", "Oct", "Nov", "Dec"]
+END = program.END
 
 
 @pytest.fixture(scope="module")
-def texts():
-    """Training and held-out pairs."""
-    return [_dates.draw_pairs(side, FEW, seed=0) for side in _dates.split_dates()]
+def pairs():
+    """Training and held-out phrases with their dates."""
+    return [list(zip(*program.draw_texts(1000, side))) for side in (False, True)]
 
 
-@pytest.mark.parametrize(
-    ("number", "ordinal"),
-    [
-        (1, "first"),
-        (2, "second"),
-        (8, "eighth"),
-        (12, "twelfth"),
-        (13, "thirteenth"),
-        (20, "twentieth"),
-        (21, "twenty-first"),
-        (30, "thirtieth"),
-    ],
-)
-def test_ordinals(number, ordinal):
-    assert _dates.ordinal_in_words(number) == ordinal
+def test_numbers_and_ordinals():
+    numbers = {7: "seven", 10: "ten", 19: "nineteen", 20: "twenty", 87: "eighty-seven"}
+    assert {n: program.NUMBERS[n] for n in numbers} == numbers
+    ordinals = {1: "first", 3: "third", 12: "twelfth", 20: "twentieth"}
+    ordinals |= {21: "twenty-first", 29: "twenty-ninth", 31: "thirty-first"}
+    assert {n: program.NTHS[n] for n in ordinals} == ordinals
+    assert (len(program.NUMBERS), len(program.NTHS)) == (100, 32)
 
 
-@pytest.mark.parametrize(
-    ("year", "names"),
-    [
-        (1900, ["nineteen hundred"]),
-        (1905, ["nineteen hundred and five", "nineteen oh five"]),
-        (1987, ["nineteen hundred and eighty-seven", "nineteen eighty-seven"]),
-        (2000, ["two thousand"]),
-        (2010, ["two thousand and ten", "twenty ten"]),
-    ],
-)
-def test_years(year, names):
-    assert _dates.years_in_words(year) == names
-
-
-def dates_of(iso):
-    """The dates in an ISO 8601 text, also the abbreviated end of an interval."""
+def days_of(iso):
+    """The days of an ISO 8601 text; the end of an interval has no year."""
     first, slash, last = iso.partition("/")
-    return [first, *([f"{first[:5]}{last}"] if slash else [])]
+    days = [first, *([f"{first[:5]}{last}"] if slash else [])]
+    return [datetime.date.fromisoformat(day) for day in days]
 
 
-def test_no_date_is_on_both_sides_of_the_split(texts):
-    sides = [{date for _, iso in side for date in dates_of(iso)} for side in texts]
+def day_number(word):
+    is_digits = word[0].isdigit()
+    return int(re.sub("[a-z]", "", word)) if is_digits else program.NTHS.index(word)
+
+
+def test_a_date_says_what_its_phrase_says(pairs):
+    nths = "|".join(sorted(program.NTHS[1:], key=len, reverse=True))
+    for phrase, iso in pairs[0]:
+        days = days_of(iso)
+        months = re.findall("|".join(MONTHS), phrase)
+        assert [MONTHS.index(month) + 1 for month in months] == [d.month for d in days]
+        numbers = re.findall(rf"\b(\d\d?(?:st|nd|rd|th)?|{nths})\b", phrase)
+        assert [day_number(number) for number in numbers] == [d.day for d in days]
+        weekdays = re.findall(r"\b(Mon|Tue|Wed|Thu|Fri|Sat|Sun)\b", phrase)
+        assert {*weekdays} <= {f"{day:%a}" for day in days}
+        (year,) = re.findall(r"\d{4}|(?:nineteen|twenty) [a-z-]+", phrase)
+        century, _, rest = year.partition(" ")
+        spoken = [program.NUMBERS.index(word) for word in (century, rest) if rest]
+        expected = [*divmod(days[0].year, 100)] if rest else [days[0].year]
+        assert (spoken or [int(year)]) == expected
+
+
+def test_a_day_has_several_phrases_and_an_interval_runs_forwards(pairs):
+    intervals = [days_of(iso) for _, iso in pairs[0] if "/" in iso]
+    assert 400 < len(intervals) < 600
+    assert all(first < last for first, last in intervals)
+    shapes = {re.sub(r"[A-Z]?[a-z-]{3,}|\d+", "x", phrase) for phrase, _ in pairs[0]}
+    assert len(shapes) > 50
+
+
+def test_no_day_is_on_both_sides_of_the_split(pairs):
+    sides = [{day for _, iso in side for day in days_of(iso)} for side in pairs]
     assert not sides[0] & sides[1]
-    assert all({len(date) for date in side} == {4, 7, 10} for side in sides)
+    assert min(map(len, sides)) > 800
 
 
-def test_dates_exist_and_intervals_run_forwards(texts):
-    for _, iso in texts[0]:
-        days = [date for date in dates_of(iso) if len(date) == 10]
-        parsed = [datetime.date.fromisoformat(day) for day in days]
-        assert parsed == sorted(set(parsed))
+def test_the_longest_phrase_fits_into_an_array():
+    days = [datetime.date(2023, 1, 1) + datetime.timedelta(n) for n in range(365)]
+    words = {day: program.NTHS[day.day] for day in days}
+    said = [
+        form.format(day, word=words[day], nth=f"{day.day}th")
+        for day in days
+        for form in program.DAYS
+    ]
+    year = f"{program.NUMBERS[19]} {max(program.NUMBERS, key=len)}"
+    day = max(said, key=len)
+    names = {"first": day, "last": day, "year": year}
+    longest = max(len(form.format(**names)) for form in program.PHRASES)
+    assert longest <= program.LONGEST_PHRASE <= longest + 8
 
 
-def test_phrases_are_whole_and_name_the_weekday_of_their_date(texts):
-    named = 0
-    for phrase, iso in texts[0]:
-        assert "{" not in phrase
-        assert phrase.isascii()
-        assert 4 <= len(phrase) <= _dates.LONGEST_PHRASE
-        first = phrase[:3]
-        if first in {"Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"}:
-            assert datetime.date.fromisoformat(iso).strftime("%a") == first
-            named += 1
-    assert named > FEW / 20
-
-
-def test_digits_in_a_phrase_are_in_its_date(texts):
-    for phrase, iso in texts[0]:
-        words = phrase.replace(",", " ").split()
-        numbers = {word.rstrip("dhnrst") for word in words if word[0].isdigit()}
-        parts = iso.replace("/", "-").split("-")
-        assert numbers <= {part.lstrip("0") for part in parts}
-
-
-def test_a_phrasing_has_a_fixed_meaning():
-    words = {"year": "1987", "first": "3 March", "last": "5 April"}
-    expanded = {
-        _dates._expand("{an interval}", words, np.random.default_rng(seed))
-        for seed in range(50)
-    }
-    assert expanded == {
-        "3 March to 5 April 1987",
-        "from 3 March to 5 April, 1987",
-        "between 3 March and 5 April, 1987",
-        "in 1987, from 3 March to 5 April",
-    }
-
-
-def test_texts_are_padded_with_ends_and_come_back():
-    texts = [("May 1987", "1987-05"), ("in 2001", "2001")]
-    pairs = _text_pairs.as_pairs(texts, 10, 8)
-    assert pairs.sources.shape == (2, 10)
-    assert pairs.source_lengths.tolist() == [8, 7]
-    assert pairs.target_lengths.tolist() == [8, 5]
-    assert pairs.targets[1].tolist() == [*b"2001", 0, 0, 0, 0]
-    assert [_text_pairs.as_text(row) for row in pairs.targets] == ["1987-05", "2001"]
+def test_texts_are_filled_with_ends():
+    array = program.as_array(("1987", "a"), 5)
+    assert array.tolist() == [[*b"1987", END], [*b"a", END, END, END, END]]
 
 
 def test_the_linear_baseline_sees_trigrams_and_not_their_order():
-    texts = [("abc--", "1"), ("--abc", "1"), ("xyz--", "2"), ("--xyz", "2")]
-    pairs = _text_pairs.as_pairs(texts * 5, 5, 2)
-    new = _text_pairs.as_pairs([("-abc-", "1"), ("-xyz-", "2")], 5, 2)
-    known = pairs.sources, pairs.targets
-    predicted = _trigrams.linear_baseline(*known, new.sources, 128)
-    assert predicted.tolist() == new.targets.tolist()
-    orders = _text_pairs.as_pairs([("a--b", "1"), ("b--a", "2")], 4, 2)
-    counts = _trigrams._present(orders.sources, 128).sum(axis=1)
-    assert counts.tolist() == [2, 2]
+    train = ["abc--", "--abc", "xyz--", "--xyz"] * 5
+    dates = program.as_array(["1", "1", "2", "2"] * 5, program.LONGEST_DATE)
+    predicted = program.linear_baseline(train, dates, ["-xyz-", "-abc-"])
+    np.testing.assert_array_equal(predicted, dates[[2, 0]])
 
 
 @pytest.fixture(scope="module")
-def problem():
-    settings = encoder_decoder.TranslationSettings(examples=20, hidden=8)
-    problem = encoder_decoder.Translation(settings)
-    params = problem.init(jax.random.key(0))
+def small():
+    """A model that writes various symbols, and phrases with their dates."""
+    phrases, dates = program.draw_texts(6, True)
+    phrases = program.as_array(phrases, program.LONGEST_PHRASE)
+    dates = program.as_array(dates, program.LONGEST_DATE)
+    model = program.Translator()
+    params = jax.jit(model.init)(jax.random.key(0), phrases, dates)
     # An untrained decoder repeats one symbol; larger weights make it write more.
-    return problem, jax.tree.map(lambda x: 4 * x, params)
+    return model, jax.tree.map(lambda x: 3 * x, params), phrases, dates
 
 
-def test_padding_of_a_phrase_never_reaches_the_dates(problem):
-    problem, params = problem
-    pairs = _text_pairs.Pairs(*(array[:4] for array in problem.held_out))
-    padding = np.arange(_dates.LONGEST_PHRASE) >= pairs.source_lengths[:, None]
-    assert padding.any(axis=1).all()
-    dirty = pairs._replace(sources=np.where(padding, ord("x"), pairs.sources))
-    clean = encoder_decoder.predict(problem.model, params, pairs)
-    for got, want in zip(encoder_decoder.predict(problem.model, params, dirty), clean):
-        np.testing.assert_array_equal(got, want)
+def translate(model, params, phrases):
+    return jax.jit(program.translate, static_argnums=0)(model, params, phrases)
 
 
-def test_step_by_step_the_decoder_writes_what_all_steps_at_once_find_likeliest(problem):
-    problem, params = problem
-    pairs = _text_pairs.Pairs(*(array[:8] for array in problem.held_out))
-    _, written = encoder_decoder.predict(problem.model, params, pairs)
-    before = encoder_decoder.previous(written)
-    arguments = pairs.sources, pairs.source_lengths, before
-    logits = jax.jit(problem.model.apply)({"params": params}, *arguments)
-    ended = np.cumsum(np.asarray(before[:, 1:]) == 0, axis=1) > 0
-    open_steps = np.pad(~ended, ((0, 0), (1, 0)), constant_values=True)
-    assert len({*np.asarray(written)[open_steps]}) > 3
-    np.testing.assert_array_equal(
-        np.where(open_steps, written, -1), np.where(open_steps, logits.argmax(-1), -1)
-    )
+def test_wider_padding_changes_nothing(small):
+    model, params, phrases, _ = small
+    written, weights = translate(model, params, phrases)
+    wider = np.pad(phrases, ((0, 0), (0, 9)))
+    wider_written, wider_weights = translate(model, params, wider)
+    np.testing.assert_array_equal(wider_written, written)
+    np.testing.assert_allclose(wider_weights[..., :-9], weights, atol=1e-4)
+    assert not wider_weights[..., -9:].any()
 
 
-def test_nothing_is_written_after_the_end(problem):
-    """With logits that want an end at the second step and text after it."""
-    script = jnp.array([ord("a"), 0, ord("b"), ord("c")])
-
-    class Scripted:
-        def apply(self, variables, *arguments, method):
-            if method == "encode":
-                return None, jnp.zeros(2, jnp.int32)
-            step = arguments[0]
-            return step + 1, jax.nn.one_hot(script[step], 128)[:, None]
-
-    pairs = _text_pairs.as_pairs([("x", "abc"), ("y", "abc")], 3, 4)
-    written = encoder_decoder.translate(Scripted(), {}, pairs)
-    assert written.tolist() == [[ord("a"), 0, 0, 0]] * 2
+def test_the_decoder_sees_zeros_at_padding(small):
+    model, params, phrases, _ = small
+    encode = jax.jit(lambda params: model.apply(params, phrases, method="encode"))
+    _, memory, mask = encode(params)
+    np.testing.assert_array_equal(mask, phrases != END)
+    assert not np.asarray(memory)[~mask].any()
+    assert np.asarray(memory)[mask].any(-1).all()
 
 
-def test_the_loss_is_the_mean_up_to_the_ends():
-    pairs = _text_pairs.as_pairs([("x", "ab"), ("y", "")], 1, 4)
-    losses = jnp.array([[1.0, 2.0, 3.0, jnp.nan], [6.0, jnp.inf, 50.0, 60.0]])
-    assert encoder_decoder.mean_loss(losses, pairs) == (1 + 2 + 3 + 6) / 4
+def test_attention_is_a_distribution_over_the_phrase(small):
+    model, params, phrases, _ = small
+    _, weights = translate(model, params, phrases)
+    assert weights.shape == (6, program.LONGEST_DATE, program.LONGEST_PHRASE)
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
+    at_padding = jnp.where(phrases[:, None] == END, weights, 0)
+    assert not at_padding.any()
+
+
+def test_step_by_step_it_writes_what_is_likeliest_in_all_steps_at_once(small):
+    model, params, phrases, _ = small
+    written = np.asarray(translate(model, params, phrases)[0])
+    before = np.pad(written[:, :-1], ((0, 0), (1, 0)))
+    logits = jax.jit(model.apply)(params, phrases, before)
+    ended = np.cumsum(before[:, 1:] == END, axis=1) > 0
+    is_open = np.pad(~ended, ((0, 0), (1, 0)), constant_values=True)
+    assert len({*written[is_open]}) > 3
+    np.testing.assert_array_equal(written[is_open], logits.argmax(-1)[is_open])
+
+
+def test_nothing_is_written_after_the_end():
+    """With logits that want an END at the second step and text after it."""
+    script = jnp.array([ord("a"), END, *[ord("b")] * program.LONGEST_DATE])
+
+    def apply(params, *arguments, method):
+        if method == "encode":
+            return jnp.zeros(2, int), None, None
+        step = arguments[0]
+        logits = jax.nn.one_hot(script[step], program.SYMBOLS)[:, None]
+        return step + 1, logits, jnp.zeros((2, 1, 3))
+
+    model = SimpleNamespace(apply=apply)
+    written, _ = program.translate(model, {}, np.ones((2, 3), int))
+    assert written[:, 0].tolist() == [ord("a")] * 2
+    assert not written[:, 1:].any()
+
+
+def test_the_loss_is_the_mean_up_to_the_first_end(small):
+    model, params, phrases, dates = small
+    before = np.pad(dates[:, :-1], ((0, 0), (1, 0)))
+    logits = jax.jit(model.apply)(params, phrases, before)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, dates)
+    ends = [row.tolist().index(END) + 1 for row in dates]
+    assert {*ends} == {11, 17}
+    counted = np.concatenate([row[:end] for row, end in zip(np.asarray(losses), ends)])
+    loss = jax.jit(program.mean_loss, static_argnums=0)(model, params, phrases, dates)
+    assert loss == pytest.approx(counted.mean(), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_dates_are_translated_far_better_than_by_the_baseline(tmp_path):
+    result = program.main(out=tmp_path)
+    assert result["translator"] > 0.98
+    assert result["baseline"] < 0.8
+    assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")

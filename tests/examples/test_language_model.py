@@ -1,6 +1,7 @@
-"""The language model example: its text, its baselines, what it writes."""
+"""The language model: its text and words, its tied table, what it writes."""
 
 import itertools
+import random
 import string
 
 import jax
@@ -8,157 +9,179 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from rich.console import Console
 
-import _english
-import _text_baselines
-import language_model
+import language_model as program
 
-
-def paragraphs(text):
-    return {" ".join(paragraph.split()) for paragraph in text.split("\n\n")}
+WORDS = [*map(chr, range(128)), "To", " be", ",", " or", " not", " to"]
 
 
 def test_no_paragraph_is_on_both_sides_of_the_split():
-    train, held_out = _english.english_split()
-    assert not paragraphs(train) & paragraphs(held_out)
-    assert 0.07 < len(held_out) / len(train) < 0.25
-    assert (train + held_out).isascii()
+    sides = program.read_chapters()
+    train, held_out = (
+        {" ".join(paragraph.split()) for paragraph in side.split("\n\n")}
+        for side in sides
+    )
+    assert not train & held_out
+    assert 0.07 < len(sides[1]) / len(sides[0]) < 0.25
+    assert all(side.isascii() for side in sides)
 
 
-def test_plain_quotes_and_dashes():
-    assert _english.to_ascii("“it’s” – …é") == '"it\'s" - ...?'  # noqa: RUF001
+def test_rare_words_are_spelled():
+    text = "one two\n  one two.\n  one three ;\n  two"
+    words = program.vocabulary(text)
+    assert words[:128] == [*map(chr, range(128))]
+    assert sorted(words[128:]) == ["\n  ", "one"]
+    words = program.vocabulary(f"{text} two one one one")
+    assert sorted(words[128:]) == ["\n  ", " one", " two", "one"]
+    ids = program.encode("two one!\n  one", words)
+    assert [words[id] for id in ids] == ["t", "w", "o", " one", "!", "\n  ", "one"]
 
 
-def test_windows_have_each_character_but_the_first_once_to_predict():
-    windows = _english.windows("abcdefgh", 3)
-    texts = [_english.to_text(window) for window in windows]
-    assert texts == ["abcd", "defg"]
-    assert _english.windows("abcd", 3).shape == (1, 4)
-    with pytest.raises(ValueError, match="a text of 3 has no window of 3"):
-        _english.windows("abc", 3)
+def test_a_text_comes_back_from_its_ids():
+    train, held_out = program.read_chapters()
+    words = program.vocabulary(train)
+    assert 1000 < len(words) == len({*words})
+    for text in (train, held_out, string.printable):
+        ids = program.encode(text, words)
+        assert "".join(words[id] for id in ids) == text
 
 
 def test_n_grams_by_hand():
-    # P(a) = (2 + 2 / 4) / (3 + 2); after "a", once "a" and once "b", it is mixed in.
-    first = (2 + 2 / 4) / 5
+    # P(a) = (2 + 2 / 128) / (3 + 2); after "a", once "a" and once "b", it is mixed in.
+    first = (2 + 2 / 128) / 5
     second = (1 + 2 * first) / 4
-    bits = _text_baselines.n_gram_bits("aab", "aa", 1, 4)
+    bits = program.n_gram_bits("aab", "aa", context=1)
     assert bits == pytest.approx(-(np.log2(first) + np.log2(second)) / 2)
 
 
-def test_probabilities_of_all_texts_sum_to_one():
-    texts = map("".join, itertools.product("abc", repeat=4))
-    bits = [_text_baselines.n_gram_bits("abacabb", text, 2, 3) for text in texts]
-    assert sum(2 ** (-4 * x) for x in bits) == pytest.approx(1)
+def test_n_gram_probabilities_of_the_next_character_sum_to_one():
+    def probability(text):
+        return 2 ** -(program.n_gram_bits("abacabb", text, context=2) * len(text))
+
+    texts = [f"ab{chr(code)}" for code in range(128)]
+    assert sum(map(probability, texts)) == pytest.approx(probability("ab"))
 
 
 def test_compression_bits_per_character():
-    letters = np.random.default_rng(0).choice(list(string.ascii_lowercase), 8000)
+    letters = random.Random(0).choices(string.ascii_lowercase, k=8000)
     train, other = "".join(letters[:4000]), "".join(letters[4000:])
-    assert _text_baselines.lzma_bits(train, train) < 0.2
+    assert program.lzma_bits(train, train) < 0.2
     # No code is shorter than log2(26) = 4.7 bits for random letters.
-    assert 4.7 < _text_baselines.lzma_bits(train, other) < 5.5
-
-
-def test_spans_are_parts_of_their_windows_from_the_first_to_the_last_place():
-    windows = jnp.arange(40).reshape(2, 20)
-    keys = jax.random.split(jax.random.key(0), 200)
-    spans = jax.vmap(lambda key: language_model.random_spans(key, windows, 17))(keys)
-    starts = np.asarray(spans[..., 0] - windows[:, 0])
-    assert {*starts.flat} == {0, 1, 2, 3}
-    assert (starts[:, 0] != starts[:, 1]).any()
-    np.testing.assert_array_equal(spans - spans[..., :1], [[[*range(17)]] * 2] * 200)
-    whole = language_model.random_spans(keys[0], windows, 20)
-    np.testing.assert_array_equal(whole, windows)
+    assert 4.7 < program.lzma_bits(train, other) < 5.5
 
 
 @pytest.fixture(scope="module")
 def trained():
     """A model whose logits are far apart, as after training."""
-    model = language_model.CharacterGRU(8)
-    keys = jax.random.split(jax.random.key(1))
-    gru = jax.jit(model.init)(keys[0], jnp.zeros((1, 3), int))["params"]
-    kernel = 3 * jax.random.normal(keys[1], (8, _english.SYMBOLS))
-    head = {"kernel": kernel, "bias": jnp.linspace(-1, 1, _english.SYMBOLS)}
-    return model, {"gru": gru, "head": head}
+    model = program.LanguageModel(len(WORDS))
+    params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 3), int))["params"]
+    table = 6 * params["embed"]["embedding"]
+    bias = jnp.linspace(-1, 1, len(WORDS))
+    return model, {**params, "embed": {"embedding": table}, "bias": bias}
 
 
-def logits_of(model, params, symbols):
-    _, hidden = model.apply({"params": params["gru"]}, symbols)
-    return hidden @ params["head"]["kernel"] + params["head"]["bias"]
+def logits_of(model, params, ids, table):
+    """With plain JAX from the table on."""
+    _, hidden = jax.jit(model.apply)({"params": params}, ids)
+    return hidden @ table.T + params["bias"]
 
 
-def test_the_loss_is_that_of_each_character_after_those_before_it(trained):
+def loss_by_optax(model, params, ids, table):
+    logits = logits_of(model, params, ids[:, :-1], table)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:])
+    return losses.mean()
+
+
+def encoded(*texts):
+    return jnp.stack([program.encode(text, WORDS) for text in texts])
+
+
+def test_the_loss_is_that_of_each_word_after_those_before_it(trained):
     model, params = trained
-    windows = _english.windows("To be, or not to be", 6)
-    logits = logits_of(model, params, windows[:, :-1])
-    labels = jnp.asarray(windows[:, 1:])
-    expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    each = language_model.losses_of_characters(model, params, windows)
-    np.testing.assert_allclose(each, expected, rtol=1e-4, atol=1e-5)
-    mean = language_model.losses(model, params, windows, "mean")
-    assert mean == pytest.approx(float(expected.mean()), rel=1e-4)
+    ids = encoded("To be, or not", "To not, or be")
+    assert ids.shape == (2, 5)
+    loss = jax.jit(program.mean_loss, static_argnums=0)(model, params, ids)
+    expected = loss_by_optax(model, params, ids, params["embed"]["embedding"])
+    assert loss == pytest.approx(float(expected), rel=1e-4)
 
 
-def write(trained, seed, prompt, count, *temperatures):
-    key, begin = jax.random.key(seed), _english.to_symbols(prompt)
-    how = count, jnp.array(temperatures)
-    return np.asarray(language_model.generate(*trained, key, begin, *how))
+def test_the_gradient_of_the_table_is_that_of_both_uses(trained, capsys):
+    model, params = trained
+    ids = encoded("To be, or not to be")
+    program_gradient = jax.jit(jax.grad(program.mean_loss, 1), static_argnums=0)
+    tied = program_gradient(model, params, ids)["embed"]["embedding"]
+    optax_gradient = jax.jit(jax.grad(loss_by_optax, (1, 3)), static_argnums=0)
+    rest, of_head = optax_gradient(model, params, ids, params["embed"]["embedding"])
+    of_embedding = rest["embed"]["embedding"]
+    assert np.linalg.norm(of_embedding) > 1e-3 < np.linalg.norm(of_head)
+    np.testing.assert_allclose(tied, of_embedding + of_head, rtol=1e-3, atol=1e-6)
+    # Words that are not read are rows without a gradient in the embedding alone.
+    assert not of_embedding[ord("x")].any()
+    assert tied[ord("x")].any()
+    program.compare_gradients(model, params, ids)
+    shown = [np.linalg.norm(x) for x in (of_embedding, of_head, tied)]
+    output = capsys.readouterr().out
+    assert all(f"{size:.3f} " in output for size in shown)
 
 
-def test_without_heat_the_likeliest_character_is_written_at_every_step(trained):
-    (text,) = write(trained, 0, "To be", 12, 1e-6)
+def test_a_word_depends_on_those_before_it_alone(trained):
+    model, params = trained
+    table = params["embed"]["embedding"]
+    one, other = encoded("To be, or not", "To be, to be")
+    logits = [logits_of(model, params, ids[None], table) for ids in (one, other)]
+    np.testing.assert_array_equal(logits[0][:, :3], logits[1][:, :3])
+    assert (logits[0][:, 3] != logits[1][:, 3]).any()
+
+
+def test_dropout_is_on_in_training_alone(trained):
+    model, params = trained
+    ids = encoded("To be, or not to be")
+    loss = jax.jit(program.mean_loss, static_argnums=0)
+    keys = jax.random.key(0), jax.random.key(0), jax.random.key(1), None
+    losses = [float(loss(model, params, ids, dropout_key=key)) for key in keys]
+    assert losses[0] == losses[1]
+    assert len({*losses}) == 3
+    assert losses[3] == float(loss(model, params, ids))
+
+
+def write(trained, seed, prompt, texts, temperature):
+    prompts = jnp.tile(encoded(prompt), (texts, 1))
+    written = jax.jit(program.write, static_argnums=0)
+    return np.asarray(written(*trained, jax.random.key(seed), prompts, temperature))
+
+
+def test_without_heat_the_likeliest_word_is_written_at_every_step(trained):
+    (text,) = write(trained, 0, "To be", 1, 1e-6)
+    assert text.shape == (program.WRITTEN,)
     assert len({*text}) > 2
-    whole = np.concatenate([_english.to_symbols("To be"), text])
-    likeliest = logits_of(*trained, whole[None, :-1]).argmax(-1)[0]
-    np.testing.assert_array_equal(text, likeliest[4:])
+    whole = np.concatenate([encoded("To be")[0], text])
+    table = trained[1]["embed"]["embedding"]
+    likeliest = logits_of(*trained, whole[None, :-1], table)[0].argmax(-1)
+    np.testing.assert_array_equal(text, likeliest[1:])
 
 
-def test_characters_are_drawn_as_often_as_the_temperature_says(trained):
-    temperatures = jnp.full(4000, 2.0)
-    texts = write(trained, 0, "x", 1, *temperatures)
-    logits = logits_of(*trained, _english.to_symbols("x")[None])[0, -1]
-    expected = np.asarray(jax.nn.softmax(logits / 2))
-    drawn = np.bincount(texts[:, 0], minlength=_english.SYMBOLS) / len(texts)
-    deviation = np.sqrt(expected / len(texts)) + 1e-3
+def test_words_are_drawn_as_often_as_the_temperature_says(trained, monkeypatch):
+    monkeypatch.setattr(program, "WRITTEN", 1)
+    ids = write(trained, 0, "To be", 4000, 2.0)[:, 0]
+    logits = logits_of(*trained, encoded("To be"), trained[1]["embed"]["embedding"])
+    expected = np.asarray(jax.nn.softmax(logits[0, -1] / 2))
+    drawn = np.bincount(ids, minlength=len(WORDS)) / len(ids)
+    deviation = np.sqrt(expected / len(ids)) + 1e-3
     assert (np.abs(drawn - expected) < 5 * deviation).all()
 
 
 def test_a_text_is_of_its_key_and_its_prompt(trained):
-    texts = [
-        write(trained, seed, prompt, 30, 0.7, 0.7)
-        for seed, prompt in ((0, "ab"), (0, "ab"), (1, "ab"), (0, "yz"))
-    ]
-    np.testing.assert_array_equal(texts[0], texts[1])
+    options = itertools.product((0, 1), ("To be", "or, "))
+    texts = [write(trained, *option, 2, 0.7) for option in options]
+    np.testing.assert_array_equal(texts[0], write(trained, 0, "To be", 2, 0.7))
+    assert (texts[0] != texts[1]).any()
     assert (texts[0] != texts[2]).any()
-    assert (texts[0] != texts[3]).any()
     assert (texts[0][0] != texts[0][1]).any()
 
 
-def test_another_prompt_is_the_same_run_with_another_text(
-    trained, tmp_path, capsys, monkeypatch
-):
-    texts = "To be, or not to be. " * 20, "that is the question. " * 10
-    monkeypatch.setattr(language_model, "english_split", lambda: texts)
-    same = {"hidden": 8, "window": 64, "length": 8}
-    other = {"prompt": "Nobody", "temperature": (0.25,), "characters": 5}
-    settings = language_model.LanguageSettings(**same, **other)
-    assert settings.identity() == language_model.LanguageSettings(**same).identity()
-    problem = language_model.LanguageModel(settings)
-    problem.report(trained[1], Console(), tmp_path)
-    output = capsys.readouterr().out
-    assert "Nobody" in output
-    assert output.count(" temperature ") == output.count(" temperature 0.25 ") == 1
-
-
-def test_unusable_options_are_refused(tmp_path, capsys):
-    out = ["--out", str(tmp_path / "run")]
-    assert language_model.main([*out, "--length", "9", "--window", "8"]) == 2
-    message = "error: --length must be at most --window, which is 8, got 9"
-    assert message in capsys.readouterr().err
-    assert language_model.main([*out, "--window", "10000000"]) == 2
-    assert "has no window of 10000000" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        language_model.main([*out, "--prompt", ""])
-    assert "must have at least one character" in capsys.readouterr().err
+@pytest.mark.slow
+def test_it_needs_fewer_bits_than_a_compressor(tmp_path):
+    result = program.main(out=tmp_path)
+    assert result["words"] < result["LZMA"] - 0.03
+    assert result["LZMA"] < result["n-grams"]
+    assert (tmp_path / "learning_curve.png").read_bytes().startswith(b"\x89PNG")

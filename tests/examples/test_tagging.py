@@ -1,6 +1,6 @@
-"""The tagging example: its data and its loss."""
+"""The tagging example: its data and its model."""
 
-import math
+import functools
 import sys
 
 import jax
@@ -8,12 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import _batches
 import _conllu
 import _python_source
-import _sequences
-import _training
 import tagging
+import tdjax
 from conllu_text import conllu_line, sentences
 
 LETTERS = {"other": ".", "keyword": "k", "name": "n", "number": "0"}
@@ -48,45 +46,23 @@ def test_an_f_string_is_a_string_up_to_its_expressions():
 
 def test_characters_beyond_ascii_share_one_id():
     ids = _python_source.character_ids("a\né😀")
-    assert ids.tolist() == [[97], [10], [128], [128]]
+    assert ids.tolist() == [97, 10, 128, 128]
 
 
 def test_no_file_is_on_both_sides_of_the_split():
-    train, held_out = _python_source.read_split()
-    sides = [{file.source for file in side} for side in (train, held_out)]
-    assert not sides[0] & sides[1]
-    assert [len(names) for names in sides] == [len(train), len(held_out)]
+    train, held_out = _python_source.read_sources()
+    assert not train.keys() & held_out.keys()
+    assert not {*train.values()} & {*held_out.values()}
     assert len(train) > 5 * len(held_out) > 0
-    texts = [{file.symbols for file in side} for side in (train, held_out)]
-    assert not texts[0] & texts[1]
 
 
-def sequence(length):
-    symbols = [f"word{i}" for i in range(length)]
-    labels = np.arange(length, dtype=np.int32)
-    return _sequences.Tagged("source", symbols, labels[:, None] + 100, labels)
-
-
-def test_windows_hold_every_symbol_once():
-    sequences = [sequence(5), sequence(2), sequence(4)]
-    windows, _ = _sequences.cut(sequences, sequences, 2)
-    assert windows.lengths.tolist() == [2, 2, 1, 2, 2, 2]
-    assert windows.labels.tolist() == [[0, 1], [2, 3], [4, -1], [0, 1], [0, 1], [2, 3]]
-    assert windows.ids[:3, :, 0].tolist() == [[100, 101], [102, 103], [104, 0]]
-    assert sum(map(len, windows.symbols)) == 5 + 2 + 4
-
-
-def test_windows_are_no_longer_than_the_longest_sequence():
-    train, held_out = _sequences.cut([sequence(3)], [sequence(7)], 1000)
-    assert train.ids.shape == (1, 7, 1)
-    assert held_out.ids.shape == (1, 7, 1)
-
-
-def test_the_order_is_a_permutation_in_each_epoch_also_across_batches():
-    rows = np.concatenate([_batches.batch_rows(3, step, 4, 10) for step in range(5)])
-    assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10))
-    assert rows[:10].tolist() != rows[10:].tolist()
-    assert _batches.batch_rows(4, 0, 100, 3).shape == (100,)
+def test_windows_hold_every_symbol_once(monkeypatch):
+    monkeypatch.setattr(tagging, "LENGTH", 2)
+    sequences = [(np.arange(n)[:, None] + 100, np.arange(n)) for n in (5, 2)]
+    ids, labels, lengths = tagging.windows(sequences)
+    assert lengths.tolist() == [2, 2, 1, 2]
+    assert labels.tolist() == [[0, 1], [2, 3], [4, 0], [0, 1]]
+    assert ids[:3, :, 0].tolist() == [[100, 101], [102, 103], [104, 0]]
 
 
 SENTENCE = """\
@@ -155,117 +131,56 @@ def test_words_share_the_buckets_of_what_they_share():
     assert _conllu.word_ids("a")[:2] == [2542, 9177]
 
 
-def test_the_loss_is_the_mean_of_the_labelled_steps_alone():
-    logits = jnp.log(jnp.array([[[0.25, 0.75], [0.5, 0.5]], [[0.9, 0.1], [0.5, 0.5]]]))
-    labels = jnp.array([[1, -1], [0, -1]])
-    expected = -(math.log(0.75) + math.log(0.9)) / 2
-    loss = tagging.masked_cross_entropy(logits, labels)
-    assert loss == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("garbage", [math.nan, math.inf, -1e30])
-def test_the_loss_and_its_gradient_ignore_what_is_in_padding(garbage):
-    logits = jnp.arange(12.0).reshape(2, 3, 2) ** 2
-    labels = jnp.array([[0, 1, -1], [1, -1, -1]])
-    dirty = jnp.where(labels[..., None] < 0, garbage, logits)
-    compute = jax.value_and_grad(tagging.masked_cross_entropy)
-    clean_loss, clean_gradient = compute(logits, labels)
-    loss, gradient = compute(dirty, labels)
-    assert loss == clean_loss
-    np.testing.assert_array_equal(gradient, clean_gradient)
-    assert not gradient[labels < 0].any()
-
-
-def test_the_loss_of_nothing_is_zero():
-    labels = jnp.full((2, 3), -1)
-    compute = jax.value_and_grad(tagging.masked_cross_entropy)
-    loss, gradient = compute(jnp.ones((2, 3, 4)), labels)
-    assert loss == 0
-    assert not gradient.any()
+@functools.cache
+def small_tagger():
+    model = tagging.Tagger(vocabulary=20, tags=3)
+    ids, lengths = jnp.arange(20).reshape(2, 5, 2), jnp.array([3, 5])
+    return model, jax.jit(model.init)(jax.random.key(0), ids, lengths), ids, lengths
 
 
 def test_padding_never_reaches_the_logits():
-    model = tagging.Tagger(vocabulary=20, tags=3, hidden=4)
-    ids = jnp.arange(20).reshape(2, 5, 2)
-    lengths = jnp.array([3, 5])
-    variables = jax.jit(model.init)(jax.random.key(0), ids, lengths)
-    padded = model.apply(variables, ids.at[0, 3:].set(7), lengths)
-    np.testing.assert_array_equal(
-        padded[0, :3], model.apply(variables, ids, lengths)[0, :3]
-    )
-    alone = model.apply(variables, ids[:1, :3], lengths[:1])
+    model, variables, ids, lengths = small_tagger()
+    apply = jax.jit(model.apply)
+    logits = apply(variables, ids, lengths)
+    padded = apply(variables, ids.at[0, 3:].set(7), lengths)
+    np.testing.assert_array_equal(padded[0, :3], logits[0, :3])
+    alone = apply(variables, ids[:1, :3], lengths[:1])
     np.testing.assert_allclose(padded[0, :3], alone[0], rtol=1e-5, atol=1e-6)
 
 
-def small_tagging(train, held_out, **options):
-    sizes = {"hidden": 2, "length": 8, "conllu": (train, held_out)}
-    problem = tagging.Tagging(tagging.TaggingSettings(**sizes, **options))
-    return problem, problem.init(jax.random.key(0))
+def test_the_masked_head_alone_gives_zeros_at_padding():
+    model, variables, ids, lengths = small_tagger()
+    variables = jax.tree.map(lambda leaf: leaf + 0.1, variables)
+    valid = np.asarray(tdjax.lengths_to_mask(lengths, 5))
+    models = model, model.clone(bare_head=True)
+    masked, bare = (np.asarray(m.apply(variables, ids, lengths)) for m in models)
+    assert not masked[~valid].any()
+    assert bare[~valid].all()
+    np.testing.assert_array_equal(masked[valid], bare[valid])
 
 
-@pytest.fixture
-def ragged_corpus(tmp_path):
+def test_the_baseline_counts_valid_steps_alone(monkeypatch):
+    monkeypatch.setattr(tagging, "LENGTH", 4)
+    train = None, np.array([[2, 2, 0, 0], [1, 0, 0, 0]]), np.array([2, 1])
+    held_out = None, np.array([[2, 1, 2, 2], [1, 2, 2, 2]]), np.array([3, 1])
+    assert tagging.majority_baseline(train, held_out) == (2, 0.5)
+
+
+def test_conllu_files_are_tagged_from_end_to_end(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tagging, "HIDDEN", 8)
+    monkeypatch.setattr(tagging, "LENGTH", 8)
     path = tmp_path / "x.conllu"
-    path.write_text("\n\n".join(sentences(12)))
-    return str(path)
+    path.write_text("\n\n".join(sentences(60)))
+    result = tagging.main(60, tmp_path / "run", [str(path), str(path)])
+    # The last letter of a word tells its part of speech.
+    assert result["tagger"] > 0.85 > 2 * result["baseline"]
+    output = capsys.readouterr().out
+    assert "baseline, always" in output
+    assert (tmp_path / "run" / "learning_curve.png").exists()
 
 
 @pytest.mark.slow
-def test_both_heads_train_to_the_same_losses_and_parameters(ragged_corpus):
-    ends = {}
-    for head in tagging.HEADS:
-        problem, _ = small_tagging(ragged_corpus, ragged_corpus, head=head)
-        settings = tagging.TaggingSettings(steps=5)
-        assert len(set(problem.train[2].tolist())) > 1
-        state, losses = _training.create_state(problem, settings), []
-        for _ in range(5):
-            state, metrics = _training.train_step(state, problem.train)
-            losses.append(float(metrics["loss"]))
-        ends[head] = losses, state.params
-    (masked_losses, masked), (losses, params) = ends.values()
-    assert masked_losses == losses
-    assert len({*losses}) == 5
-    jax.tree.map(np.testing.assert_array_equal, masked, params)
-
-
-def test_the_masked_head_alone_gives_zeros_at_padding(ragged_corpus):
-    problem, params = small_tagging(ragged_corpus, ragged_corpus)
-    params = jax.tree.map(lambda leaf: leaf + 0.1, params)
-    ids, _, lengths = problem.train
-    there = np.arange(ids.shape[1]) < lengths[:, None]
-    models = (problem.model.clone(head=head) for head in tagging.HEADS)
-    outputs = [model.apply({"params": params}, ids, lengths) for model in models]
-    masked, bare = map(np.asarray, outputs)
-    assert not there.all()
-    assert not masked[~there].any()
-    assert bare[~there].all()
-    np.testing.assert_array_equal(masked[there], bare[there])
-    rows = tagging.compare_heads(problem.model, params, problem.train)
-    assert len({row["loss"] for row in rows.values()}) == 1
-    assert len({row["parameters"] for row in rows.values()}) == 1
-    paddings = [row["largest logit at padding"] for row in rows.values()]
-    assert paddings == ["0.00", f"{np.abs(bare[~there]).max():.2f}"]
-
-
-def test_a_tag_unseen_in_training_is_an_error_without_a_loss(tmp_path):
-    train, dev = tmp_path / "train.conllu", tmp_path / "dev.conllu"
-    train.write_text(conllu_line("1", "a", "NOUN"))
-    dev.write_text(f"{conllu_line('1', 'a', 'NOUN')}\n{conllu_line('2', 'b', 'VERB')}")
-    problem, params = small_tagging(str(train), str(dev))
-    assert problem.task.tags == ("NOUN",)
-    assert problem.baselines == {"accuracy": {"majority class": 0.5}}
-    score = problem.evaluate(params, problem.held_out)
-    assert score == {"loss": 0, "accuracy": 0.5}
-
-
-def test_evaluation_counts_each_window_once(tmp_path, monkeypatch):
-    path = tmp_path / "x.conllu"
-    path.write_text("\n\n".join(sentences(5)))
-    problem, params = small_tagging(str(path), str(path))
-    scores = []
-    for size in (2, 5, 7):
-        monkeypatch.setattr(tagging, "EVALUATION_BATCH", size)
-        scores.append(problem.evaluate(params, problem.held_out))
-    assert len({score["accuracy"] for score in scores}) == 1
-    assert scores[0]["loss"] == pytest.approx(scores[1]["loss"], rel=1e-5)
-    assert scores[0]["loss"] == pytest.approx(scores[2]["loss"], rel=1e-5)
+def test_python_source_is_tagged_far_better_than_by_the_majority(tmp_path):
+    result = tagging.main(out=tmp_path)
+    assert result["tagger"] > 0.97
+    assert 0.2 < result["baseline"] < 0.4

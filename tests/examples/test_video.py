@@ -1,141 +1,181 @@
-"""The video example: its films, and the packing of their frames."""
+"""The video example: its films, its BatchNorm under a mask, its packing."""
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
-import _moving_digits
 import video
-from _batches import take
-from _moving_digits import CANVAS, LONGEST, SHORTEST, SIZE, WAYS
-
-HIDDEN = 3
+from video import CANVAS, LONGEST, SHORTEST, SIZE, WAYS
 
 
-@pytest.fixture(scope="module")
-def sides():
-    return _moving_digits.moving_digits()
+def films_of(images, digits, monkeypatch, lost=0):
+    monkeypatch.setattr(video, "LOST", lost)
+    return video.make_films(np.random.default_rng(0), images, digits)
 
 
 @pytest.fixture
-def rng():
-    return np.random.default_rng(0)
+def images():
+    """Without a black pixel, and each different from all others."""
+    return np.random.default_rng(1).uniform(0.1, 1, (200, SIZE, SIZE))
 
 
-def image(rng):
-    return rng.uniform(1, 255, (SIZE, SIZE))
+def places(film):
+    """`(length, 2)`: where the image begins in each frame, all of which shows."""
+    assert ((film > 0).sum((1, 2)) == SIZE**2).all()
+    return np.stack([film.any(axis).argmax(1) for axis in (2, 1)], axis=1)
 
 
-def place(frame):
-    """The row and the column where the image begins, which has no black pixel."""
-    rows, columns = (np.flatnonzero(frame.any(axis)) for axis in (1, 0))
-    assert (frame > 0).sum() == len(rows) * len(columns) == SIZE**2
-    return np.array([rows[0], columns[0]])
+def test_a_film_shows_all_of_its_image_going_the_way_of_its_label(images, monkeypatch):
+    digits = np.arange(200) % 10
+    frames, lengths, labels = films_of(images, digits, monkeypatch)
+    seen = {length: set() for length in range(SHORTEST, LONGEST + 1)}
+    for row, (film, length, label) in enumerate(zip(frames, lengths, labels)):
+        digit, way = divmod(label, len(WAYS))
+        assert digit == digits[row // len(WAYS)]
+        direction = [*WAYS.values()][way]
+        assert video.LABELS[label] == f"{digit}{[*WAYS][way]}"
+        moves = np.diff(places(film[:length]), axis=0)
+        speed = np.abs(moves).max()
+        assert (moves == speed * np.array(direction)).all()
+        shown = film[0][film[0] > 0].reshape(SIZE, SIZE)
+        np.testing.assert_array_equal(shown, np.float32(images[row // len(WAYS)]))
+        seen[length].add(int(speed))
+    # The fastest that stay on the canvas, but no more than 3 pixels for a frame.
+    expected = {2: 3, 3: 3, 4: 2, 5: 2, 6: 1, 7: 1, 8: 1, 9: 1}
+    assert {length: max(speeds) for length, speeds in seen.items()} == expected
+    assert all(min(speeds) == 1 for speeds in seen.values())
 
 
-@pytest.mark.parametrize("length", [SHORTEST, 4, LONGEST])
-@pytest.mark.parametrize("way", range(len(WAYS)))
-def test_a_film_shows_all_of_the_image_on_its_way(way, length, rng):
-    direction = np.array([*WAYS.values()][way])
-    speeds, starts = set(), set()
-    for _ in range(200):
-        frames = _moving_digits.film(rng, image(rng), way, length)
-        assert frames.shape == (length, CANVAS, CANVAS)
-        places = np.stack([place(frame) for frame in frames])
-        (speed,) = {*(np.diff(places, axis=0) @ direction)}
-        assert (np.diff(places, axis=0) == speed * direction).all()
-        speeds.add(int(speed))
-        starts.add(int(places[0] @ np.abs(direction)))
-    room = CANVAS - SIZE
-    fastest = min(_moving_digits.FASTEST, room // (length - 1))
-    assert speeds == {*range(1, fastest + 1)}
-    reach = {*range(room - (length - 1) + 1)}
-    assert starts == (reach if direction.sum() > 0 else {room - x for x in reach})
+def test_every_image_goes_every_way(images, monkeypatch):
+    labels = films_of(images, np.full(200, 7), monkeypatch)[2]
+    assert (labels.reshape(200, 4) == [28, 29, 30, 31]).all()
 
 
-def test_a_share_of_the_pixels_is_lost_and_the_others_stay(rng):
-    frames = rng.uniform(1, 255, (50, CANVAS, CANVAS))
-    left = _moving_digits.lose_pixels(rng, frames)
-    lost = left == 0
-    np.testing.assert_array_equal(left[~lost], frames[~lost])
-    assert lost.mean() == pytest.approx(_moving_digits.LOST, abs=0.02)
-    assert lost.any(axis=0).mean() > 0.9
-
-
-def test_every_image_goes_every_way(sides):
-    for films in sides:
-        digits, ways = np.divmod(films.labels.reshape(-1, len(WAYS)), len(WAYS))
-        assert (digits == digits[:, :1]).all()
-        assert (ways == np.arange(len(WAYS))).all()
-        assert {*films.lengths} == {*range(SHORTEST, LONGEST + 1)}
-    train, held_out = (len(films.labels) for films in sides)
-    assert (train + held_out) // len(WAYS) == 1797
-
-
-def test_frames_after_the_last_are_black(sides):
-    for films in sides:
-        there = films.frames.any(axis=(2, 3))
-        expected = np.arange(LONGEST) < films.lengths[:, None]
-        np.testing.assert_array_equal(there, expected)
+def test_a_fifth_of_the_pixels_is_lost_and_the_padding_is_nan(images, monkeypatch):
+    frames, lengths, _ = films_of(images, np.zeros(200, int), monkeypatch, lost=0.2)
+    there = np.arange(LONGEST) < lengths[:, None]
+    assert np.isnan(frames[~there]).all()
+    assert not np.isnan(frames[there]).any()
+    shown = (frames[there] > 0).sum() / (there.sum() * SIZE**2)
+    assert shown == pytest.approx(0.8, abs=0.01)
 
 
 def test_training_and_held_out_films_share_no_image(monkeypatch):
-    monkeypatch.setattr(_moving_digits, "LOST", 0)
+    monkeypatch.setattr(video, "LOST", 0)
     # The same image has the same pixels, wherever it is.
     sides = [
-        {tuple(np.sort(frames[0].ravel())) for frames in films.frames}
-        for films in _moving_digits.moving_digits()
+        {tuple(np.sort(film[0].ravel())) for film in frames}
+        for frames, _, _ in video.moving_digits()
     ]
     assert [len(images) for images in sides] == [1500, 297]
     assert not sides[0] & sides[1]
 
 
-@pytest.mark.parametrize(
-    ("label", "name"), [(0, "0↑"), (3, "0→"), (4 * 7 + 2, "7←"), (39, "9→")]
-)
-def test_a_label_is_a_digit_and_a_way(label, name):
-    assert _moving_digits.label_name(label) == name
+@pytest.fixture(scope="module")
+def films():
+    """Six films of random frames, padded with NaN."""
+    lengths = np.array([9, 2, 5, 3, 7, 2])
+    frames = np.random.default_rng(0).random((6, LONGEST, CANVAS, CANVAS), np.float32)
+    frames[np.arange(LONGEST) >= lengths[:, None]] = np.nan
+    return frames, lengths
 
 
 @pytest.fixture(scope="module")
-def batch(sides):
-    return take(sides[0], slice(6))
+def reader():
+    return video.FilmReader(nnx.Rngs(0))
 
 
-@pytest.fixture(scope="module", params=[True, False])
-def reader(request, batch):
-    """A model with a GRU or a mean, and its parameters."""
-    model = video.FilmReader(HIDDEN, in_order=request.param)
-    init = jax.jit(model.init)
-    return model, init(jax.random.key(0), batch.frames, batch.lengths)
+def statistics(model):
+    return jax.tree.map(np.asarray, nnx.state(model, nnx.BatchStat))
 
 
 def close(a, b):
     return np.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_the_packed_model_gives_the_answers_of_the_padded_one(reader, batch):
-    model, params = reader
-    capacity = int(batch.lengths.sum())
+def trained_once(reader, frames, lengths):
+    """Logits and statistics of a call in training."""
+    model = nnx.clone(reader)
+    model.train()
+    return video.run(model, frames, lengths), statistics(model)
+
+
+def test_padding_changes_neither_logits_nor_statistics(reader, films):
+    frames, lengths = films
+    expected = trained_once(reader, frames, lengths)
+    assert np.isfinite(expected[0]).all()
+    for value in (0, 1e30, np.inf):
+        padded = np.nan_to_num(frames, nan=value, posinf=np.inf)
+        given = trained_once(reader, padded, lengths)
+        jax.tree.map(np.testing.assert_array_equal, given, expected)
+
+
+def test_statistics_are_those_of_the_valid_frames_of_all_films(reader, films):
+    frames, lengths = films
+    _, after = trained_once(reader, frames, lengths)
+    valid = frames[np.arange(LONGEST) < lengths[:, None]]
+    x = np.asarray(reader.frame_net.conv(valid[..., None]))
+    assert len(x) == lengths.sum()
+    moments = after["frame_net"]["conv_norm"]
+    for name, before, moment in (
+        ("mean", 0, x.mean((0, 1, 2))),
+        ("var", 1, x.var((0, 1, 2))),
+    ):
+        expected = 0.9 * before + 0.1 * moment
+        np.testing.assert_allclose(moments[name][...], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_nan_in_the_padding_never_reaches_the_gradient(reader, films):
+    frames, lengths = films
+    labels = np.arange(6)
+    ends = []
+    for padded in (frames, np.nan_to_num(frames)):
+        model = nnx.clone(reader)
+        model.train()
+        optimizer = nnx.Optimizer(model, video.optax.sgd(1.0), wrt=nnx.Param)
+        video.train_step(model, optimizer, None, padded, lengths, labels)
+        ends.append(jax.tree.map(np.asarray, nnx.state(model, nnx.Param)))
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(ends))
+
+
+def test_packed_answers_are_the_padded_ones(reader, films):
+    model = nnx.clone(reader)
+    video.run(model, *films)  # moves the running averages
+    model.eval()
+    padded = video.run(model, *films)
+    capacity = int(films[1].sum())
     assert capacity < 6 * LONGEST
-    padded = video.logits(model, params, batch)
-    packed = video.logits(model.clone(capacity=capacity), params, batch)
-    assert close(packed, padded)
-    too_small = video.logits(model.clone(capacity=capacity - 1), params, batch)
-    assert np.isnan(too_small).any()
+    assert close(video.run(model, *films, capacity), padded)
+    assert np.isnan(video.run(model, *films, capacity - 1)).any()
 
 
-def test_the_frames_after_the_last_have_no_part_in_an_answer(reader, batch):
-    there = np.arange(LONGEST) < batch.lengths[:, None]
-    frames = np.where(there[..., None, None], batch.frames, np.nan)
-    expected = video.logits(*reader, batch)
-    assert close(video.logits(*reader, batch._replace(frames=frames)), expected)
-
-
-def test_only_the_model_with_a_gru_tells_a_film_from_one_run_backwards(reader, batch):
-    frames = batch.frames.copy()
-    for film, length in zip(frames, batch.lengths):
+@pytest.mark.parametrize("in_order", [True, False])
+def test_only_the_model_with_a_gru_tells_a_film_from_one_run_backwards(in_order, films):
+    frames, lengths = films
+    backwards = frames.copy()
+    for film, length in zip(backwards, lengths):
         film[:length] = film[:length][::-1].copy()
-    expected = video.logits(*reader, batch)
-    backwards = video.logits(*reader, batch._replace(frames=frames))
-    assert close(backwards, expected) is not reader[0].in_order
+    model = video.FilmReader(nnx.Rngs(0), in_order)
+    model.eval()
+    same = close(video.run(model, backwards, lengths), video.run(model, *films))
+    assert same is not in_order
+
+
+def test_nnx_vmap_can_not_train_the_frame_net(films):
+    frames, lengths = films
+    mask = np.arange(LONGEST) < lengths[:, None]
+    net = video.FrameNet(nnx.Rngs(0))
+    call = nnx.vmap(lambda net, x, mask: net(x, mask), in_axes=(None, 1, 1), out_axes=1)
+    with pytest.raises(Exception, match="got axis spec None but output"):
+        nnx.jit(call)(net, np.nan_to_num(frames), mask)
+
+
+@pytest.mark.slow
+def test_the_gru_reads_films_that_the_mean_cannot(tmp_path):
+    right = video.main(out=tmp_path)
+    assert right["GRU"] > 0.9
+    assert right["mean"] < 0.55
+    assert right["majority class"] < 0.05
+    assert (tmp_path / "films.png").exists()

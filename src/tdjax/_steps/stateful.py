@@ -66,7 +66,7 @@ def distribute_stateful(
     axes = (out_axes, PER_STEP, PER_STEP_OR_BATCH)
     results = distribute_carried(call, carried, steps, axes, lowering)
     (y, changed, new), carried = results
-    if lowering.capacity is not None:
+    if lowering.capacity is not None and not _is_one_batch(lowering, args, mask):
         _refuse_statistics(changed, lowering.capacity)
     new = jax.tree.map(steps.hide_sown, new)
     before = _replace(layer.variables, carried)
@@ -126,6 +126,12 @@ def check_carry(options: Any) -> None:
             )
 
 
+def _is_one_batch(lowering: Lowering, args, mask) -> bool:
+    """Whether a layer sees all packed steps at once, and which of them are valid."""
+    in_one_block = lowering.chunk_size is None
+    return lowering.method == "fold" and in_one_block and _gets_mask(args, mask)
+
+
 def _refuse_statistics(changed, capacity: int) -> None:
     for path, leaf in leaves_by_path(changed).items():
         if jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -133,8 +139,10 @@ def _refuse_statistics(changed, capacity: int) -> None:
             raise ValueError(
                 f"capacity={capacity} needs a layer that treats examples "
                 f"independently, got one that writes {describe(step)} to its state at "
-                f"{path}, a statistic over examples. Call the layer for inference, or "
-                "leave capacity out."
+                f"{path}, a statistic over examples. For statistics over all valid "
+                "steps, take method='fold' without chunk_size and a module that takes "
+                "the mask of its step as an input, and hands it to BatchNorm. Or call "
+                "the layer for inference, or leave capacity out."
             )
 
 
