@@ -132,8 +132,8 @@ def main(steps=STEPS, out=Path("runs/video")):
         capacity = int(train[1][batches].sum(axis=1).max())  # room for every batch
         start = time.perf_counter()
         for step, rows in enumerate(batches, 1):
-            batch = [array[rows] for array in train]
             model.train()
+            batch = (array[rows] for array in train)
             loss = train_step(model, optimizer, capacity, *batch)
             if step % -(-steps // 5) == 0 or step == steps:
                 model.eval()
@@ -156,8 +156,8 @@ def compare(model, frames, lengths):
         run(model, frames, lengths, capacity)  # compiles
         start = time.perf_counter()
         results.append(jax.block_until_ready(run(model, frames, lengths, capacity)))
-        seconds = time.perf_counter() - start
-        print(f"capacity={capacity} of {len(frames) * LONGEST} frames: {seconds:.2f} s")
+        spent = time.perf_counter() - start
+        print(f"capacity={capacity} of {len(frames) * LONGEST} frames: {spent:.2f} s")
     print(f"packing changes logits by at most {abs(results[0] - results[1]).max()}")
     model.train()
     for padded in frames, np.nan_to_num(frames):
@@ -173,19 +173,18 @@ def draw(frames, lengths, labels, answers, right, out):
     plt.switch_backend("Agg")
     plt.style.use("tdjax.plots")
     rows = [np.flatnonzero(lengths == n)[7 * n] for n in range(SHORTEST, LONGEST + 1)]
-    edges = (0, 0), (0, 0), (1, 1), (1, 1)
-    strips = np.pad(frames[rows], edges, constant_values=1).swapaxes(1, 2)
+    strips = np.pad(frames[rows], ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=1)
     figure, ax = plt.subplots(figsize=(7, 5.5))
     gray = plt.get_cmap("gray").with_extremes(bad="gainsboro")  # padding is NaN
-    ax.imshow(strips.reshape(len(rows) * strips.shape[1], -1), cmap=gray)
+    ax.imshow(strips.swapaxes(1, 2).reshape(len(rows) * (CANVAS + 2), -1), cmap=gray)
     ax.set_axis_off()
     for x, name, color in (166, "GRU", "C0"), (190, "mean", "C1"):
         ax.text(x, -4, name, color=color, weight="bold")
         for place, row in enumerate(rows):
-            said, y = answers[name][row], (place + 0.5) * strips.shape[1]
+            said, y = answers[name][row], (place + 0.5) * (CANVAS + 2)
             text = f"{LABELS[said]} {'✓' if said == labels[row] else '✗'}"
             ax.text(x, y, text, color=color, va="center")
-    for y, x in (np.argwhere(np.isnan(frames[rows, :, 0, 0])) + 0.5) * strips.shape[1]:
+    for y, x in (np.argwhere(np.isnan(frames[rows, :, 0, 0])) + 0.5) * (CANVAS + 2):
         ax.text(x, y, "NaN", color="C2", ha="center", va="center")
     title = "The GRU gets {GRU:.0%} of the held-out films right, the mean {mean:.0%}"
     ax.set_title(title.format(**right), pad=24)
