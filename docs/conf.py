@@ -5,6 +5,7 @@ page or without an example, and a link that leads nowhere.
 """
 
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -75,18 +76,34 @@ def setup(app):
 
 
 def mark_code_and_links(app, what, name, obj, options, lines):
-    """From a docstring's Markdown: code in backticks, and links to pages of the site."""
+    """From a docstring's Markdown: code in backticks, and links to pages."""
     text = "\n".join(lines)
     text = re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``", text)
     text = re.sub(r"docs/(\w+)\.md(#[\w-]+)?", r":doc:`/\1`", text)
     lines[:] = text.split("\n")
 
 
+# What a default is called, for what it looks like.
+DEFAULTS = {
+    r"=_NO_FUNCTION": "",
+    r"<class 'jax\.numpy\.(\w+)'>": r"jnp.\1",
+    r"<function variance_scaling\.<locals>\.init[^>]*>": "lecun_normal()",
+    r"<function zeros[^>]*>": "zeros",
+    r"default_(per_step_)?kernel_init": "lecun_normal()",
+    r"default_bias_init": "zeros",
+    r", parent=<.*": ")",  # Every Linen module has it, and a name.
+}
+
+
 def shorten_signature(app, what, name, obj, options, signature, returns):
-    """Leaves out a private default."""
-    if signature:
-        return signature.replace("fun=_NO_FUNCTION", "fun"), returns
-    return None
+    """Names defaults; NNX modules show the arguments of `__init__`."""
+    if signature == "(*args, **kwargs)" and what == "class":
+        parameters = [*inspect.signature(obj.__init__).parameters.values()][1:]
+        plain = [x.replace(annotation=inspect.Parameter.empty) for x in parameters]
+        signature = str(inspect.Signature(plain))
+    for default, word in DEFAULTS.items():
+        signature = re.sub(default, word, signature or "")
+    return (signature, returns) if signature else None
 
 
 def drop_vague_types(app, domain, kind, content):

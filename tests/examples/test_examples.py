@@ -41,7 +41,6 @@ def test_every_program_has_a_row_in_the_readme():
     assert [row.split("[")[1].split("]")[0] for row in rows] == PROGRAMS
     for program, row in zip(PROGRAMS, rows):
         assert f"](./{program}.py)" in row
-        assert f"`.venv/bin/python examples/{program}.py`" in row
 
 
 @pytest.mark.slow
