@@ -26,7 +26,8 @@ MODULES = ("tdjax", "tdjax.linen", "tdjax.nnx", "tdjax.keras")
 
 project = "tdjax"
 version = release = tdjax.__version__
-copyright = "the tdjax authors"
+author = "the tdjax authors"
+copyright = author
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
@@ -61,6 +62,7 @@ nb_render_markdown_format = "myst"
 
 autodoc_typehints = "description"
 autodoc_typehints_format = "short"
+autodoc_typehints_description_target = "documented_params"
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 python_use_unqualified_type_names = True
@@ -79,7 +81,8 @@ def mark_code_and_links(app, what, name, obj, options, lines):
     """From a docstring's Markdown: code in backticks, and links to pages."""
     text = "\n".join(lines)
     text = re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``", text)
-    text = re.sub(r"docs/(\w+)\.md(#[\w-]+)?", r":doc:`/\1`", text)
+    text = re.sub(r"docs/\w+\.md#([\w-]+)", r":ref:`\1`", text)
+    text = re.sub(r"docs/(\w+)\.md", r":doc:`/\1`", text)
     lines[:] = text.split("\n")
 
 

@@ -1,12 +1,18 @@
 """Draws the pictures of the README and the site, from the library and its benchmarks.
 
     python docs/pictures.py
+    python docs/pictures.py examples
 
-writes them to docs/pictures. The curves are those of benchmarks/results/cpu.
+writes them to docs/pictures. The curves are those of benchmarks/results/cpu. With
+`examples`, it runs every example in full, six minutes on two cores, and keeps the
+picture that each leaves in docs/pictures/examples.
 """
 
 import json
+import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -21,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.plots import (
     OURS,
     PEER,
-    draw_compile_time,
     is_ours,
     name_figure,
     new_figure,
@@ -30,6 +35,7 @@ from benchmarks.plots import (
 )
 
 HERE = Path(__file__).resolve().parent
+EXAMPLES = HERE.parent / "examples"
 OUT = HERE / "pictures"
 RESULTS = HERE.parent / "benchmarks" / "results" / "cpu" / "results.json"
 LIGHT, EMPTY = "#cfe2ff", "#f3f4f6"
@@ -50,12 +56,19 @@ def main():
     pictures = {
         "families": draw_families(),
         "packing": draw_packing(),
-        "compile": draw_compile_time(rows, about),
         "loss": draw_loss(rows, about),
     }
     for name, figure in pictures.items():
         figure.savefig(OUT / f"{name}.png")
         print(OUT / f"{name}.png")
+
+
+def keep_pictures_of_examples():
+    for program in sorted(EXAMPLES.glob("[!_]*.py")):
+        with tempfile.TemporaryDirectory() as out:
+            subprocess.run([sys.executable, program, "--out", out], check=True)
+            (picture,) = Path(out).glob("*.png")
+            shutil.copy(picture, OUT / "examples" / f"{program.stem}.png")
 
 
 def draw_families():
@@ -147,4 +160,4 @@ def draw_bars(ax, sizes: dict[str, float], form: str):
 
 
 if __name__ == "__main__":
-    main()
+    keep_pictures_of_examples() if sys.argv[1:] == ["examples"] else main()

@@ -5,7 +5,7 @@
 The maze is a T: a corridor, with a red and a blue door at the ends of its crossbar. A
 cue, seen at the first step only, tells which door gives the reward of 1. The agent is a
 conv net at every step, a GRU over time, and Dense at every step for policy and value.
-It takes 15 seconds on two CPU cores, and leaves a picture in runs/actor_critic.
+It takes less than a minute on two CPU cores, and leaves a picture in runs/actor_critic.
 
 After the first step the cue is gone. A policy without memory then chooses its door in
 the same way under either cue, so its mean return is at most 0.5.

@@ -16,8 +16,8 @@ stands one kernel for each step. With 24 steps of 3 features, and one output per
 So which one is right? The program trains them on three targets of made-up days at a
 weather station, hour by hour. A layer that is too narrow cannot express the target.
 One that is too wide can, but has more to learn from the same 150 days, and so is worse:
-take the narrowest layer that can express what you look for. The program takes ten
-seconds on two CPU cores, and leaves a picture in runs/dense_families.
+take the narrowest layer that can express what you look for. It takes less than a
+minute on two CPU cores, and leaves a picture in runs/dense_families.
 
 What to copy: `FAMILIES`, the three layers on `(batch, time, features)`; and `compare`,
 which turns trained parameters into those of a wider layer, to go on from there.

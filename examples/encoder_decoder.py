@@ -4,8 +4,8 @@
 
 "3 March to the fifth of Apr, nineteen eighty-seven" goes in, "1987-03-03/04-05" comes
 out, character by character. A bidirectional GRU reads the phrase, a second GRU writes
-the date. In training it reads the right characters, afterwards its own. It takes a
-minute on two CPU cores, and leaves a picture of its attention in runs/encoder_decoder.
+the date. In training it reads the right characters, afterwards its own. It takes less
+than a minute on two CPU cores, and leaves a picture in runs/encoder_decoder.
 
 What to copy: `encode` passes its mask to `TimeDistributed`, so the decoder sees zeros
 at padding; `decode` takes all steps at once in training, and single steps in

@@ -4,7 +4,7 @@
 
 The tagger of tagging.py, in Keras: a bidirectional GRU with a Dense layer at every step
 labels the characters of Python's standard library. The program needs Keras
-(pip install "tdjax[keras]") and takes about a minute on two CPU cores.
+(pip install "tdjax[keras]") and takes less than a minute on two CPU cores.
 
 Keras compiles its own `TimeDistributed` step after step. That of tdjax has the same
 arguments, weights and results, and is one program for all steps. Both take the same

@@ -5,7 +5,7 @@
 Does a line of a function go one step in, stay, or come out, and how far? Its own words
 don't say: after `return x` a block is over, and the last line of a loop looks like any
 other. So the lines around it count too. The functions are those of Python's standard
-library. It takes half a minute on two CPU cores, and leaves in runs/hierarchical a
+library. It takes less than a minute on two CPU cores, and leaves in runs/hierarchical a
 function that the model has not seen, as the model indents it.
 
     (functions, lines, words)    a GRU over the words of each line
@@ -150,8 +150,7 @@ def main(steps=STEPS, out=Path("runs/hierarchical")):
     all_lines = model.clone(capacity=int(new[2].sum()))
     predict = jax.jit(lambda params: all_lines.apply(params, *new).argmax(-1))
     params = jax.jit(model.init)(jax.random.key(0), *(x[:1] for x in train[:3]))
-    state, predicted, accuracy = optimizer.init(params), None, 0.0
-    start = time.perf_counter()
+    state, start = optimizer.init(params), time.perf_counter()
     for step in range(1, steps + 1):
         batch = [array[rows[step - 1]] for array in train]
         params, state, value = train_step(params, state, batch)
@@ -185,7 +184,8 @@ def draw(functions, predicted, labels, title, out):
         note = f"  <- should be: {CHANGES[label[y]]}" if wrong[y] else ""
         text = "    " * depths[y] + line.strip() + note
         color = "C0" if wrong[y] else "black"
-        ax.text(0, -y, text, family="monospace", size=8, c=color, in_layout=False)
+        plain = {"family": "monospace", "parse_math": False, "in_layout": False}
+        ax.text(0, -y, text, size=8, c=color, **plain)
     ax.set(ylim=(-len(lines), 1), title=title)
     ax.axis("off")
     out.mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,8 @@
 Handwritten digits are read row by row, as sequences of eight steps of eight pixels. The
 many-to-one model has its output layer on the last state and answers once, after the
 last row. The many-to-many model has the same layer on all states and answers after
-every row, so it learns to tell a digit before it is complete. The program takes half a
-minute on two CPU cores, and draws how often each is right after each row.
+every row, so it learns to tell a digit before it is complete. The program takes less
+than a minute on two CPU cores, and draws how often each is right after each row.
 
 The targets differ in shape: `(batch,)` for the one, `(batch, time)` for the other. With
 targets of another shape some losses fail, and others broadcast without a word. The

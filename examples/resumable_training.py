@@ -3,7 +3,7 @@
     python examples/resumable_training.py
     python examples/resumable_training.py --resume
 
-The first command takes half a minute on two CPU cores. Stop it, and the second goes on
+The first command takes less than a minute on two cores. Stop it, and the second goes on
 from the newest checkpoint in runs/resumable_training, on a CPU bit-for-bit like an
 uninterrupted run: both end with the same checksum of the parameters.
 

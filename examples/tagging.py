@@ -4,7 +4,7 @@
 
 Each character of Python's standard library is labelled by `tokenize` as part of a
 keyword, a name, a string, ... The tagger learns to colour files that it has not seen.
-It takes half a minute on two CPU cores, and leaves its learning curve in runs/tagging.
+It takes less than a minute on two CPU cores, and leaves a picture in runs/tagging.
 
     python examples/tagging.py --conllu en_atis-ud-train.conllu en_atis-ud-dev.conllu
 

@@ -3,7 +3,7 @@
     python examples/video.py
 
 Which handwritten digit is it, and which way does it go, in films of 2 to 9 noisy
-frames? Training takes a minute on two CPU cores and leaves a picture in runs/video.
+frames? It takes less than a minute on two cores, and leaves a picture in runs/video.
 The baseline, a mean over the frames in place of the GRU, can't tell a film from the
 same run backwards, so it is right in half of the films at best.
 

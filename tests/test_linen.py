@@ -811,3 +811,29 @@ def test_numbers_in_the_masks_shape_are_no_mask(key):
     with pytest.warns(UserWarning, match="writes statistics"):
         run(ids)
     run(mask.astype(int))  # This may be the mask.
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_packed_statistics_are_those_of_the_valid_steps(key, chunk_size):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, mask):
+            norm = nn.BatchNorm(use_running_average=False, momentum=0.0)
+            return norm(2 * x, mask=mask[:, None])
+
+    mask = tdjax.lengths_to_mask(jnp.array([4, 0, 2]), 5)
+    x = jnp.where(mask[..., None], normal(0, 3, 5, 3), jnp.nan)
+    model = TimeDistributed(Net(), method="fold", capacity=7, chunk_size=chunk_size)
+    init = lambda: model.clone(capacity=None).init(key, x, mask, mask=mask)
+    apply = lambda v, x, mask: model.apply(
+        v, x, mask, mask=mask, mutable=["batch_stats"]
+    )
+    if chunk_size:
+        with pytest.raises(ValueError, match="the same array twice"):
+            jax.jit(apply)(init(), x, mask)
+        return
+    _, state = jax.jit(apply)(init(), x, mask)
+    valid = 2 * np.asarray(x)[np.asarray(mask)].astype(np.float64)
+    got = jax.tree.leaves(state["batch_stats"])
+    for value, expected in zip(got, (valid.mean(0), valid.var(0))):
+        np.testing.assert_allclose(value, expected, rtol=1e-5)

@@ -512,9 +512,66 @@ def test_packed_statistics_of_parts_of_the_batch_are_refused(options):
         model(jnp.ones((2, 5, 3)), mask, mask=mask)
 
 
-def test_packed_statistics_without_the_mask_are_refused():
+class NormOfMore(nnx.Module):
+    """BatchNorm that gets something of the mask's shape, and no mask."""
+
+    def __init__(self):
+        self.embed = nnx.Embed(7, 3, rngs=nnx.Rngs(0))
+        self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+
+    def __call__(self, x, more=None):
+        x = self.embed(x) if x.ndim == 1 else x
+        return self.norm(x if more is None else jnp.where(more[:, None], x, 2 * x))
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, nnx.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("kind", ["floats", "ids", "flags"])
+def test_packed_statistics_without_the_mask_are_refused(kind, jit):
     mask = tdjax.lengths_to_mask(jnp.array([4, 2]), 5)
-    norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
-    model = tdjax.nnx.TimeDistributed(norm, method="fold", capacity=6)
+    args = {
+        "floats": (jnp.ones((2, 5, 3)),),
+        "ids": (jnp.ones((2, 5), int),),
+        "flags": (jnp.ones((2, 5, 3)), jnp.arange(10).reshape(2, 5) % 3 == 0),
+    }[kind]
+    model = tdjax.nnx.TimeDistributed(NormOfMore(), method="fold", capacity=6)
     with pytest.raises(ValueError, match="takes the mask of its step as an input"):
-        model(jnp.ones((2, 5, 3)), mask=mask)
+        jit(lambda model, mask, *args: model(*args, mask=mask))(model, mask, *args)
+
+
+def test_statistics_of_an_overfull_batch_are_those_of_the_first_steps():
+    mask = tdjax.lengths_to_mask(jnp.array([4, 2]), 5)
+    x, layer = normal(0, 2, 5, 3), MaskedNorm()
+    model = tdjax.nnx.TimeDistributed(layer, method="fold", capacity=5)
+    y = nnx.jit(lambda model, x, mask: model(x, mask, mask=mask))(model, x, mask)
+    assert jnp.isnan(y[1, 1]).all()
+    first = 2 * np.asarray(x)[np.asarray(mask)][:5]
+    np.testing.assert_allclose(layer.norm.mean[...], 0.1 * first.mean(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"chunk_size": 3},
+        {"method": "fold", "chunk_size": 3},
+        {"method": "fold", "chunk_size": 3, "unroll": True},
+        {"variable_carry": nnx.BatchStat},
+        {"method": "fold"},
+        {"method": "fold", "capacity": 7},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("lengths", [[2, 1], [0, 0]], ids=str)
+def test_steps_without_a_valid_example_give_a_layer_with_the_mask_no_nan(
+    lengths, options
+):
+    mask = tdjax.lengths_to_mask(jnp.array(lengths), 7)
+    x = jnp.where(mask[..., None], normal(0, 2, 7, 3), jnp.nan)
+    layer = MaskedNorm()
+    model = tdjax.nnx.TimeDistributed(layer, **options)
+    loss = lambda model, x: jnp.sum(model(x, mask, mask=mask) ** 3)
+    gradients = nnx.jit(nnx.grad(loss, argnums=(0, 1)))(model, x)
+    for leaf in jax.tree.leaves((gradients, nnx.state(model, nnx.BatchStat))):
+        assert jnp.isfinite(leaf).all()
+    if not any(lengths):
+        assert not layer.norm.mean[...].any()

@@ -48,7 +48,7 @@ def test_its_pictures_are_those_of_the_script(tmp_path, monkeypatch):
     with matplotlib.style.context("default"):
         script["main"]()
     drawn = {f"docs/pictures/{path.name}" for path in tmp_path.iterdir()}
-    assert drawn == set(re.findall(r"!\[[^]]+\]\(([^)]+)\)", README))
+    assert drawn == set(re.findall(r"!\[[^]]+\]\((docs/[^)]+)\)", README))
     for path in tmp_path.iterdir():
         committed = ROOT / "docs" / "pictures" / path.name
         assert abs(path.stat().st_size / committed.stat().st_size - 1) < 0.2

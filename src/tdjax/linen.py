@@ -60,10 +60,11 @@ class TimeDistributed(nn.Module):
     has one set of variables. Methods, axes and chunks are those of
     `tdjax.time_distributed`.
 
-    Each step draws its own noise (docs/state.md), and what `layer` writes to
-    its variables is kept (docs/state.md). Called with `mask`, bool, `(batch,
-    time)`, masked steps give zeros and no gradient (docs/masks.md); with
-    `capacity` only valid steps are computed (docs/masks.md#packing).
+    Each step draws its own noise (docs/state.md#dropout-and-other-noise), and what
+    `layer` writes to its variables is kept (docs/state.md). Called with `mask`, bool,
+    `(batch, time)` (`(time, batch)` for time-major data), masked steps give zeros and
+    no gradient (docs/masks.md); with `capacity` only valid steps are computed
+    (docs/masks.md#packing).
 
     Attributes:
       layer: the module to apply, or one that is part of the surrounding module.

@@ -59,10 +59,11 @@ class TimeDistributed(nnx.Module):
     or not, in training and in inference.
 
     Each step draws its own noise from the streams that `layer` holds
-    (docs/state.md), and what `layer` writes to its variables is kept
-    (docs/state.md), except to parameters. Called with `mask`, bool,
-    `(batch, time)`, masked steps give zeros and no gradient (docs/masks.md); with
-    `capacity` only valid steps are computed (docs/masks.md#packing).
+    (docs/state.md#dropout-and-other-noise), and what `layer` writes to its variables is
+    kept (docs/state.md), except to parameters. Called with `mask`, bool, `(batch,
+    time)` (`(time, batch)` for time-major data), masked steps give zeros and no
+    gradient (docs/masks.md); with `capacity` only valid steps are computed
+    (docs/masks.md#packing).
 
     Args:
       layer: the module to apply.

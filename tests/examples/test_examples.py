@@ -33,6 +33,8 @@ def test_a_program_is_one_file_and_has_no_private_names(program):
     assert 100 <= len(lines) <= (232 if program == "resumable_training" else 200)
     private = {m for m in imports(program) if any(p[0] == "_" for p in m.split("."))}
     assert {name.split(".")[0] for name in private} <= SHARED
+    uses_tagger = program in ("from_keras", "resumable_training")
+    assert {*imports(program)} & {*PROGRAMS} == ({"tagging"} if uses_tagger else set())
 
 
 def test_every_program_has_a_row_in_the_readme():

@@ -163,15 +163,6 @@ def test_only_the_model_with_a_gru_tells_a_film_from_one_run_backwards(in_order,
     assert same is not in_order
 
 
-def test_nnx_vmap_can_not_train_the_frame_net(films):
-    frames, lengths = films
-    mask = np.arange(LONGEST) < lengths[:, None]
-    net = video.FrameNet(nnx.Rngs(0))
-    call = nnx.vmap(lambda net, x, mask: net(x, mask), in_axes=(None, 1, 1), out_axes=1)
-    with pytest.raises(Exception, match="got axis spec None but output"):
-        nnx.jit(call)(net, np.nan_to_num(frames), mask)
-
-
 @pytest.mark.slow
 def test_the_gru_reads_films_that_the_mean_cannot(tmp_path):
     right = video.main(out=tmp_path)

@@ -15,6 +15,7 @@ from flax import nnx
 import tdjax
 from helpers import assert_trees_close, normal
 from tdjax._steps.axes import flatten_inputs
+from tdjax._steps.lowering import Lowering
 from tdjax._steps.packed import PackedSteps
 
 B, T, F = 3, 4, 5
@@ -163,7 +164,7 @@ def test_a_sentence_encoder_over_documents_masks_each_level_by_its_own_lengths()
 
 @pytest.mark.parametrize("axis", [1, 0, -1])
 def test_results_of_packed_steps_are_hidden_wherever_their_time_is(axis):
-    steps = PackedSteps(flatten_inputs((ONES,), 1), MASK, VALID + 1)
+    steps = PackedSteps(flatten_inputs((ONES,), 1), MASK, Lowering(capacity=VALID + 1))
     packed = normal(0, 1, VALID + 1, F)
     want = np.zeros((B, T, F))
     want[np.asarray(MASK)] = packed[0, :VALID]

@@ -559,3 +559,34 @@ def test_what_wraps_a_function_over_time_is_refused(user_errors):
 def test_without_jit_there_is_nothing_to_measure(user_errors):
     with jax.disable_jit(), pytest.raises(ValueError, match="jax_disable_jit is on"):
         tdjax.autotune(jnp.sin, X, **QUICK)
+
+
+class PackedNorm(nnx.Module):
+    """BatchNorm that gets the mask of its step."""
+
+    def __init__(self):
+        self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+
+    def __call__(self, x, mask):
+        return self.norm(x, mask=mask[:, None])
+
+
+FOLDS = [{"method": "vmap"}, {"method": "fold"}]
+
+
+def test_a_layer_that_is_another_function_under_vmap_is_refused():
+    x = normal(0, 4, 3, 3) + jnp.arange(3)[:, None]
+    norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    model = tdjax.nnx.TimeDistributed(norm, method="fold")
+    with pytest.raises(ValueError, match=r"BatchNorm and Dropout .* Got other numbers"):
+        tdjax.nnx.autotune(model, x, candidates=FOLDS, budget=5)
+    model.eval()
+    assert tdjax.nnx.autotune(model, x, candidates=FOLDS, budget=5).tuned
+
+
+def test_a_layer_that_fails_under_vmap_is_explained():
+    mask = tdjax.lengths_to_mask(jnp.array([3, 1]), 3)
+    model = tdjax.nnx.TimeDistributed(PackedNorm(), method="fold", capacity=4)
+    with pytest.raises(ValueError, match="capacity=4") as error:
+        tdjax.nnx.autotune(model, normal(0, 2, 3, 3), mask, mask=mask, budget=5)
+    assert "the same function under method='vmap'" in "".join(error.value.__notes__)

@@ -124,7 +124,7 @@ def positive_axis(name: str, x: Any, axis: Axis) -> Axis:
         raise ValueError(
             f"{name} is mapped over axis {axis} and must have that axis, got "
             f"{describe(x)}. {_SHARE} One sequence without a batch, (time, ...), has "
-            "in_axes=0."
+            "in_axes=0 and out_axes=0."
         )
     return axis % x.ndim
 

@@ -4,8 +4,9 @@ Two promises hold, here and in `packed`. Results at masked steps are zeros, and 
 gradient flows from or to them. And `fun` never sees the numbers of a masked step. In
 their place it sees a *stand-in*, the numbers of a valid step, which `fun` was made for.
 Zeros would not do: the gradient of a norm is NaN at zero, and NaN times the zero
-gradient of a hidden result is NaN. Random keys, and bools of `(batch, time)`, which are
-masks themselves, are left as they are.
+gradient of a hidden result is NaN. Random keys are left as they are, and so are bools
+of `(batch, time)`, which are masks themselves: but where `fun` sees no valid step at
+all they are True, for a mean over nothing has a NaN gradient too.
 """
 
 from typing import Any
@@ -32,15 +33,20 @@ from tdjax._steps.steps import Steps
 class MaskedSteps(Steps):
     """All steps, with stand-ins in the masked ones and zeros in their results."""
 
-    def __init__(self, inputs: Inputs, mask):
+    def __init__(self, inputs: Inputs, mask, lowering: Lowering):
         self.mask = mask
         self.weights = jnp.any(mask, axis=0)
+        self._is_seen = has_company(self.weights, lowering)
         self.inputs = inputs if 0 in mask.shape else inputs.replace(self._guard)
 
     def _guard(self, x, axis: Axis):
         """Puts stand-ins into the masked steps of one input."""
-        if not isinstance(axis, int) or _is_kept(x):
+        if not isinstance(axis, int) or is_key(x):
             return x, axis
+        if x.dtype == jnp.bool_ and x.ndim <= 2:
+            is_time_last = axis % x.ndim == x.ndim - 1
+            seen = self._is_seen if is_time_last else self._is_seen[:, None]
+            return x | ~seen, axis
         if x.ndim == 1:
             other = stand_in(x[self._valid_times()], jnp.any(self.mask))
             return jnp.where(self.weights, x, other), axis
@@ -86,10 +92,23 @@ class MaskedSteps(Steps):
         )
 
 
-def _is_kept(x) -> bool:
-    """Whether it gets no stand-ins: random keys have no zero, bools may be masks."""
-    is_mask = x.dtype == jnp.bool_ and x.ndim <= 2
-    return is_mask or jnp.issubdtype(x.dtype, jax.dtypes.extended)
+def is_key(x) -> bool:
+    """Whether it is an array of random keys, which have no zero."""
+    return jnp.issubdtype(x.dtype, jax.dtypes.extended)
+
+
+def has_company(valid, lowering: Lowering):
+    """For each step, whether the call of `fun` that computes it has a valid step.
+
+    `valid` is bool, `(steps,)`. Under `"vmap"` each step has a call of its own, under
+    `"fold"` each block.
+    """
+    if lowering.method == "vmap" or lowering.chunk_size == 1:
+        return valid
+    if lowering.chunk_size is None:
+        return jnp.broadcast_to(jnp.any(valid), valid.shape)
+    block = jnp.arange(valid.shape[0]) // lowering.chunk_size
+    return jnp.zeros_like(valid).at[block].max(valid)[block]
 
 
 def stand_in(valid_step, exists):

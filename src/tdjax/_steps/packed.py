@@ -8,6 +8,7 @@ results.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,21 +25,31 @@ from tdjax._steps.axes import (
     time_back,
 )
 from tdjax._steps.lowering import Lowering, call_and_check, check_out_axis, distribute
-from tdjax._steps.masked import batch_error, require_batch, stand_in, zeros_unless
+from tdjax._steps.masked import (
+    batch_error,
+    has_company,
+    is_key,
+    require_batch,
+    stand_in,
+    zeros_unless,
+)
 from tdjax._steps.steps import Steps
 
 
 class PackedSteps(Steps):
     """Only the valid steps, as `capacity` steps of a batch of one."""
 
-    def __init__(self, inputs: Inputs, mask, capacity: int):
-        self.mask, self.capacity = mask, capacity
+    def __init__(self, inputs: Inputs, mask, lowering: Lowering):
+        self.mask = mask
+        self.capacity: Any = lowering.capacity
+        capacity = self.capacity
         flat = jnp.ravel(mask)
         self.size = flat.shape[0]
         places = jnp.nonzero(flat, size=capacity, fill_value=self.size)[0]
         self.weights = places < self.size
         # Unused rows read zeros and write nothing: each has a place beyond the end.
         self.places = jnp.where(self.weights, places, self.size + jnp.arange(capacity))
+        self._is_seen = has_company(self.weights, lowering)
         self.inputs = inputs.replace(self._pack)
 
     def _pack(self, x, axis: Axis):
@@ -55,13 +66,13 @@ class PackedSteps(Steps):
         if 0 in self.mask.shape:
             return jnp.zeros((self.capacity, *x.shape[1:]), x.dtype)
         at = x.at[self.places]
-        if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        if is_key(x):
             return at.get(mode="clip")
         rows = at.get(
             mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True
         )
         if x.ndim == 1 and x.dtype == jnp.bool_:
-            return rows
+            return rows | ~self._is_seen
         used = over_trailing_axes(self.weights, rows.ndim)
         return jnp.where(used, rows, stand_in(rows[:1], self.weights[0]))
 

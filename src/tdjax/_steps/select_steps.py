@@ -29,9 +29,9 @@ def select_steps(inputs: Inputs, mask, lowering: Lowering) -> Steps:
     if time_major:
         mask = mask.T  # From here on it is (batch, time).
     if capacity is None:
-        return MaskedSteps(inputs, mask)
+        return MaskedSteps(inputs, mask, lowering)
     _check_capacity(mask, capacity)
-    return PackedSteps(inputs, mask, capacity)
+    return PackedSteps(inputs, mask, lowering)
 
 
 _LAYOUT = {False: "(batch, time)", True: "(time, batch)"}

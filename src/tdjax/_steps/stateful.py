@@ -128,8 +128,13 @@ def check_carry(options: Any) -> None:
 
 def _is_one_batch(lowering: Lowering, args, mask) -> bool:
     """Whether a layer sees all packed steps at once, and which of them are valid."""
-    in_one_block = lowering.chunk_size is None
-    return lowering.method == "fold" and in_one_block and _gets_mask(args, mask)
+    in_one_block = lowering.method == "fold" and lowering.chunk_size is None
+
+    def is_mask(x) -> bool:
+        known = is_concrete(x) and is_concrete(mask)
+        return x is mask or (known and np.array_equal(x, mask) and x.dtype == np.bool_)
+
+    return in_one_block and any(map(is_mask, jax.tree.leaves(args)))
 
 
 def _refuse_statistics(changed, capacity: int) -> None:
@@ -141,8 +146,9 @@ def _refuse_statistics(changed, capacity: int) -> None:
                 f"independently, got one that writes {describe(step)} to its state at "
                 f"{path}, a statistic over examples. For statistics over all valid "
                 "steps, take method='fold' without chunk_size and a module that takes "
-                "the mask of its step as an input, and hands it to BatchNorm. Or call "
-                "the layer for inference, or leave capacity out."
+                "the mask of its step as an input, hands it to BatchNorm, and is "
+                "called with (x, mask, mask=mask), the same array twice. Or call the "
+                "layer for inference, or leave capacity out."
             )
 
 
@@ -175,8 +181,8 @@ def _warn_of_stand_ins(variables, before, changed, mask) -> None:
             f"With mask=, the layer writes statistics ({', '.join(floats[:2])}) over "
             "copies of valid examples in place of the masked ones. Wrap a module that "
             "takes the mask of its step, def __call__(self, x, mask), and calls "
-            "BatchNorm with mask=mask[:, None]; then call the wrapper with (x, mask, "
-            "mask=mask).",
+            "BatchNorm with mask=mask[:, None] (images: mask[:, None, None, None]); "
+            "then call the wrapper with (x, mask, mask=mask).",
             UserWarning,
             stacklevel=3,
         )

@@ -82,7 +82,7 @@ def time_distributed(
     Args:
       fun: a function of pytrees of arrays. Keyword arguments of the call, except
         `mask`, are passed to it as they are. Without `fun` the result is a decorator:
-        `@time_distributed(in_axes=0)`.
+        `@time_distributed(in_axes=0, out_axes=0)`.
       in_axes: the time axis of the positional arguments, as in `jax.vmap`: an int, None
         for what every step shares, or a tuple or other pytree prefix of these.
       out_axes: that of the results; None if a result does not depend on the step.

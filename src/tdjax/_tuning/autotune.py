@@ -142,6 +142,16 @@ class Subject(NamedTuple):
 
 def tune(subject: Subject, inputs: tuple, settings: Settings) -> Tuning:
     """Measures the candidates of a subject, or finds them in the cache."""
+    try:
+        return _tune(subject, inputs, settings)
+    except Exception as error:
+        # The reference may fail where what was given works.
+        if subject.base.method == "fold" and _OTHER_FUNCTION not in str(error):
+            error.add_note(_OTHER_FUNCTION)
+        raise
+
+
+def _tune(subject: Subject, inputs: tuple, settings: Settings) -> Tuning:
     if jax.config.jax_disable_jit:  # pyright: ignore
         raise ValueError(
             "autotune measures compiled programs, and jax_disable_jit is on. Switch it "
@@ -162,7 +172,8 @@ def tune(subject: Subject, inputs: tuple, settings: Settings) -> Tuning:
     )
     argnums = settings.positions(args)
     reference = subject.program(candidates[0].lowering)
-    about = _about(reference, args, argnums, candidates, limits)
+    method = subject.base.method
+    about = _about(reference, args, argnums, method, candidates, limits)
     folder = settings.folder()
     program, args = _program_to_measure(subject, reference, args, argnums)
     stored = folder and cache.load(folder, about)
@@ -174,6 +185,7 @@ def tune(subject: Subject, inputs: tuple, settings: Settings) -> Tuning:
             tuned = subject.make(best)
             return dataclasses.replace(stored, tuned=tuned, from_cache=True)
     _measure(candidates, program, args, limits)
+    _refuse_another_function(subject.base, candidates)
     tuning = Tuning(subject.make(choose(candidates).lowering), candidates, about)
     if folder:
         cache.store(folder, tuning)
@@ -218,7 +230,28 @@ def _measure(candidates: list[Candidate], program, args, limits: Limits) -> None
         )
 
 
-def _about(reference, args, argnums, candidates, limits: Limits) -> dict[str, Any]:
+_OTHER_FUNCTION = (
+    "What is given with method='fold' must be the same function under method='vmap', "
+    "with which autotune compares every lowering. BatchNorm and Dropout in training "
+    "are not: their statistics and their noise are others. Tune for inference "
+    "(train=False, model.eval()), or give the layer with method='vmap'."
+)
+
+
+def _refuse_another_function(base: Lowering, candidates: list[Candidate]) -> None:
+    """Refuses a given `fold` that the comparison has shown to be something else."""
+    if base.method != "fold":
+        return
+    in_one_block = dataclasses.replace(base, chunk_size=None, unroll=1, remat=False)
+    for candidate in candidates:
+        is_given = candidate.lowering == in_one_block
+        if is_given and candidate.verdict.startswith("other"):
+            raise ValueError(f"{_OTHER_FUNCTION} Got {candidate.verdict}.")
+
+
+def _about(
+    reference, args, argnums, method: str, candidates, limits: Limits
+) -> dict[str, Any]:
     """What the measurements depend on, as JSON: the key of an entry in the cache."""
     device = _device(args)
     about = {
@@ -232,6 +265,7 @@ def _about(reference, args, argnums, candidates, limits: Limits) -> dict[str, An
         "shapes": [str(jax.typeof(x)) for x in jax.tree.leaves(args)],
         "program": _fingerprint(reference, args),
         "argnums": argnums,
+        "method": method,
         "candidates": [candidate.options for candidate in candidates],
         "budget": limits.budget,
         "memory_limit": limits.memory_limit,
