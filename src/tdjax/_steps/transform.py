@@ -6,10 +6,13 @@ import sys
 from collections.abc import Callable
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, overload
 
+from jax.sharding import PartitionSpec
+
 from tdjax._checks import describe, refuse_module
 from tdjax._steps.axes import Inputs, flatten_inputs
 from tdjax._steps.hints import add_hints
 from tdjax._steps.lowering import Lowering
+from tdjax._steps.mesh import check_sharding, run_on_mesh
 from tdjax._steps.select_steps import select_steps
 
 P = ParamSpec("P")
@@ -30,6 +33,7 @@ def time_distributed(
     axis_name: Any = None,
     spmd_axis_name: Any = None,
     capacity: int | None = None,
+    sharding: PartitionSpec | None = None,
 ) -> "Distributed[P, R]": ...
 
 
@@ -45,6 +49,7 @@ def time_distributed(
     axis_name: Any = None,
     spmd_axis_name: Any = None,
     capacity: int | None = None,
+    sharding: PartitionSpec | None = None,
 ) -> "Callable[[Callable[P, R]], Distributed[P, R]]": ...
 
 
@@ -60,6 +65,7 @@ def time_distributed(
     axis_name: Any = None,
     spmd_axis_name: Any = None,
     capacity: int | None = None,
+    sharding: PartitionSpec | None = None,
 ) -> Any:
     """Applies `fun` to every time step, with the same parameters at each.
 
@@ -97,6 +103,10 @@ def time_distributed(
       spmd_axis_name: the mesh axis that shards time, as in `jax.vmap`; needs `"vmap"`.
       capacity: compute the valid steps only, at most this many. Steps beyond the
         capacity become NaN (integers: the lowest or highest value).
+      sharding: `P(batch, time)`, the mesh axes that split batch and time, on the mesh
+        in context (`jax.set_mesh`). Each device runs `fun` on its own examples and
+        steps, and `capacity` is that of one device (docs/mesh.md). None leaves the
+        layout to the compiler.
 
     Returns:
       A function of the same arguments, each with a time axis, and of `mask`.
@@ -105,7 +115,8 @@ def time_distributed(
       TypeError: if an option or an argument is of the wrong kind; if `fun` is a Flax
         module, which needs `tdjax.linen` or `tdjax.nnx`.
       ValueError: if options contradict each other, if shapes do not fit `in_axes` or
-        `mask`, or if a known mask has more valid steps than `capacity`.
+        `mask`, or if a known mask has more valid steps than `capacity`; if `sharding`
+        does not fit the mesh or the sizes.
 
     Example:
       >>> import jax, jax.numpy as jnp, tdjax
@@ -119,17 +130,20 @@ def time_distributed(
     lowering = Lowering(
         method, chunk_size, unroll, remat, axis_name, spmd_axis_name, capacity
     )
-    distribute = functools.partial(
-        _distribute, in_axes=in_axes, out_axes=out_axes, lowering=lowering
-    )
+    if sharding is not None:
+        check_sharding(sharding, lowering)
+    options = {"in_axes": in_axes, "out_axes": out_axes, "lowering": lowering}
+    distribute = functools.partial(_distribute, **options, sharding=sharding)
     return distribute if fun is _NO_FUNCTION else distribute(fun)
 
 
-def _distribute(fun, /, in_axes, out_axes, lowering: Lowering) -> "Distributed":
+def _distribute(
+    fun, /, in_axes, out_axes, lowering: Lowering, sharding: PartitionSpec | None
+) -> "Distributed":
     if not callable(fun):
         raise TypeError(f"fun must be callable, got {describe(fun)}.")
     refuse_module(fun)
-    return Distributed(fun, in_axes, out_axes, lowering)
+    return Distributed(fun, in_axes, out_axes, lowering, sharding)
 
 
 @dataclasses.dataclass(eq=False)
@@ -140,6 +154,7 @@ class Distributed(Generic[P, R]):
     in_axes: Any
     out_axes: Any
     lowering: Lowering
+    sharding: PartitionSpec | None = None
 
     def __post_init__(self):
         # `updated=()`: the attributes of a callable object are not the wrapper's.
@@ -152,6 +167,12 @@ class Distributed(Generic[P, R]):
     def __call__(self, /, *args: Any, mask: Any, **kwargs: Any) -> R: ...
 
     def __call__(self, /, *args: Any, mask: Any = None, **kwargs: Any) -> Any:
+        if self.sharding is None:
+            return self._run(args, kwargs, mask)
+        axes = self.in_axes, self.out_axes
+        return run_on_mesh(self._run, args, kwargs, mask, *axes, self.sharding)
+
+    def _run(self, args: tuple, kwargs: dict, mask: Any) -> Any:
         inputs = flatten_inputs(args, self.in_axes)
         steps = select_steps(inputs, mask, self.lowering)
         call = functools.partial(_call_on_mapped, self.fun, steps.inputs, kwargs)
@@ -167,7 +188,8 @@ class Distributed(Generic[P, R]):
         module = sys.modules.get(getattr(self, "__module__", ""))
         if getattr(module, name, None) is self:
             return name
-        return Distributed, (self.fun, self.in_axes, self.out_axes, self.lowering)
+        fields = self.fun, self.in_axes, self.out_axes, self.lowering, self.sharding
+        return Distributed, fields
 
     def __get__(self, instance, owner=None):
         """Binds as a function does, so that it can decorate a method."""

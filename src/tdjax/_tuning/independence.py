@@ -23,16 +23,15 @@ from jax.core import Tracer
 
 from tdjax import _jaxprs
 from tdjax._steps.axes import PER_STEP, PER_STEP_OR_BATCH, Axis, map_results
-from tdjax._tuning.batch_rules import (
+from tdjax._tuning.batch_rules import SHAPES, apply_rule
+from tdjax._tuning.batch_values import (
     LARGE_PRIME,
-    SHAPES,
     Mixed,
     PerStep,
     Rows,
     Shared,
     Value,
     any_number,
-    apply_rule,
     axes_of_examples,
 )
 

@@ -1,0 +1,9 @@
+import matplotlib
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def own_style():
+    """The programs set the style of all plots; other tests have the default."""
+    with matplotlib.rc_context():
+        yield

@@ -1,0 +1,208 @@
+"""What holds on 8 devices: run by `test_mesh.py`, which makes the devices
+
+Prints as JSON what came of each function below, and the errors of bad calls.
+"""
+
+import json
+import pickle
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import tdjax
+
+BOTH = P("data", "seq")
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(8, 6, 3)).astype(np.float32)
+W = RNG.normal(size=(3, 5)).astype(np.float32)
+LENGTHS = np.array([6, 2, 0, 1, 3, 6, 1, 4])
+MASK = np.arange(6) < LENGTHS[:, None]
+
+
+def close(got, expected):
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
+    return all(np.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in pairs)
+
+
+def over_steps(fun, **options):
+    return jax.jit(tdjax.time_distributed(fun, sharding=BOTH, **options))
+
+
+def time_major():
+    x, mask = X.swapaxes(0, 1), MASK.T
+    axes = {"in_axes": (None, 0), "out_axes": 0}
+    apply = over_steps(lambda w, x: x @ w, **axes)
+    expected = np.where(mask[..., None], x @ W, 0)
+    return close(apply(W, x), x @ W) and close(apply(W, x, mask=mask), expected)
+
+
+def pytrees_and_shared_arguments():
+    def fun(params, x, scale, *, shift, name):
+        assert name == "static"
+        return {"y": x["a"] @ params["w"] * scale + shift, "b": x["b"]}
+
+    axes = {"in_axes": (None, {"a": 1, "b": 2}, 0), "out_axes": {"y": 1, "b": 2}}
+    apply = tdjax.time_distributed(fun, sharding=P("data"), **axes)
+    b, scale = RNG.normal(size=(8, 4, 6)), np.arange(6.0)
+    call = jax.jit(lambda *args: apply(*args, shift=jnp.ones(5), name="static"))
+    got = call({"w": W}, {"a": X, "b": b}, scale)
+    return close(got, {"y": X @ W * scale[:, None] + 1, "b": b})
+
+
+def results_that_all_steps_share():
+    fun = lambda w, x: (x @ w, w * 2, jnp.sum(w) > 0)
+    apply = over_steps(fun, in_axes=(None, 1), out_axes=(1, None, None))
+    gradient = jax.jit(jax.grad(lambda w: jnp.sum(apply(w, X)[1] ** 2)))(W)
+    y, doubled, flag = apply(W, X)
+    is_right = close((y, doubled), (X @ W, 2 * W)) and flag == (W.sum() > 0)
+    return bool(is_right and close(gradient, 8 * W))
+
+
+def negative_axes():
+    x = X.swapaxes(1, 2)  # (batch, features, time)
+    apply = over_steps(lambda x: x * 2, in_axes=-1, out_axes=-1)
+    return close(apply(x), 2 * x)
+
+
+def a_loop_inside_of_fun():
+    def fun(w, x):
+        step = lambda c, row: (jnp.tanh(c + row @ w), None)
+        return lax.scan(step, jnp.zeros((x.shape[0], 5)), x[None])[0]
+
+    apply = over_steps(fun, in_axes=(None, 1), chunk_size=2)
+    gradient = jax.jit(jax.grad(lambda w: jnp.sum(apply(w, X))))(W)
+    plain = lambda w: jnp.sum(jnp.tanh(X @ w))
+    return close((apply(W, X), gradient), (np.tanh(X @ W), jax.grad(plain)(W)))
+
+
+def nested_calls():
+    x = RNG.normal(size=(8, 6, 4, 3))
+    inner = tdjax.time_distributed(lambda x: x * 2)
+    return close(over_steps(inner)(x), 2 * x)
+
+
+def statistics_over_the_whole_batch():
+    def fun(x):
+        mean = lax.pmean(x.mean(0), "data")
+        return x - mean
+
+    apply = over_steps(fun)
+    loss = lambda x: jnp.sum(apply(x) ** 3)
+    plain = lambda x: jnp.sum((x - x.mean(0)) ** 3)
+    expected = X - X.mean(0), jax.grad(plain)(jnp.asarray(X))
+    return close((apply(X), jax.jit(jax.grad(loss))(X)), expected)
+
+
+def other_mesh_axes_stay_with_the_compiler():
+    apply = tdjax.time_distributed(
+        lambda w, x: x @ w, in_axes=(None, 1), sharding=P("data")
+    )
+    if KIND == "Explicit":
+        return close(jax.jit(apply)(W, X), X @ W)
+    w = np.concatenate([W, W[:, :3]], axis=1)
+    placed = jax.device_put(w, jax.NamedSharding(MESH, P(None, "seq")))
+    return close(jax.jit(apply)(placed, X), X @ w)
+
+
+def each_part_of_the_batch_has_its_own_noise():
+    draw = lambda key, x: jax.random.normal(key, x.shape)
+    apply = over_steps(draw, in_axes=(0, 1))
+    keys = jax.random.split(jax.random.key(0), 6)
+    noise = np.asarray(apply(keys, X))
+    again = np.asarray(apply(keys, X))
+    return len(np.unique(noise)) == noise.size and np.array_equal(noise, again)
+
+
+def overflow_on_one_device_alone():
+    # Of the first device of 8: examples 0 and 1, steps 0 to 2, of which 5 are valid.
+    y = np.asarray(over_steps(lambda x: x * 2, capacity=4)(X, mask=MASK))
+    valid = [MASK[i : i + 2, j : j + 3].sum() for i in (0, 2, 4, 6) for j in (0, 3)]
+    beyond = sum(max(0, int(n) - 4) for n in valid)
+    nan = np.isnan(y).any(-1)
+    kept = MASK & ~nan
+    fits = close(y[kept], 2 * X[kept]) and not y[~MASK].any()
+    return bool(beyond > 0 and nan.sum() == beyond and fits)
+
+
+def nan_in_masked_steps():
+    x = np.where(MASK[..., None], X, np.nan).astype(np.float32)
+    apply = over_steps(lambda w, x: jnp.sqrt((x @ w) ** 2 + 1), in_axes=(None, 1))
+    loss = lambda w: tdjax.masked_mean(apply(w, x, mask=MASK), MASK)
+    gradient = jax.jit(jax.grad(loss))(W)
+    plain = lambda w: jnp.mean(jnp.sqrt((X[MASK] @ w) ** 2 + 1))
+    return close(gradient, jax.grad(plain)(jnp.asarray(W)))
+
+
+def no_time_axis_of_the_mesh():
+    apply = tdjax.time_distributed(jnp.sin, sharding=P("data"), chunk_size=4)
+    return close(jax.jit(apply)(X), np.sin(X))
+
+
+def eager_calls():
+    return close(tdjax.time_distributed(jnp.sin, sharding=BOTH)(X), np.sin(X))
+
+
+def pickles():
+    apply = tdjax.time_distributed(tdjax.dense, in_axes=(None, 1), sharding=BOTH)
+    return pickle.loads(pickle.dumps(apply)).sharding == BOTH
+
+
+def bad_calls():
+    def inside(x):
+        return tdjax.time_distributed(jnp.sin, sharding=P("data"))(x)
+
+    everywhere = jax.shard_map(inside, in_specs=P("data"), out_specs=P("data"))
+    placed = jax.device_put(X, jax.NamedSharding(MESH, P("data")))
+    no_batch = lambda x: x.sum(0)[0]
+    make = tdjax.time_distributed
+    yield "unknown axis", lambda: make(jnp.sin, sharding=P("model"))(X)
+    yield "size", lambda: make(jnp.sin, sharding=P("data"))(jnp.ones((6, 8, 3)))
+    yield "no batch", lambda: make(no_batch, out_axes=0, sharding=P("data"))(X)
+    yield "inside shard_map", lambda: everywhere(placed)
+    yield "kind", lambda: make(jnp.sin, sharding="data")
+    yield "three axes", lambda: make(jnp.sin, sharding=P("data", None, "seq"))
+    yield "twice", lambda: make(jnp.sin, sharding=P("data", "data"))
+    yield "nothing", lambda: make(jnp.sin, sharding=P())
+    both = {"sharding": P(None, "seq"), "spmd_axis_name": "seq"}
+    yield "spmd_axis_name", lambda: make(jnp.sin, **both)
+
+
+def error_of(call):
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+FACTS = (
+    time_major,
+    pytrees_and_shared_arguments,
+    results_that_all_steps_share,
+    negative_axes,
+    a_loop_inside_of_fun,
+    nested_calls,
+    statistics_over_the_whole_batch,
+    other_mesh_axes_stay_with_the_compiler,
+    each_part_of_the_batch_has_its_own_noise,
+    overflow_on_one_device_alone,
+    nan_in_masked_steps,
+    no_time_axis_of_the_mesh,
+    eager_calls,
+    pickles,
+)
+
+if __name__ == "__main__":
+    KIND = sys.argv[1]
+    MESH = jax.make_mesh((4, 2), ("data", "seq"), axis_types=(AxisType[KIND],) * 2)
+    no_mesh = tdjax.time_distributed(jnp.sin, sharding=P("data"))
+    errors = {"no mesh": error_of(lambda: no_mesh(X))}
+    with jax.set_mesh(MESH):
+        found = {fact.__name__: fact() for fact in FACTS}
+        errors |= {name: error_of(call) for name, call in bad_calls()}
+    print(json.dumps({**found, "errors": errors}))
