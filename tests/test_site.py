@@ -51,7 +51,7 @@ def test_the_map_names_files_and_functions_that_exist():
     sources = "".join(path.read_text() for path in source.rglob("*.py"))
     parts = re.findall(r"`(?!jax\.)([\w.]+)`", MAP)
     names = {part.rpartition(".")[2] for part in parts} - {"py", "tdjax"}
-    assert {"fold_block", "MaskedSteps", "_after_steps", "to_flax"} <= names
+    assert {"fold_block", "MaskedSteps", "after_steps", "to_flax"} <= names
     for name in names:
         is_module = list(source.rglob(f"{name}.py"))
         is_defined = rf"(def|class) {name}\b|^ *{name} *[=:]"

@@ -4,7 +4,7 @@ A scope holds the variables and random streams of one module. The layer gets the
 of its wrapper (`adopt`), so that its variables have the names and initial values that
 they have without one. In a call, `flax.core.lift.pack` opens the scope into variables
 and keys and makes scopes of them again: the layer becomes a pure function that
-`distribute_stateful` can run over all steps.
+`distribute_layer` can run over all steps.
 """
 
 import dataclasses
@@ -19,7 +19,8 @@ from flax.core.scope import in_filter
 from flax.linen import module as flax_module
 
 from tdjax._steps.hints import explained
-from tdjax._steps.stateful import LayerState, distribute_stateful, make_lowering
+from tdjax._steps.mesh_layers import distribute_layer
+from tdjax._steps.stateful import LayerState, make_lowering
 
 
 def adopt(layer: nn.Module, scope: Scope) -> nn.Module:
@@ -78,6 +79,7 @@ def lift_over_time(call, options, mask, kwargs):
     initializing = options.is_initializing()
     axes = thaw(options.in_axes), thaw(options.out_axes)
     lowering = make_lowering(options)
+    sharding = None if initializing else options.sharding
     if initializing and mask is None:
         lowering = dataclasses.replace(lowering, capacity=None)
     is_carried = _is_in(options.variable_carry or False)
@@ -89,7 +91,7 @@ def lift_over_time(call, options, mask, kwargs):
         counters = [dict(scope.rng_counters) for scope in jax.tree.leaves(scopes)]
 
         def over_time(scope_fn, repack, variables, rngs, args):
-            def step(variables, rngs, *args):
+            def step(kwargs, variables, rngs, *args):
                 scope = scope_fn(variables, rngs)
                 # Each block counts its random draws from the same start.
                 for inner, counter in zip(jax.tree.leaves(scope), counters):
@@ -97,7 +99,9 @@ def lift_over_time(call, options, mask, kwargs):
                 return call(scope, *args, **kwargs), repack(scope)
 
             state = LayerState(variables, rngs, options.share_rng, is_carried)
-            y, after = distribute_stateful(step, state, args, mask, *axes, lowering)
+            y, after = distribute_layer(
+                step, kwargs, state, args, mask, *axes, lowering, sharding
+            )
             return y, () if initializing else after
 
         return lift.pack(over_time, (True,), (written,), (True,))(scopes, args)

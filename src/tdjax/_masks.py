@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Integer, Num
@@ -62,6 +63,7 @@ def masked_mean(
     values: Num[Array | np.ndarray, "..."],
     mask: Bool[Array | np.ndarray, "..."],
     axis: Any = None,
+    axis_name: Any = None,
 ) -> Num[Array, "..."]:
     """The mean over the valid entries; 0, not NaN, where there are none.
 
@@ -73,6 +75,9 @@ def masked_mean(
       mask: bool, True at the valid entries. Its shape is that of the leading axes of
         `values`, such as `(batch, time)`; the axes after these are not masked.
       axis: the axis or axes to average over, as in `jnp.mean`; all by default.
+      axis_name: inside of a `jax.shard_map`, the mesh axis or axes to average over too:
+        sums and counts of all devices are added. (A `jax.lax.pmean` of their means
+        would be wrong where devices have different numbers of valid entries.)
 
     Returns:
       The mean, in the dtype that `jnp.mean` gives.
@@ -97,11 +102,14 @@ def masked_mean(
         )
     valid = jnp.broadcast_to(over_trailing_axes(mask, values.ndim), values.shape)
     kept = jnp.where(valid, values, jnp.zeros((), values.dtype))
-    count = jnp.maximum(jnp.sum(valid, axis=axis), 1)
+    count = jnp.sum(valid, axis=axis)
     is_inexact = jnp.issubdtype(values.dtype, jnp.inexact)
     dtype = values.dtype if is_inexact else jnp.result_type(float)
     wide = at_least_float32(dtype)
-    return (jnp.sum(kept, axis=axis, dtype=wide) / count.astype(wide)).astype(dtype)
+    total = jnp.sum(kept, axis=axis, dtype=wide)
+    if axis_name is not None:
+        total, count = jax.lax.psum((total, count), axis_name)
+    return (total / jnp.maximum(count, 1).astype(wide)).astype(dtype)
 
 
 def require_mask_dtype(mask: Any) -> None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax.core import Scope
 from flax.errors import CallCompactUnboundModuleError
 from flax.linen.dtypes import promote_dtype
+from jax.sharding import PartitionSpec
 
 from tdjax._checks import (
     describe,
@@ -39,6 +40,7 @@ from tdjax._linen_scopes import (
     rename,
     thaw,
 )
+from tdjax._steps.mesh import check_sharding
 from tdjax._steps.stateful import check_carry, first_steps, make_lowering
 from tdjax._tuning.autotune import Subject, tune
 from tdjax._tuning.result import Tuning
@@ -70,6 +72,7 @@ class TimeDistributed(nn.Module):
       layer: the module to apply, or one that is part of the surrounding module.
       in_axes, out_axes, method, chunk_size, unroll, remat, spmd_axis_name, capacity: as
         in `tdjax.time_distributed`.
+      sharding: as in `tdjax.time_distributed`; see docs/mesh.md for the variables.
       axis_name: a name for the time axis, as `nn.BatchNorm(axis_name=...)` takes to
         normalise over all steps under `"vmap"`. `init` then calls `layer` with a time
         axis of one step.
@@ -105,11 +108,12 @@ class TimeDistributed(nn.Module):
     share_rng: bool = False
     capacity: int | None = None
     variable_carry: Any = False
+    sharding: PartitionSpec | None = None
 
     def __post_init__(self):
         layer = self.layer
         require_layer("layer", layer, nn.Module, "tdjax.linen")
-        make_lowering(self)
+        check_sharding(self.sharding, make_lowering(self))
         check_carry(self)
         # Linen would adopt `layer` and give it a scope below this one, with other names
         # and other initial values. So hide it until there is a scope to share.

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from tdjax._checks import (
     describe,
@@ -34,10 +35,11 @@ from tdjax._nnx_state import (
     static_attributes,
 )
 from tdjax._steps.hints import explained
+from tdjax._steps.mesh import check_sharding
+from tdjax._steps.mesh_layers import distribute_layer
 from tdjax._steps.stateful import (
     LayerState,
     check_carry,
-    distribute_stateful,
     make_lowering,
 )
 from tdjax._tuning.autotune import Subject, tune
@@ -69,6 +71,7 @@ class TimeDistributed(nnx.Module):
       layer: the module to apply.
       in_axes, out_axes, method, chunk_size, unroll, remat, spmd_axis_name, capacity: as
         in `tdjax.time_distributed`.
+      sharding: as in `tdjax.time_distributed`; see docs/mesh.md for the variables.
       axis_name: a name for the time axis, as `nnx.BatchNorm(axis_name=...)` takes to
         normalise over all steps under `"vmap"`.
       share_rng: whether all steps draw the same noise; needs `"vmap"`.
@@ -104,6 +107,7 @@ class TimeDistributed(nnx.Module):
         share_rng: bool = False,
         capacity: int | None = None,
         variable_carry: Any = False,
+        sharding: PartitionSpec | None = None,
     ):
         require_layer("layer", layer, nnx.Module, "tdjax.nnx")
         self.layer = layer
@@ -114,7 +118,8 @@ class TimeDistributed(nnx.Module):
         is_list = isinstance(variable_carry, list)  # NNX hashes what is no variable.
         self.variable_carry = tuple(variable_carry) if is_list else variable_carry
         self.capacity = capacity
-        make_lowering(self)
+        self.sharding = sharding
+        check_sharding(sharding, make_lowering(self))
         check_filter(variable_carry)
         check_carry(self)
 
@@ -137,7 +142,8 @@ class TimeDistributed(nnx.Module):
             self.layer, nnx.RngKey, nnx.Param, ...
         )
 
-        def step(state, keys, *args):
+        def step(shared, state, keys, *args):
+            params, kwargs = shared
             # Rebuilt, the variables belong to the trace that writes to them.
             parts = jax.tree.map(lambda leaf: leaf, (params, state))
             layer = nnx.merge(graphdef, keys, *parts)
@@ -147,14 +153,16 @@ class TimeDistributed(nnx.Module):
             refuse_new_attributes(attributes, static_attributes(layer))
             return y, nnx.split(layer, nnx.RngKey, nnx.Param, ...)[3]
 
-        y, after = distribute_stateful(
+        y, after = distribute_layer(
             step,
+            (params, kwargs),
             LayerState(state, keys, self.share_rng, is_in(state, self.variable_carry)),
             args,
             mask,
             self.in_axes,
             self.out_axes,
             make_lowering(self),
+            self.sharding,
         )
         nnx.update(self.layer, changed(state, after))
         return y

@@ -7,9 +7,11 @@ import json
 import pickle
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -140,7 +142,7 @@ def nan_in_masked_steps():
 
 def no_time_axis_of_the_mesh():
     apply = tdjax.time_distributed(jnp.sin, sharding=P("data"), chunk_size=4)
-    return close(jax.jit(apply)(X), np.sin(X))
+    return close(jax.jit(apply)(X), np.sin(X)) and close(apply(X), np.sin(X))
 
 
 def eager_calls():
@@ -150,6 +152,118 @@ def eager_calls():
 def pickles():
     apply = tdjax.time_distributed(tdjax.dense, in_axes=(None, 1), sharding=BOTH)
     return pickle.loads(pickle.dumps(apply)).sharding == BOTH
+
+
+def both_layers(make_linen, make_nnx, x=X, **options):
+    """Results and gradients, on the mesh and on one device, in Linen and NNX."""
+    linen_pair, nnx_pair = [], []
+    for sharding in (None, BOTH):
+        model = tdjax.linen.TimeDistributed(make_linen(), sharding=sharding, **options)
+        variables = model.clone(sharding=None).init(jax.random.key(0), x)
+        linen_loss = lambda v, model=model: jnp.sum(model.apply(v, x) ** 2)
+        value = jax.jit(jax.value_and_grad(linen_loss))(variables)
+        linen_pair.append((jax.jit(model.apply)(variables, x), value))
+        layer = tdjax.nnx.TimeDistributed(make_nnx(), sharding=sharding, **options)
+        nnx_loss = lambda layer: jnp.sum(layer(x) ** 2)
+        nnx_pair.append((layer(x), nnx.jit(nnx.value_and_grad(nnx_loss))(layer)))
+    return close(*linen_pair) and close(*nnx_pair)
+
+
+def layers_have_the_gradients_of_one_device():
+    make = lambda: nn.Dense(5), lambda: nnx.Linear(3, 5, rngs=nnx.Rngs(0))
+    return both_layers(*make) and both_layers(*make, method="fold", chunk_size=1)
+
+
+class Noted(nn.Module):
+    """BatchNorm that may see all devices, a counter, and sown values."""
+
+    axis_name: object = None
+    norm: bool = True
+
+    @nn.compact
+    def __call__(self, x, mask=None):
+        count = self.variable("counts", "steps", jnp.zeros, (), jnp.int32)
+        last = self.variable("counts", "last", jnp.zeros, (), jnp.int32)
+        count.value += 1
+        last.value = x[0, 0].astype(jnp.int32)
+        self.sow("intermediates", "x", x)
+        if not self.norm:
+            return x
+        norm = nn.BatchNorm(False, axis_name=self.axis_name, momentum=0.5)
+        return norm(x, mask=None if mask is None else mask[:, None])
+
+
+def state_of(x, sharding, layer, mask=None, **options):
+    model = tdjax.linen.TimeDistributed(layer, sharding=sharding, **options)
+    args = (x,) if mask is None else (x, mask)
+    plain = tdjax.linen.TimeDistributed(layer.clone(axis_name=None), **options)
+    variables = dict(plain.init(jax.random.key(0), *args, mask=mask))
+    variables.pop("intermediates", None)
+    mutable = ["batch_stats", "counts", "intermediates"]
+    apply = lambda v: model.apply(v, *args, mask=mask, mutable=mutable)
+    return jax.jit(apply)(variables)
+
+
+def steps_of_all_devices_make_one_state():
+    x = jnp.asarray(X) + jnp.arange(6.0)[:, None]
+    by_time = P(None, "seq")
+    same = close(state_of(x, by_time, Noted()), state_of(x, None, Noted()))
+    masked = MASK.copy()
+    masked[:, 4:] = False
+    pair = [state_of(x, s, Noted(norm=False), masked) for s in (by_time, None)]
+    return same and close(*pair)
+
+
+def statistics_over_all_devices_on_request():
+    everywhere = Noted(axis_name=("data", "seq"))
+    on_mesh = state_of(X, BOTH, everywhere, method="fold")
+    alone = state_of(X, None, Noted(), method="fold")
+    for _, state in (on_mesh, alone):
+        state.pop("counts")  # Under "fold" a device counts its first step.
+    return close(on_mesh, alone)
+
+
+def nnx_state_is_that_of_one_device():
+    states = []
+    for sharding in (None, P(None, "seq")):
+        norm = nnx.BatchNorm(3, momentum=0.5, rngs=nnx.Rngs(0))
+        model = tdjax.nnx.TimeDistributed(norm, sharding=sharding)
+        y = nnx.jit(lambda model, x: model(x))(model, X)
+        states.append((y, norm.mean[...], norm.var[...]))
+    return close(*states)
+
+
+def dropout_differs_from_step_to_step_and_example_to_example():
+    layer = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    model = tdjax.nnx.TimeDistributed(layer, sharding=BOTH)
+    y = np.asarray(model(np.ones((8, 6, 64), np.float32)))
+    rows = {row.tobytes() for row in y.reshape(48, 64)}
+    again = np.asarray(model(np.ones((8, 6, 64), np.float32)))
+    packed = tdjax.nnx.TimeDistributed(layer, method="fold", capacity=6, sharding=BOTH)
+    z = np.asarray(packed(np.ones((8, 6, 64), np.float32), mask=MASK))[MASK]
+    differ = len(rows) == 48 and len({row.tobytes() for row in z}) == MASK.sum()
+    return bool(differ and {*np.unique(y)} == {0, 2} and not (y == again).all())
+
+
+def carried_state_with_the_batch_split():
+    options = {"variable_carry": nnx.BatchStat, "sharding": P("data")}
+    everywhere = nnx.BatchNorm(3, momentum=0.5, axis_name="data", rngs=nnx.Rngs(0))
+    nnx.jit(lambda model: model(X))(tdjax.nnx.TimeDistributed(everywhere, **options))
+    alone = nnx.BatchNorm(3, momentum=0.5, rngs=nnx.Rngs(0))
+    for t in range(6):
+        alone(X[:, t])
+    return close(everywhere.mean[...], alone.mean[...])
+
+
+def masked_mean_over_devices():
+    values, names = jnp.asarray(X[..., 0]), ("data", "seq")
+    mean = lambda values, mask: tdjax.masked_mean(values, mask, axis_name=names)
+    over = jax.shard_map(mean, in_specs=(BOTH, BOTH), out_specs=P())
+    place = lambda x: jax.device_put(x, jax.NamedSharding(MESH, BOTH))
+    mask = place(MASK)
+    call = jax.jit(jax.value_and_grad(lambda v: over(v, mask)))
+    plain = jax.value_and_grad(lambda v: tdjax.masked_mean(v, jnp.asarray(MASK)))
+    return close(call(place(values)), plain(values))
 
 
 def bad_calls():
@@ -170,6 +284,9 @@ def bad_calls():
     yield "nothing", lambda: make(jnp.sin, sharding=P())
     both = {"sharding": P(None, "seq"), "spmd_axis_name": "seq"}
     yield "spmd_axis_name", lambda: make(jnp.sin, **both)
+    norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    carry = {"variable_carry": nnx.BatchStat, "sharding": BOTH}
+    yield "carried over time", lambda: tdjax.nnx.TimeDistributed(norm, **carry)(X)
 
 
 def error_of(call):
@@ -195,6 +312,13 @@ FACTS = (
     no_time_axis_of_the_mesh,
     eager_calls,
     pickles,
+    layers_have_the_gradients_of_one_device,
+    steps_of_all_devices_make_one_state,
+    statistics_over_all_devices_on_request,
+    nnx_state_is_that_of_one_device,
+    dropout_differs_from_step_to_step_and_example_to_example,
+    carried_state_with_the_batch_split,
+    masked_mean_over_devices,
 )
 
 if __name__ == "__main__":

@@ -74,6 +74,13 @@ FACTS = (
     "no_time_axis_of_the_mesh",
     "eager_calls",
     "pickles",
+    "layers_have_the_gradients_of_one_device",
+    "steps_of_all_devices_make_one_state",
+    "statistics_over_all_devices_on_request",
+    "nnx_state_is_that_of_one_device",
+    "dropout_differs_from_step_to_step_and_example_to_example",
+    "carried_state_with_the_batch_split",
+    "masked_mean_over_devices",
 )
 
 
@@ -99,6 +106,7 @@ ERRORS = {
     "twice": "must name at least one mesh axis, and each once",
     "nothing": "must name at least one mesh axis, and each once",
     "spmd_axis_name": "Give only sharding",
+    "carried over time": "Split the batch alone",
 }
 
 

@@ -6,7 +6,7 @@ these axes; the other axes of the mesh stay with the compiler. So the forward pa
 nothing, and the backward pass sums the gradients of what all steps share once, outside
 of every loop.
 
-In come global arrays with their time axes. `_Places` says of each which part a device
+In come global arrays with their time axes. `OnMesh` says of each which part a device
 gets: of what has a time axis its own examples and steps, of all else the whole. Out
 come global arrays again.
 """
@@ -24,6 +24,7 @@ from tdjax._checks import describe, is_array
 from tdjax._steps.axes import (
     Axis,
     Inputs,
+    PerStep,
     broadcast_axes,
     flatten_inputs,
     output_position,
@@ -45,6 +46,8 @@ class MeshAxes(NamedTuple):
         """The part of an array with time on this axis that a device has."""
         if time_axis is None:
             return PartitionSpec()
+        if isinstance(time_axis, PerStep):
+            return PartitionSpec(self.time or None)
         time_axis = output_position(time_axis, rank)
         entries: list[Any] = [None] * rank
         entries[time_axis] = self.time or None
@@ -55,6 +58,8 @@ class MeshAxes(NamedTuple):
 
 def check_sharding(sharding: Any, lowering: Lowering) -> None:
     """Refuses what names no mesh axes of (batch, time)."""
+    if sharding is None:
+        return
     mesh_axes(sharding)
     if lowering.spmd_axis_name is not None:
         raise ValueError(
@@ -90,24 +95,10 @@ def run_on_mesh(
     run: Callable, args: tuple, kwargs: dict, mask, in_axes, out_axes, sharding
 ) -> Any:
     """`run(args, kwargs, mask)` on each device, on its own examples and steps."""
-    axes = mesh_axes(sharding)
-    mesh = _mesh_in_context(sharding, axes)
     inputs = flatten_inputs(args, in_axes)
-    places = _Places(inputs, kwargs, mask, axes)
-    _check_sizes(places, mesh)
-    arrays = places.arrays
-    if any(_is_explicit(mesh, name) for name in axes.names):
-        arrays = [jax.sharding.reshard(*pair) for pair in zip(arrays, places.specs)]
-
-    def call(arrays):
-        return run(*places.rebuild([_own_noise(x, axes) for x in arrays]))
-
-    over_mesh = functools.partial(
-        jax.shard_map, in_specs=(places.specs,), axis_names={*axes.names},
-        # A user's loop may start with zeros, which are the same on every device.
-        check_vma=False,
-    )  # fmt: skip
-    shapes = jax.eval_shape(over_mesh(call, out_specs=PartitionSpec()), arrays)
+    on_mesh = OnMesh(sharding, inputs, kwargs, mask)
+    axes, call = on_mesh.axes, lambda arrays: run(*on_mesh.rebuild(arrays))
+    shapes = on_mesh.shapes(call)
     result_axes = broadcast_axes("out_axes", out_axes, shapes, "the results")
     leaves, treedef = jax.tree.flatten(shapes)
     for axis, leaf in zip(result_axes, leaves):
@@ -116,37 +107,60 @@ def run_on_mesh(
 
     def call_with_shared_results(arrays):
         results = zip(jax.tree.leaves(call(arrays)), result_axes)
-        of_first = functools.partial(_of_first_device, axes=axes)
+        of_first = functools.partial(of_first_device, names=axes.names)
         return [of_first(y) if axis is None else y for y, axis in results]
 
-    results = over_mesh(call_with_shared_results, out_specs=specs)(arrays)
-    return jax.tree.unflatten(treedef, results)
+    return treedef.unflatten(on_mesh.run(call_with_shared_results, specs))
 
 
-class _Places:
-    """The arrays among all arguments, and which part of each a device gets."""
+class OnMesh:
+    """A call on the devices of a mesh: which part of each argument a device gets."""
 
-    def __init__(self, inputs: Inputs, kwargs: dict, mask, axes: MeshAxes):
-        shared = jax.tree.leaves(kwargs)
-        self._structures = inputs.treedef, jax.tree.structure(kwargs)
-        self._leaves = [*inputs.leaves, *shared, mask]
-        self.time_axes = [*inputs.axes, *[None] * len(shared), _mask_axis(inputs)]
+    def __init__(self, sharding, inputs: Inputs, shared: Any, mask):
+        self.axes = axes = mesh_axes(sharding)
+        mesh = _mesh_in_context(sharding, axes)
+        self.devices_of_batch = math.prod(mesh.shape[name] for name in axes.batch)
+        others = jax.tree.leaves(shared)
+        self._structures = inputs.treedef, jax.tree.structure(shared)
+        self._leaves = [*inputs.leaves, *others, mask]
         self._is_array = list(map(is_array, self._leaves))
-        self.arrays = self._select(self._leaves)
-        places = zip(self.arrays, self._select(self.time_axes))
-        self.specs = [axes.spec(axis, x.ndim) for x, axis in places]
+        time_axes = [*inputs.axes, *[None] * len(others), _mask_axis(inputs)]
+        self._arrays = self._select(self._leaves)
+        places = zip(self._arrays, self._select(time_axes))
+        self._specs = [axes.spec(axis, x.ndim) for x, axis in places]
+        _check_sizes(self._arrays, self._specs, mesh)
+        if any(_is_explicit(mesh, name) for name in axes.names):
+            pairs = zip(self._arrays, self._specs)
+            self._arrays = [jax.sharding.reshard(*pair) for pair in pairs]
 
     def _select(self, items) -> list:
         return [x for x, chosen in zip(items, self._is_array) if chosen]
 
-    def rebuild(self, arrays) -> tuple[tuple, dict, Any]:
-        """`(args, kwargs, mask)` with other arrays."""
-        rest = iter(arrays)
+    def rebuild(self, arrays) -> tuple[tuple, Any, Any]:
+        """`(args, shared, mask)` with the arrays of one device."""
+        rest = iter([_own_noise(x, self.axes) for x in arrays])
         pairs = zip(self._leaves, self._is_array)
         *leaves, mask = [next(rest) if chosen else x for x, chosen in pairs]
-        args, kwargs = self._structures
+        args, shared = self._structures
         size = args.num_leaves
-        return args.unflatten(leaves[:size]), kwargs.unflatten(leaves[size:]), mask
+        return args.unflatten(leaves[:size]), shared.unflatten(leaves[size:]), mask
+
+    def shapes(self, call: Callable) -> Any:
+        """The results of `call(arrays)` on one device, as shapes."""
+        return jax.eval_shape(self._over(call, PartitionSpec()), self._arrays)
+
+    def run(self, call: Callable, specs: Any) -> Any:
+        """Runs `call(arrays)` on every device, and joins the results."""
+        # Outside of `jit`, JAX can't leave some axes of the mesh to the compiler.
+        return jax.jit(self._over(call, specs))(self._arrays)
+
+    def _over(self, call: Callable, specs: Any) -> Callable:
+        return jax.shard_map(
+            call, in_specs=(self._specs,), out_specs=specs,
+            axis_names={*self.axes.names},
+            # A user's loop may start with zeros, which are the same on every device.
+            check_vma=False,
+        )  # fmt: skip
 
 
 def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -186,8 +200,8 @@ def _is_explicit(mesh, name: str) -> bool:
     return mesh._name_to_type[name] == AxisType.Explicit
 
 
-def _check_sizes(places: _Places, mesh) -> None:
-    for x, spec in zip(places.arrays, places.specs):
+def _check_sizes(arrays: list, specs: list, mesh) -> None:
+    for x, spec in zip(arrays, specs):
         for axis, (size, entry) in enumerate(zip(x.shape, spec)):
             names = _names(entry)
             devices = math.prod(mesh.shape[name] for name in names)
@@ -218,10 +232,14 @@ def _own_noise(x, axes: MeshAxes):
     return fold_in(x)
 
 
-def _of_first_device(y, axes: MeshAxes):
+def of_first_device(y, names: tuple[str, ...]):
     """A result that all devices have, known to be the same on all of them."""
-    is_first = jax.lax.axis_index(axes.names) == 0
-    kept = jnp.where(is_first, y, jnp.zeros_like(y))
+    return of_one_device(y, jax.lax.axis_index(names) == 0, names)
+
+
+def of_one_device(y, is_chosen, names: tuple[str, ...]):
+    """On all devices, the result of the only one for which `is_chosen`."""
+    kept = jnp.where(is_chosen, y, jnp.zeros_like(y))
     is_bool = kept.dtype == jnp.bool_
-    total = jax.lax.psum(kept.astype(jnp.int8) if is_bool else kept, axes.names)
+    total = jax.lax.psum(kept.astype(jnp.int8) if is_bool else kept, names)
     return total.astype(jnp.bool_) if is_bool else total

@@ -41,6 +41,21 @@ class LayerState(NamedTuple):
     share_rng: bool = False
     # By the path of a variable: whether each step starts with what the last one wrote.
     is_carried: Callable[[Any], bool] = lambda path: False
+    has_keys_of_steps: bool = False  # Or one key, which is split over the steps.
+
+
+class AfterSteps(NamedTuple):
+    """What all steps have returned and written.
+
+    `carried` are the variables that went from step to step, after the last one;
+    `changed` and `new` those of `_split`, time first; `weights` those of `Steps`.
+    """
+
+    y: Any
+    carried: dict[str, Any]
+    changed: Any
+    new: Any
+    weights: Any
 
 
 def distribute_stateful(
@@ -53,9 +68,34 @@ def distribute_stateful(
     what the last step wrote. New ones are stacked, time first. Steps without a valid
     example move nothing. What no step writes to stays the same object, not a copy.
     """
+    options = in_axes, out_axes, lowering
+    y, carried, changed, new, weights = run_steps(step, layer, args, mask, *options)
+    changed = after_steps(layer.variables, changed, weights)
+    return y, join_variables(layer.variables, carried, changed, new)
+
+
+def with_keys_of_steps(layer: LayerState, inputs: Inputs) -> LayerState:
+    """The layer with a key for each step, unless all steps share them."""
+    if layer.share_rng or layer.has_keys_of_steps:
+        return layer
+    split = lambda key: jax.random.split(key, time_size(inputs))
+    keys = jax.tree.map(split, layer.keys)
+    return layer._replace(keys=keys, has_keys_of_steps=True)
+
+
+def join_variables(variables, carried: dict[str, Any], changed, new):
+    """The variables after all steps."""
+    return _join(_replace(variables, carried), changed, new)
+
+
+def run_steps(
+    step, layer: LayerState, args, mask, in_axes, out_axes, lowering: Lowering
+) -> AfterSteps:
+    """Runs all steps, each with keys of its own."""
     if layer.share_rng and jax.tree.leaves(layer.keys):
         check_share_rng(lowering)
     steps = select_steps(flatten_inputs(args, in_axes), mask, lowering)
+    layer = with_keys_of_steps(layer, steps.inputs)
     steps = steps.with_inputs(_with_keys(steps.inputs, layer))
     carried = {
         jax.tree_util.keystr(path): leaf
@@ -72,8 +112,7 @@ def distribute_stateful(
     before = _replace(layer.variables, carried)
     if isinstance(steps, MaskedSteps) and not _gets_mask(args, mask):
         _warn_of_stand_ins(layer.variables, before, changed, steps.mask)
-    changed = _after_steps(before, changed, steps.weights)
-    return y, _join(before, changed, new)
+    return AfterSteps(y, carried, changed, new, steps.weights)
 
 
 def _call_step(step, layer: LayerState, inputs: Inputs, carried, mapped):
@@ -203,8 +242,6 @@ def make_lowering(options: Any) -> Lowering:
 def _with_keys(inputs: Inputs, layer: LayerState) -> Inputs:
     """The inputs `(keys, args)`: keys for each step, or the same for all."""
     keys, treedef = jax.tree.flatten(layer.keys)
-    if not layer.share_rng:
-        keys = [jax.random.split(key, time_size(inputs)) for key in keys]
     axes = [None if layer.share_rng else PER_STEP] * len(keys)
     both = jax.tree_util.treedef_tuple((treedef, inputs.treedef))
     return Inputs([*keys, *inputs.leaves], [*axes, *inputs.axes], both)
@@ -251,11 +288,11 @@ def _join(before, changed, new):
     )
 
 
-def _after_steps(before, changed, weights):
+def after_steps(before, changed, weights, after: Any = None):
     """One value for each changed variable, from those of all steps."""
-    known = leaves_by_path(before)
-    after = lambda path, x: _after(known[jax.tree_util.keystr(path)], x, weights)
-    return jax.tree_util.tree_map_with_path(after, changed)
+    known, after = leaves_by_path(before), after or _after
+    one = lambda path, x: after(known[jax.tree_util.keystr(path)], x, weights)
+    return jax.tree_util.tree_map_with_path(one, changed)
 
 
 def _after(before, stacked, weights):

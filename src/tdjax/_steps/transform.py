@@ -130,8 +130,7 @@ def time_distributed(
     lowering = Lowering(
         method, chunk_size, unroll, remat, axis_name, spmd_axis_name, capacity
     )
-    if sharding is not None:
-        check_sharding(sharding, lowering)
+    check_sharding(sharding, lowering)
     options = {"in_axes": in_axes, "out_axes": out_axes, "lowering": lowering}
     distribute = functools.partial(_distribute, **options, sharding=sharding)
     return distribute if fun is _NO_FUNCTION else distribute(fun)
