@@ -255,6 +255,97 @@ def carried_state_with_the_batch_split():
     return close(everywhere.mean[...], alone.mean[...])
 
 
+def carried_state_keeps_dtypes_and_skips_devices_without_examples():
+    lengths = np.array([6, 6, 6, 6, 6, 6, 0, 0])
+    mask = np.arange(6) < lengths[:, None]
+
+    class Counted(nn.Module):
+        @nn.compact
+        def __call__(self, x, mask):
+            n = self.variable("state", "n", jnp.zeros, (), jnp.int32)
+            m = self.variable("state", "mean", jnp.zeros, (3,))
+            n.value += 1
+            m.value = 0.5 * m.value + 0.5 * x.mean(0, where=mask[:, None])
+            return x
+
+    states = []
+    for sharding, x in ((P("data"), X), (None, X[:6])):
+        model = tdjax.linen.TimeDistributed(
+            Counted(), variable_carry="state", sharding=sharding
+        )
+        m = mask[: len(x)]
+        constant = np.full_like(x, 3.0)
+        variables = tdjax.linen.TimeDistributed(Counted(), variable_carry="state").init(
+            jax.random.key(0), constant, m, mask=m
+        )
+        apply = lambda v, model=model, x=constant, m=m: model.apply(
+            v, x, m, mask=m, mutable=["state"]
+        )
+        states.append(jax.jit(apply)(variables)[1]["state"])
+    is_int = states[0]["n"].dtype == jnp.int32
+    return bool(is_int and close(*states))
+
+
+def sown_values_count_valid_examples_alone():
+    class Sown(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.sow("intermediates", "three", jnp.float32(3))
+            return x
+
+    mask = np.arange(6) < np.array([6, 2, 6, 1, 3, 6, 0, 0])[:, None]
+    model = tdjax.linen.TimeDistributed(Sown(), sharding=P("data"))
+    apply = lambda x: model.apply({}, x, mask=mask, mutable=["intermediates"])
+    (three,) = jax.jit(apply)(X)[1]["intermediates"]["three"]
+    return close(three, np.full(6, 3.0))
+
+
+def packed_batch_norm_that_gets_the_mask():
+    stats = []
+    for sharding in (None, P("data")):
+        names = None if sharding is None else "data"
+        capacity = int(MASK.sum())
+        model = tdjax.linen.TimeDistributed(
+            Noted(axis_name=names), method="fold", capacity=capacity, sharding=sharding
+        )
+        plain = tdjax.linen.TimeDistributed(Noted(), method="fold")
+        variables = dict(plain.init(jax.random.key(0), X, MASK, mask=MASK))
+        apply = lambda v, model=model: model.apply(
+            v, X, MASK, mask=MASK, mutable=["batch_stats", "counts"]
+        )
+        y, _ = jax.jit(apply)(
+            {k: variables[k] for k in ("params", "batch_stats", "counts")}
+        )
+        stats.append(np.isfinite(y).all() and not np.asarray(y)[~MASK].any())
+    return all(map(bool, stats))
+
+
+def untyped_keys_and_shared_keys_have_their_own_noise():
+    layer = tdjax.linen.TimeDistributed(
+        nn.Dropout(0.5, deterministic=False), sharding=BOTH
+    )
+    ones = np.ones((8, 6, 64), np.float32)
+    y = layer.apply({}, ones, rngs={"dropout": jax.random.PRNGKey(0)})
+    rows = {row.tobytes() for row in np.asarray(y).reshape(48, 64)}
+    draw = lambda key, x: jax.random.normal(key, x.shape)
+    options = {"in_axes": (None, 1), "sharding": BOTH}
+    folded = tdjax.time_distributed(draw, method="fold", **options)
+    noise = np.asarray(jax.jit(folded)(jax.random.key(0), X))
+    shared = tdjax.time_distributed(draw, **options)
+    same = np.asarray(jax.jit(shared)(jax.random.key(0), X))
+    every_step = (same == same[:, :1]).all() and len(np.unique(same[:, 0])) == 24
+    return bool(len(rows) == 48 and len(np.unique(noise)) == noise.size and every_step)
+
+
+def meshes_of_both_kinds():
+    kinds = AxisType.Explicit, AxisType.Auto
+    mesh = jax.make_mesh((4, 2), ("data", "seq"), axis_types=kinds)
+    with jax.set_mesh(mesh):
+        return close(
+            jax.jit(tdjax.time_distributed(jnp.sin, sharding=BOTH))(X), np.sin(X)
+        )
+
+
 def masked_mean_over_devices():
     values, names = jnp.asarray(X[..., 0]), ("data", "seq")
     mean = lambda values, mask: tdjax.masked_mean(values, mask, axis_name=names)
@@ -264,6 +355,11 @@ def masked_mean_over_devices():
     call = jax.jit(jax.value_and_grad(lambda v: over(v, mask)))
     plain = jax.value_and_grad(lambda v: tdjax.masked_mean(v, jnp.asarray(MASK)))
     return close(call(place(values)), plain(values))
+
+
+class Mean(nnx.Module):
+    def __call__(self, x):
+        return x.mean()
 
 
 def bad_calls():
@@ -286,6 +382,25 @@ def bad_calls():
     yield "spmd_axis_name", lambda: make(jnp.sin, **both)
     norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
     carry = {"variable_carry": nnx.BatchStat, "sharding": BOTH}
+    add = make(lambda x, e: x + e, in_axes=(1, 0), sharding=P("data"))
+    yield "no batch in an argument", lambda: add(X, np.ones((6, 3), np.float32))
+    yield (
+        "another batch in a result",
+        lambda: make(lambda x: x.mean(0), sharding=BOTH)(X),
+    )
+    layer = tdjax.nnx.TimeDistributed(Mean(), out_axes=0, sharding=P("data"))
+    yield "no batch in a layer's result", lambda: layer(X)
+    by_name = {"axis_name": "t", "sharding": P(None, "seq")}
+    yield "axis_name", lambda: make(jnp.sin, **by_name)
+    yield (
+        "a mask of another layout",
+        lambda: make(jnp.sin, sharding=BOTH)(X, mask=MASK.T),
+    )
+    inner = make(jnp.sin, sharding=P(None, "seq"))
+    within = jax.shard_map(
+        inner, in_specs=P("data"), out_specs=P("data"), axis_names={"data"}
+    )
+    yield "varying", lambda: jax.jit(within)(placed)
     yield "carried over time", lambda: tdjax.nnx.TimeDistributed(norm, **carry)(X)
 
 
@@ -319,6 +434,11 @@ FACTS = (
     dropout_differs_from_step_to_step_and_example_to_example,
     carried_state_with_the_batch_split,
     masked_mean_over_devices,
+    carried_state_keeps_dtypes_and_skips_devices_without_examples,
+    sown_values_count_valid_examples_alone,
+    packed_batch_norm_that_gets_the_mask,
+    untyped_keys_and_shared_keys_have_their_own_noise,
+    meshes_of_both_kinds,
 )
 
 if __name__ == "__main__":

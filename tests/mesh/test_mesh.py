@@ -81,6 +81,11 @@ FACTS = (
     "dropout_differs_from_step_to_step_and_example_to_example",
     "carried_state_with_the_batch_split",
     "masked_mean_over_devices",
+    "carried_state_keeps_dtypes_and_skips_devices_without_examples",
+    "sown_values_count_valid_examples_alone",
+    "packed_batch_norm_that_gets_the_mask",
+    "untyped_keys_and_shared_keys_have_their_own_noise",
+    "meshes_of_both_kinds",
 )
 
 
@@ -107,6 +112,12 @@ ERRORS = {
     "nothing": "must name at least one mesh axis, and each once",
     "spmd_axis_name": "Give only sharding",
     "carried over time": "Split the batch alone",
+    "no batch in an argument": "need one batch axis beside it, of the same size in all",
+    "another batch in a result": "every result needs a batch axis beside time, of 2",
+    "no batch in a layer's result": "every result needs a batch axis beside time, of 2",
+    "axis_name": "a device has a part of them",
+    "a mask of another layout": r"mask must have shape \(batch, time\) = \(8, 6\)",
+    "varying": "give that jax.shard_map check_vma=False",
 }
 
 

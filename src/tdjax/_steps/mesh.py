@@ -11,13 +11,13 @@ gets: of what has a time axis its own examples and steps, of all else the whole.
 come global arrays again.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
 from tdjax._checks import describe, is_array
@@ -25,11 +25,14 @@ from tdjax._steps.axes import (
     Axis,
     Inputs,
     PerStep,
-    broadcast_axes,
+    batch_size,
     flatten_inputs,
+    map_results,
     output_position,
 )
 from tdjax._steps.lowering import Lowering
+from tdjax._steps.masked import is_key
+from tdjax._steps.select_steps import check_mask, is_time_major
 
 
 class MeshAxes(NamedTuple):
@@ -60,11 +63,19 @@ def check_sharding(sharding: Any, lowering: Lowering) -> None:
     """Refuses what names no mesh axes of (batch, time)."""
     if sharding is None:
         return
-    mesh_axes(sharding)
+    axes = mesh_axes(sharding)
     if lowering.spmd_axis_name is not None:
         raise ValueError(
             f"spmd_axis_name={lowering.spmd_axis_name!r} names the mesh axis of time, "
             f"and so does sharding={sharding}. Give only sharding."
+        )
+    if lowering.axis_name is not None and (
+        axes.time or lowering.axis_name in axes.names
+    ):
+        raise ValueError(
+            f"axis_name={lowering.axis_name!r} lets fun see all steps at once, but "
+            f"with sharding={sharding} a device has a part of them, or another axis of "
+            "this name. Split the batch alone, or use collectives over the mesh axes."
         )
 
 
@@ -92,45 +103,60 @@ def mesh_axes(sharding: Any) -> MeshAxes:
 
 
 def run_on_mesh(
-    run: Callable, args: tuple, kwargs: dict, mask, in_axes, out_axes, sharding
+    run: Callable,
+    args: tuple,
+    kwargs: dict,
+    mask,
+    in_axes,
+    out_axes,
+    lowering,
+    sharding,
 ) -> Any:
     """`run(args, kwargs, mask)` on each device, on its own examples and steps."""
     inputs = flatten_inputs(args, in_axes)
+    if mask is not None:
+        check_mask(mask, inputs)
     on_mesh = OnMesh(sharding, inputs, kwargs, mask)
-    axes, call = on_mesh.axes, lambda arrays: run(*on_mesh.rebuild(arrays))
-    shapes = on_mesh.shapes(call)
-    result_axes = broadcast_axes("out_axes", out_axes, shapes, "the results")
-    leaves, treedef = jax.tree.flatten(shapes)
-    for axis, leaf in zip(result_axes, leaves):
-        _check_result(axis, leaf, axes, sharding)
-    specs = [axes.spec(axis, leaf.ndim) for axis, leaf in zip(result_axes, leaves)]
+    axes = on_mesh.axes
+    # In one call of fun for many steps, steps don't share their noise.
+    is_one_call = lowering.method == "fold" or lowering.capacity is not None
+    names = axes.names if is_one_call else axes.batch
 
-    def call_with_shared_results(arrays):
-        results = zip(jax.tree.leaves(call(arrays)), result_axes)
-        of_first = functools.partial(of_first_device, names=axes.names)
-        return [of_first(y) if axis is None else y for y, axis in results]
+    def call(arrays):
+        leaves = on_mesh.fold_in_keys(arrays, names)
+        results = run(*on_mesh.rebuild(leaves))
+        return on_mesh.share_results(results, out_axes)
 
-    return treedef.unflatten(on_mesh.run(call_with_shared_results, specs))
+    specs = on_mesh.specs_of_results(on_mesh.shapes(call), out_axes)
+    return on_mesh.run(call, specs)
 
 
 class OnMesh:
     """A call on the devices of a mesh: which part of each argument a device gets."""
 
     def __init__(self, sharding, inputs: Inputs, shared: Any, mask):
-        self.axes = axes = mesh_axes(sharding)
-        mesh = _mesh_in_context(sharding, axes)
-        self.devices_of_batch = math.prod(mesh.shape[name] for name in axes.batch)
+        self.axes, self._sharding = mesh_axes(sharding), sharding
+        axes, mesh = self.axes, _mesh_in_context(sharding, self.axes)
+        devices = math.prod(mesh.shape[name] for name in axes.batch)
         others = jax.tree.leaves(shared)
         self._structures = inputs.treedef, jax.tree.structure(shared)
         self._leaves = [*inputs.leaves, *others, mask]
-        self._is_array = list(map(is_array, self._leaves))
+        # Scalars of NumPy, such as flags, may have to be known.
+        self._is_array = [
+            is_array(x) and not isinstance(x, np.generic) for x in self._leaves
+        ]
         time_axes = [*inputs.axes, *[None] * len(others), _mask_axis(inputs)]
         self._arrays = self._select(self._leaves)
-        places = zip(self._arrays, self._select(time_axes))
+        self._time_axes = self._select(time_axes)
+        places = zip(self._arrays, self._time_axes)
         self._specs = [axes.spec(axis, x.ndim) for x, axis in places]
+        _refuse_varying(self._arrays, sharding)
+        # The number of examples of one device.
+        self.batch = _batch_size(inputs, sharding) // devices if axes.batch else None
         _check_sizes(self._arrays, self._specs, mesh)
+        explicit = [_explicit_part(spec, mesh) for spec in self._specs]
         if any(_is_explicit(mesh, name) for name in axes.names):
-            pairs = zip(self._arrays, self._specs)
+            pairs = zip(self._arrays, explicit)
             self._arrays = [jax.sharding.reshard(*pair) for pair in pairs]
 
     def _select(self, items) -> list:
@@ -138,12 +164,44 @@ class OnMesh:
 
     def rebuild(self, arrays) -> tuple[tuple, Any, Any]:
         """`(args, shared, mask)` with the arrays of one device."""
-        rest = iter([_own_noise(x, self.axes) for x in arrays])
+        rest = iter(arrays)
         pairs = zip(self._leaves, self._is_array)
         *leaves, mask = [next(rest) if chosen else x for x, chosen in pairs]
         args, shared = self._structures
         size = args.num_leaves
         return args.unflatten(leaves[:size]), shared.unflatten(leaves[size:]), mask
+
+    def fold_in_keys(self, arrays: list, names_of_shared: tuple[str, ...]) -> list:
+        """Random keys, others for each part of the batch; those of all steps, others
+        for each device along these axes."""
+        pairs = zip(arrays, self._time_axes)
+        names = lambda axis: names_of_shared if axis is None else self.axes.batch
+        return [own_keys(x, names(axis)) if is_key(x) else x for x, axis in pairs]
+
+    def share_results(self, results: Any, out_axes: Any) -> Any:
+        """Takes what all steps share from the first device."""
+        of_first = lambda y: of_first_device(y, self.axes.names)
+        share = lambda y, axis: of_first(jnp.asarray(y)) if axis is None else y
+        return map_results(share, results, out_axes)
+
+    def specs_of_results(self, shapes: Any, out_axes: Any) -> Any:
+        """Where the results of one device go, after checking that they have a place."""
+
+        def spec(y, axis: Axis):
+            if isinstance(axis, int) and self.batch is not None:
+                self._check_batch(y, axis)
+            return self.axes.spec(axis, y.ndim)
+
+        return map_results(spec, shapes, out_axes)
+
+    def _check_batch(self, y, axis: int) -> None:
+        if y.ndim < 2 or batch_size(y, output_position(axis, y.ndim)) != self.batch:
+            raise ValueError(
+                f"sharding={self._sharding} splits the batch, so every result needs a "
+                f"batch axis beside time, of {self.batch} examples on each device, "
+                f"got {describe(y)}. Reduce over the batch outside of fun; give an "
+                "argument that has a batch a time axis too, so that it is not shared."
+            )
 
     def shapes(self, call: Callable) -> Any:
         """The results of `call(arrays)` on one device, as shapes."""
@@ -163,6 +221,44 @@ class OnMesh:
         )  # fmt: skip
 
 
+def _batch_size(inputs: Inputs, sharding) -> Any:
+    """That of all arguments with a time axis."""
+    pairs = zip(inputs.mapped, inputs.mapped_axes)
+    arrays = [(x, axis) for x, axis in pairs if isinstance(axis, int)]
+    sizes = {batch_size(x, axis) for x, axis in arrays if x.ndim > 1}
+    if len(sizes) != 1:
+        found = ", ".join(describe(x) for x, _ in arrays)
+        raise ValueError(
+            f"sharding={sharding} splits the batch, so the arguments with a time axis "
+            f"need one batch axis beside it, of the same size in all, got {found}. "
+            "Repeat what has none (jnp.broadcast_to), or split time alone."
+        )
+    return sizes.pop()
+
+
+def _refuse_varying(arrays: list, sharding) -> None:
+    """Refuses what JAX can't differentiate here: it would leave out sums."""
+    for x in arrays:
+        aval = jax.typeof(x)
+        varying = getattr(aval, "vma", None) or getattr(
+            getattr(aval, "mat", None), "varying", None
+        )
+        if varying:
+            raise ValueError(
+                f"sharding={sharding} inside of a jax.shard_map over other axes "
+                f"({', '.join(varying)}): give that jax.shard_map check_vma=False."
+            )
+
+
+def _explicit_part(spec: PartitionSpec, mesh) -> PartitionSpec:
+    """The entries of a spec that JAX keeps in types."""
+    kept = [
+        tuple(name for name in _names(entry) if _is_explicit(mesh, name)) or None
+        for entry in spec
+    ]
+    return PartitionSpec(*kept)
+
+
 def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes in one entry of a `PartitionSpec`."""
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
@@ -170,8 +266,7 @@ def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 def _mask_axis(inputs: Inputs) -> int:
     """The time axis of the mask, which has the layout of the data."""
-    axes = [axis for axis in inputs.mapped_axes if isinstance(axis, int)]
-    return 0 if axes == [0] * len(axes) else 1
+    return 0 if is_time_major(inputs) else 1
 
 
 def _mesh_in_context(sharding, axes: MeshAxes):
@@ -187,7 +282,7 @@ def _mesh_in_context(sharding, axes: MeshAxes):
                 f"sharding={sharding} must name axes of the mesh in context, which has "
                 f"{mesh.axis_names}, got {name!r}."
             )
-        if mesh._name_to_type[name] == AxisType.Manual:
+        if _type_of(mesh, name) == AxisType.Manual:
             raise ValueError(
                 f"sharding={sharding} names the axis {name!r}, over which a "
                 "jax.shard_map around this call runs already. Leave it out: the "
@@ -196,8 +291,12 @@ def _mesh_in_context(sharding, axes: MeshAxes):
     return mesh
 
 
+def _type_of(mesh, name: str) -> AxisType:
+    return dict(zip(mesh.axis_names, mesh.axis_types))[name]
+
+
 def _is_explicit(mesh, name: str) -> bool:
-    return mesh._name_to_type[name] == AxisType.Explicit
+    return _type_of(mesh, name) == AxisType.Explicit
 
 
 def _check_sizes(arrays: list, specs: list, mesh) -> None:
@@ -213,23 +312,14 @@ def _check_sizes(arrays: list, specs: list, mesh) -> None:
                 )
 
 
-def _check_result(axis: Axis, y, axes: MeshAxes, sharding) -> None:
-    if axis is not None and y.ndim < 2 and axes.batch:
-        raise ValueError(
-            f"sharding={sharding} splits the batch, so every result needs a batch axis "
-            f"beside time, got {describe(y)} of one device. Reduce over the batch "
-            "outside of fun."
-        )
-
-
-def _own_noise(x, axes: MeshAxes):
-    """Random keys, another for each part of the batch."""
-    if not axes.batch or not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return x
-    fold_in = lambda key: jax.random.fold_in(key, jax.lax.axis_index(axes.batch))
-    for _ in range(x.ndim):
+def own_keys(keys, names: tuple[str, ...]):
+    """Random keys, typed or not, others for each device along these axes."""
+    if not names:
+        return keys
+    fold_in = lambda key: jax.random.fold_in(key, jax.lax.axis_index(names))
+    for _ in range(keys.ndim - (not is_key(keys))):
         fold_in = jax.vmap(fold_in)
-    return fold_in(x)
+    return fold_in(keys)
 
 
 def of_first_device(y, names: tuple[str, ...]):
@@ -239,6 +329,9 @@ def of_first_device(y, names: tuple[str, ...]):
 
 def of_one_device(y, is_chosen, names: tuple[str, ...]):
     """On all devices, the result of the only one for which `is_chosen`."""
+    if is_key(y):
+        data = of_one_device(jax.random.key_data(y), is_chosen, names)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(y))
     kept = jnp.where(is_chosen, y, jnp.zeros_like(y))
     is_bool = kept.dtype == jnp.bool_
     total = jax.lax.psum(kept.astype(jnp.int8) if is_bool else kept, names)

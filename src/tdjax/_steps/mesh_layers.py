@@ -14,15 +14,21 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from tdjax._masks import masked_mean
+from tdjax._checks import leaves_by_path
+from tdjax._masks import masked_mean, over_trailing_axes
 from tdjax._steps.axes import (
     PER_STEP,
     Inputs,
     flatten_inputs,
-    map_results,
-    step_shape,
 )
-from tdjax._steps.mesh import MeshAxes, OnMesh, of_first_device, of_one_device
+from tdjax._steps.mesh import (
+    MeshAxes,
+    OnMesh,
+    of_first_device,
+    of_one_device,
+    own_keys,
+)
+from tdjax._steps.select_steps import check_mask
 from tdjax._steps.stateful import (
     LayerState,
     after_steps,
@@ -46,35 +52,37 @@ def distribute_layer(
         own_step = functools.partial(step, shared)
         return distribute_stateful(own_step, layer, args, mask, *options)
     inputs = flatten_inputs(args, in_axes)
+    if mask is not None:
+        check_mask(mask, inputs)
     if lowering.capacity is None:  # Packed steps are others on each device.
         layer = with_keys_of_steps(layer, inputs)
     everywhere = shared, layer.variables
     on_mesh = OnMesh(sharding, _with_keys(inputs, layer, args), everywhere, mask)
-    axes = on_mesh.axes
-    batch = _batch_of_device(inputs, on_mesh)
+    axes, batch = on_mesh.axes, on_mesh.batch
+    # One key for all packed steps is another on each device.
+    is_one_key = not layer.has_keys_of_steps and not layer.share_rng
+    names_of_keys = axes.names if is_one_key else axes.batch
 
     def call(arrays):
         (keys, own_args), everywhere, own_mask = on_mesh.rebuild(arrays)
         own_shared, variables = everywhere
-        own_step = functools.partial(step, own_shared)
-        if not layer.has_keys_of_steps and not layer.share_rng and axes.time:
-            place = lax.axis_index(axes.time)
-            keys = jax.tree.map(lambda key: jax.random.fold_in(key, place), keys)
+        keys = jax.tree.map(lambda key: own_keys(key, names_of_keys), keys)
         own = layer._replace(variables=variables, keys=keys)
+        own_step = functools.partial(step, own_shared)
         y, carried, changed, new, weights = run_steps(
-            own_step, own, own_args, own_mask, *options
+            own_step, own, own_args, own_mask, *options, (args, mask)
         )
-        _refuse_to_carry_over_devices(carried, axes, sharding)
-        of_first = lambda y: of_first_device(y, axes.names)
-        y = map_results(lambda y, a: of_first(y) if a is None else y, y, out_axes)
+        _refuse_on_devices(carried, new, lowering, sharding, axes)
+        y = on_mesh.share_results(y, out_axes)
         combine = lambda old, new, weights: _of_all_devices(old, new, weights, axes)
         changed = after_steps(variables, changed, weights, combine)
-        carried = {name: lax.pmean(x, axes.names) for name, x in carried.items()}
-        return y, carried, changed, jax.tree.map(lambda x: _sown(x, batch, axes), new)
+        carried = _carried_of_all_devices(variables, carried, weights, combine)
+        sown = lambda x: _sown(x, batch, weights, axes)
+        return y, carried, changed, jax.tree.map(sown, new)
 
     y, carried, changed, new = on_mesh.shapes(call)
     specs = (
-        map_results(lambda leaf, axis: axes.spec(axis, leaf.ndim), y, out_axes),
+        on_mesh.specs_of_results(y, out_axes),
         *jax.tree.map(lambda _: PartitionSpec(), (carried, changed)),
         jax.tree.map(lambda x: _spec_of_sown(x, batch, axes), new),
     )
@@ -90,20 +98,29 @@ def _with_keys(inputs: Inputs, layer: LayerState, args: tuple) -> Inputs:
     return Inputs([*keys, *inputs.leaves], [*axes, *inputs.axes], treedef)
 
 
-def _batch_of_device(inputs, on_mesh: OnMesh) -> int | None:
-    """The number of examples of one device; None if no input has a batch."""
-    pairs = zip(inputs.mapped, inputs.mapped_axes)
-    steps = [step_shape(x, axis) for x, axis in pairs if isinstance(axis, int)]
-    sizes = [x.shape[0] for x in steps if x.ndim]
-    return sizes[0] // on_mesh.devices_of_batch if sizes else None
-
-
-def _refuse_to_carry_over_devices(carried, axes: MeshAxes, sharding) -> None:
+def _refuse_on_devices(carried, new, lowering, sharding, axes: MeshAxes) -> None:
     if carried and axes.time:
         raise ValueError(
             "variable_carry takes state from step to step, so a device needs all of "
             f"them; got sharding={sharding}, which splits time. Split the batch alone."
         )
+    if jax.tree.leaves(new) and lowering.capacity is not None:
+        raise ValueError(
+            f"With capacity={lowering.capacity} a layer sows values of packed steps, "
+            f"which have no order over the devices of sharding={sharding}. Leave their "
+            "collection out of mutable, or capacity."
+        )
+
+
+def _carried_of_all_devices(variables, carried, weights, combine) -> dict[str, Any]:
+    """What went from step to step and was written, as one value for all devices."""
+    before = leaves_by_path(variables)
+    has_steps = None if weights is None else jnp.any(jnp.asarray(weights))[None]
+    return {
+        name: combine(before[name], x[None], has_steps)
+        for name, x in carried.items()
+        if x is not before[name]
+    }
 
 
 def _of_all_devices(before, stacked, weights, axes: MeshAxes):
@@ -137,12 +154,15 @@ def _has_batch(x, batch: int | None, axes: MeshAxes) -> bool:
     return not axes.batch or x.shape[1:2] == (batch,)
 
 
-def _sown(x, batch: int | None, axes: MeshAxes):
+def _sown(x, batch: int | None, weights, axes: MeshAxes):
     """A sown value without examples is the mean of the devices, or the first's."""
     if _has_batch(x, batch, axes):
         return x
-    is_float = jnp.issubdtype(x.dtype, jnp.floating)
-    return lax.pmean(x, axes.batch) if is_float else of_first_device(x, axes.batch)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return of_first_device(x, axes.batch)
+    valid = over_trailing_axes(_or_all(weights, x.shape[0]), x.ndim)
+    total, count = lax.psum((jnp.where(valid, x, 0), 1 * valid), axes.batch)
+    return total / jnp.maximum(count, 1).astype(x.dtype)
 
 
 def _spec_of_sown(x, batch: int | None, axes: MeshAxes) -> PartitionSpec:

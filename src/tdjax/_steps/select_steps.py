@@ -15,7 +15,7 @@ from tdjax._steps.steps import AllSteps, Steps
 
 def select_steps(inputs: Inputs, mask, lowering: Lowering) -> Steps:
     """The steps to compute, after checking that the mask fits them."""
-    capacity, time_major = lowering.capacity, _is_time_major(inputs)
+    capacity, time_major = lowering.capacity, is_time_major(inputs)
     if mask is None:
         if capacity is not None:
             raise ValueError(
@@ -23,7 +23,7 @@ def select_steps(inputs: Inputs, mask, lowering: Lowering) -> Steps:
                 f"call with mask=, bool, {_LAYOUT[time_major]}."
             )
         return AllSteps(inputs)
-    _check_mask(mask, inputs, time_major)
+    check_mask(mask, inputs)
     if is_concrete(mask):
         mask = np.asarray(mask)
     if time_major:
@@ -37,14 +37,16 @@ def select_steps(inputs: Inputs, mask, lowering: Lowering) -> Steps:
 _LAYOUT = {False: "(batch, time)", True: "(time, batch)"}
 
 
-def _is_time_major(inputs: Inputs) -> bool:
+def is_time_major(inputs: Inputs) -> bool:
     """Whether time is axis 0 of all that has a time axis; the mask is then like it."""
     axes = [axis for axis in inputs.mapped_axes if isinstance(axis, int)]
     return axes == [0] * len(axes)
 
 
-def _check_mask(mask: Any, inputs: Inputs, time_major: bool) -> None:
+def check_mask(mask: Any, inputs: Inputs) -> None:
+    """Refuses a mask that does not have the layout and the sizes of the inputs."""
     require_mask_dtype(mask)
+    time_major = is_time_major(inputs)
     layout = _LAYOUT[time_major]
     if mask.ndim != 2:
         raise ValueError(

@@ -30,7 +30,7 @@ from tdjax._steps.axes import (
 from tdjax._steps.carried import distribute_carried
 from tdjax._steps.lowering import Lowering
 from tdjax._steps.masked import MaskedSteps
-from tdjax._steps.select_steps import select_steps
+from tdjax._steps.select_steps import is_time_major, select_steps
 
 
 class LayerState(NamedTuple):
@@ -89,9 +89,13 @@ def join_variables(variables, carried: dict[str, Any], changed, new):
 
 
 def run_steps(
-    step, layer: LayerState, args, mask, in_axes, out_axes, lowering: Lowering
+    step, layer: LayerState, args, mask, in_axes, out_axes, lowering, given=None
 ) -> AfterSteps:
-    """Runs all steps, each with keys of its own."""
+    """Runs all steps, each with keys of its own.
+
+    `given` are `(args, mask)` as the caller had them, of which a device has a part.
+    """
+    given_args, given_mask = given or (args, mask)
     if layer.share_rng and jax.tree.leaves(layer.keys):
         check_share_rng(lowering)
     steps = select_steps(flatten_inputs(args, in_axes), mask, lowering)
@@ -106,12 +110,18 @@ def run_steps(
     axes = (out_axes, PER_STEP, PER_STEP_OR_BATCH)
     results = distribute_carried(call, carried, steps, axes, lowering)
     (y, changed, new), carried = results
-    if lowering.capacity is not None and not _is_one_batch(lowering, args, mask):
+    if lowering.capacity is not None and not _is_one_batch(
+        lowering, given_args, given_mask
+    ):
         _refuse_statistics(changed, lowering.capacity)
     new = jax.tree.map(steps.hide_sown, new)
     before = _replace(layer.variables, carried)
-    if isinstance(steps, MaskedSteps) and not _gets_mask(args, mask):
-        _warn_of_stand_ins(layer.variables, before, changed, steps.mask)
+    if isinstance(steps, MaskedSteps) and not _gets_mask(given_args, given_mask):
+        time_major = is_time_major(flatten_inputs(args, in_axes))
+        if is_concrete(given_mask):
+            given_mask = np.asarray(given_mask)
+        whole = given_mask.T if time_major else given_mask
+        _warn_of_stand_ins(layer.variables, before, changed, whole)
     return AfterSteps(y, carried, changed, new, steps.weights)
 
 

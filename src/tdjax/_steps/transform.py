@@ -168,8 +168,8 @@ class Distributed(Generic[P, R]):
     def __call__(self, /, *args: Any, mask: Any = None, **kwargs: Any) -> Any:
         if self.sharding is None:
             return self._run(args, kwargs, mask)
-        axes = self.in_axes, self.out_axes
-        return run_on_mesh(self._run, args, kwargs, mask, *axes, self.sharding)
+        options = self.in_axes, self.out_axes, self.lowering, self.sharding
+        return run_on_mesh(self._run, args, kwargs, mask, *options)
 
     def _run(self, args: tuple, kwargs: dict, mask: Any) -> Any:
         inputs = flatten_inputs(args, self.in_axes)
