@@ -359,18 +359,6 @@ def _unless_large(x):
     return x - x.max(0)
 
 
-def _given(fun):
-    gradient = jax.custom_vjp(lambda x: x * 1.0)
-    gradient.defvjp(lambda x: (x, None), lambda _, g: (fun(g),))
-    return gradient
-
-
-def _pushed(fun):
-    gradient = jax.custom_jvp(lambda x: x * 1.0)
-    gradient.defjvp(lambda x, t: (x[0], fun(t[0])))
-    return gradient
-
-
 KEYS = {B * T: jax.random.key(1)}
 OTHER_KEY = jax.random.key(2)
 BY_NUMBER = {
@@ -387,11 +375,11 @@ BY_NUMBER = {
         "float32"
     ),
     "a key": lambda x: x + jax.random.normal(KEYS.get(x.shape[0], OTHER_KEY), (F,)),
-    "a gradient": _given(lambda g: g - g.mean(0) if g.shape[0] == B * T else g),
-    "a gradient by type": _given(
+    "a gradient": with_vjp(lambda g: g - g.mean(0) if g.shape[0] == B * T else g),
+    "a gradient by type": with_vjp(
         lambda g: g - g.max(0) if isinstance(g.shape[0], int) else g
     ),
-    "a tangent": _pushed(lambda t: t - t.mean(0) if t.shape[0] == B * T else t),
+    "a tangent": with_jvp(lambda t: t - t.mean(0) if t.shape[0] == B * T else t),
     "a callback": lambda x: (
         x
         / jax.pure_callback(

@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from tdjax._checks import leaves_by_path
-from tdjax._masks import masked_mean, over_trailing_axes
+from tdjax._masks import over_trailing_axes
 from tdjax._steps.axes import (
     PER_STEP,
     Inputs,
@@ -34,6 +34,7 @@ from tdjax._steps.stateful import (
     after_steps,
     distribute_stateful,
     join_variables,
+    move_by_mean,
     run_steps,
     with_keys_of_steps,
 )
@@ -51,6 +52,13 @@ def distribute_layer(
     if sharding is None:
         own_step = functools.partial(step, shared)
         return distribute_stateful(own_step, layer, args, mask, *options)
+    return _distribute_on_mesh(step, shared, layer, args, mask, *options, sharding)
+
+
+def _distribute_on_mesh(
+    step, shared, layer: LayerState, args, mask, in_axes, out_axes, lowering, sharding
+) -> tuple[Any, Any]:
+    options = in_axes, out_axes, lowering
     inputs = flatten_inputs(args, in_axes)
     if mask is not None:
         check_mask(mask, inputs)
@@ -129,9 +137,7 @@ def _of_all_devices(before, stacked, weights, axes: MeshAxes):
     if timesteps == 0:
         return before
     if jnp.issubdtype(stacked.dtype, jnp.floating):
-        # The mean of the moves, not of the values: what did not move stays as it is.
-        moves, weights = stacked - before[None], _or_all(weights, timesteps)
-        return before + masked_mean(moves, weights, axis=0, axis_name=axes.names)
+        return move_by_mean(before, stacked, weights, axes.names)
     weights = _or_all(weights, timesteps)
     last = timesteps - 1 - jnp.argmax(weights[::-1])
     first = lax.axis_index(axes.time) * timesteps if axes.time else 0

@@ -309,12 +309,22 @@ def _after(before, stacked, weights):
     if stacked.shape[0] == 0:
         return before
     if jnp.issubdtype(stacked.dtype, jnp.floating):
-        # The mean of the moves, not of the values: what did not move stays as it is.
-        moves = stacked - jnp.expand_dims(before, 0)
-        if weights is None:
-            return before + jnp.mean(moves, axis=0)
-        return before + masked_mean(moves, jnp.asarray(weights), axis=0)
+        return move_by_mean(before, stacked, weights)
     if weights is None:
         return stacked[-1]
     last = stacked.shape[0] - 1 - jnp.argmax(weights[::-1])
     return jnp.where(jnp.any(weights), stacked[last], before)
+
+
+def move_by_mean(before, stacked, weights, axis_name=None):
+    """Moves a float by the mean of what the steps moved it by, not to their mean.
+
+    So what did not move stays as it is. `axis_name` are mesh axes, over all of which
+    the mean is taken.
+    """
+    moves = stacked - jnp.expand_dims(before, 0)
+    if weights is not None:
+        weights = jnp.asarray(weights)
+        return before + masked_mean(moves, weights, axis=0, axis_name=axis_name)
+    mean = jnp.mean(moves, axis=0)
+    return before + (mean if axis_name is None else jax.lax.pmean(mean, axis_name))

@@ -142,16 +142,6 @@ class Subject(NamedTuple):
 
 def tune(subject: Subject, inputs: tuple, settings: Settings) -> Tuning:
     """Measures the candidates of a subject, or finds them in the cache."""
-    try:
-        return _tune(subject, inputs, settings)
-    except Exception as error:
-        # The reference may fail where what was given works.
-        if subject.base.method == "fold" and _OTHER_FUNCTION not in str(error):
-            error.add_note(_OTHER_FUNCTION)
-        raise
-
-
-def _tune(subject: Subject, inputs: tuple, settings: Settings) -> Tuning:
     if jax.config.jax_disable_jit:  # pyright: ignore
         raise ValueError(
             "autotune measures compiled programs, and jax_disable_jit is on. Switch it "
@@ -173,7 +163,13 @@ def _tune(subject: Subject, inputs: tuple, settings: Settings) -> Tuning:
     argnums = settings.positions(args)
     reference = subject.program(candidates[0].lowering)
     method = subject.base.method
-    about = _about(reference, args, argnums, method, candidates, limits)
+    try:
+        about = _about(reference, args, argnums, method, candidates, limits)
+    except Exception as error:
+        # The reference may fail where what was given works.
+        if method == "fold":
+            error.add_note(_OTHER_FUNCTION)
+        raise
     folder = settings.folder()
     program, args = _program_to_measure(subject, reference, args, argnums)
     stored = folder and cache.load(folder, about)
