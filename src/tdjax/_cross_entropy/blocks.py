@@ -19,6 +19,11 @@ pass only scales the gradients (Hsu et al. 2024, https://arxiv.org/abs/2410.1098
 the words in chunks the logits are computed twice, for step 2 and again for step 4
 (Wijmans et al. 2024, https://arxiv.org/abs/2411.09009).
 
+With the words split over devices, each runs this for its own words, `params` and
+`labels` being those of the device. The normalizer then becomes that of all words
+(`_of_all_words`): three numbers of each row are sent. A device's gradients are partial
+sums, which the caller adds up.
+
 What must hold: only inputs, and operands of matrix products, are narrower than float32.
 A word that the bias bans (-inf) has probability 0 and no gradient, never NaN.
 """
@@ -30,6 +35,13 @@ import jax
 import jax.numpy as jnp
 
 from tdjax._checks import at_least_float32
+from tdjax._cross_entropy.chunks import (
+    add_at,
+    in_chunks,
+    join_chunks,
+    over_words,
+    slice_columns,
+)
 
 Params = dict[str, Any]
 ONE_PER_ROW: dict[str, Any] = {
@@ -40,15 +52,18 @@ ONE_PER_ROW: dict[str, Any] = {
 
 
 class Head(NamedTuple):
-    """The options: the loss of one step, and the sizes of the blocks.
+    """The options: the loss of one step, the words, and the sizes of the blocks.
 
     With logits z and label y, the loss is `lse(z) - (1 - label_smoothing) * z[y] -
     label_smoothing * mean(z) + z_loss * lse(z) ** 2`, where `lse` is log-sum-exp.
+    `words` are those of all devices, `word_axes` the mesh axes that split them.
     """
 
     label_smoothing: float
     z_loss: float
     logits_soft_cap: float | None
+    words: int
+    word_axes: tuple[str, ...]
     chunk_size: int
     vocab_chunk_size: int
     forward_chunk_size: int
@@ -70,9 +85,10 @@ def _weighted_loss_forward(head, params, hidden, labels, weights):
 
 def _weighted_loss_backward(head, residuals, cotangent):
     gradients, losses, like = residuals
+    total = _of_all_devices(head, cotangent)
 
     def scale(gradient, x):
-        return (cotangent * gradient.astype(cotangent.dtype)).astype(x.dtype)
+        return (total * gradient.astype(total.dtype)).astype(x.dtype)
 
     d_params, d_hidden = jax.tree.map(scale, gradients, like)
     return d_params, d_hidden, None, cotangent * losses
@@ -81,6 +97,11 @@ def _weighted_loss_backward(head, residuals, cotangent):
 def _weighted_sum(weights, losses):
     # A masked step may have an infinite loss, where the bias bans its label.
     return jnp.sum(jnp.where(weights == 0, 0, weights * losses))
+
+
+def _of_all_devices(head: Head, cotangent):
+    """Of losses that the devices along `word_axes` share, each has a part of it."""
+    return jax.lax.psum(cotangent, head.word_axes) if head.word_axes else cotangent
 
 
 def _empty(x):
@@ -103,6 +124,7 @@ def _losses_forward(head, params, hidden, labels):
 
 def _losses_backward(head, residuals, cotangents):
     params, hidden, labels = residuals
+    cotangents = _of_all_devices(head, cotangents)
     _, gradients = _losses_and_gradients(head, params, hidden, labels, cotangents)
     cast = lambda gradient, x: gradient.astype(x.dtype)
     return *jax.tree.map(cast, gradients, (params, hidden)), None
@@ -113,15 +135,15 @@ losses_of_steps.defvjp(_losses_forward, _losses_backward)
 
 def _forward(head: Head, params: Params, hidden, labels):
     """`(steps,)` losses without gradients."""
-    words, size = _words(params), head.forward_vocab_chunk_size
+    size = head.forward_vocab_chunk_size
 
     def chunk_losses(rows):
         hidden, labels = rows
         normalizer = _normalizer_over_words(head, params, hidden, labels, size)
-        return _losses(head, normalizer, words)
+        return _losses(head, normalizer)
 
-    chunks = _in_chunks((hidden, labels), head.forward_chunk_size)
-    return _join(jax.lax.map(chunk_losses, chunks), labels.shape[0])
+    chunks = in_chunks((hidden, labels), head.forward_chunk_size)
+    return join_chunks(jax.lax.map(chunk_losses, chunks), labels.shape[0])
 
 
 def _losses_and_gradients(head: Head, params: Params, hidden, labels, weights):
@@ -141,11 +163,12 @@ def _losses_and_gradients(head: Head, params: Params, hidden, labels, weights):
         d_params, d_hidden, losses = _add_gradients(head, params, d_params, *rows)
         return d_params, (d_hidden, losses)
 
-    chunks = _in_chunks((hidden, labels, relative), head.chunk_size)
+    chunks = in_chunks((hidden, labels, relative), head.chunk_size)
     # Under a second derivative, store no chunk's logits either.
     body = jax.checkpoint(add_chunk, prevent_cse=False)
     d_params, (d_hidden, losses) = jax.lax.scan(body, zeros, chunks)
-    d_hidden, losses = _join(d_hidden, labels.shape[0]), _join(losses, labels.shape[0])
+    rows = labels.shape[0]
+    d_hidden, losses = join_chunks(d_hidden, rows), join_chunks(losses, rows)
 
     def unscale(gradient, x):
         keep_wide = x.dtype == jnp.float16
@@ -160,12 +183,12 @@ def _add_gradients(head: Head, params, d_params, hidden, labels, weights):
     words, size = _words(params), head.vocab_chunk_size
     if size >= words:
         block = _block(head, params, hidden, labels, 0, words)
-        exponentials, normalizer = _normalizer(head, block)
-        d_logits = _d_logits(head, block, exponentials, normalizer, labels, words)
+        exponentials, normalizer = _normalizer(head, block, labels)
+        d_logits = _d_logits(head, block, exponentials, normalizer, labels)
         d_params, d_hidden = _add_products(
             params, d_params, hidden, *d_logits, weights, 0
         )
-        return d_params, d_hidden, _losses(head, normalizer, words)
+        return d_params, d_hidden, _losses(head, normalizer)
 
     normalizer = _normalizer_over_words(head, params, hidden, labels, size)
 
@@ -174,15 +197,15 @@ def _add_gradients(head: Head, params, d_params, hidden, labels, weights):
         local = labels - start
         block = _block(head, params, hidden, local, start, count)
         exponentials = jnp.exp(block.logits - normalizer.shift[:, None])
-        d_logits = _d_logits(head, block, exponentials, normalizer, local, words)
+        d_logits = _d_logits(head, block, exponentials, normalizer, local)
         d_params, d_chunk = _add_products(
             params, d_params, hidden, *d_logits, weights, start
         )
         return d_params, d_hidden + d_chunk
 
-    zeros = (d_params, jnp.zeros(hidden.shape, weights.dtype))
-    d_params, d_hidden = _over_words(add_word_chunk, zeros, words, size)
-    return d_params, d_hidden, _losses(head, normalizer, words)
+    zeros = (d_params, jnp.zeros_like(hidden, dtype=weights.dtype))
+    d_params, d_hidden = over_words(add_word_chunk, zeros, words, size)
+    return d_params, d_hidden, _losses(head, normalizer)
 
 
 class Block(NamedTuple):
@@ -218,7 +241,7 @@ class Normalizer(NamedTuple):
 
 def _block(head: Head, params: Params, hidden, labels, start, count: int) -> Block:
     """The logits of `count` words from `start`; `labels` count from `start` too."""
-    params = {name: _slice(x, start, count) for name, x in params.items()}
+    params = {name: slice_columns(x, start, count) for name, x in params.items()}
     wide = at_least_float32(hidden.dtype)
     products = jnp.matmul(hidden, params["kernel"], preferred_element_type=wide)
     label_logit = _at_labels(products, labels).get(mode="fill", fill_value=jnp.nan)
@@ -239,19 +262,20 @@ def _cap(head: Head, logits):
     return head.logits_soft_cap * bounded, 1 - bounded**2
 
 
-def _normalizer(head: Head, block: Block) -> tuple[Any, Normalizer]:
-    """`(exponentials, normalizer)` of a block that has all words."""
-    shift = _finite(jax.lax.stop_gradient(block.logits.max(-1)))
+def _normalizer(head: Head, block: Block, labels) -> tuple[Any, Normalizer]:
+    """`(exponentials, normalizer)` of a block that has all words of this device."""
+    shift = _finite(_largest_of_all(head, block.logits.max(-1)))
     exponentials = jnp.exp(block.logits - shift[:, None])
     exp_sum = exponentials.sum(-1)
     logit_sum = _add_logits(head, jnp.zeros_like(exp_sum), block)
-    return exponentials, Normalizer(shift, exp_sum, block.label_logit, logit_sum)
+    words = block.logits.shape[1]
+    sums = _of_all_words(head, labels, words, exp_sum, block.label_logit, logit_sum)
+    return exponentials, Normalizer(shift, *sums)
 
 
 def _normalizer_over_words(head: Head, params, hidden, labels, size: int) -> Normalizer:
     """The normalizer from blocks of `size` words, with a running maximum."""
-    words, rows = _words(params), hidden.shape[0]
-    wide = at_least_float32(hidden.dtype)
+    words, wide = _words(params), at_least_float32(hidden.dtype)
 
     def add_word_chunk(carry, start, count):
         largest, exp_sum, label_logit, logit_sum = carry
@@ -264,11 +288,34 @@ def _normalizer_over_words(head: Head, params, hidden, labels, size: int) -> Nor
         label_logit = jnp.where(inside, block.label_logit, label_logit)
         return larger, exp_sum, label_logit, _add_logits(head, logit_sum, block)
 
-    zeros = jnp.zeros(rows, wide)
+    zeros = jnp.zeros_like(labels, dtype=wide)
     # A label outside the vocabulary leaves NaN.
     carry = (zeros - jnp.inf, zeros, zeros + jnp.nan, zeros)
-    largest, *sums = _over_words(add_word_chunk, carry, words, size)
-    return Normalizer(_finite(largest), *sums)
+    largest, exp_sum, *sums = over_words(add_word_chunk, carry, words, size)
+    shift = _finite(_largest_of_all(head, largest))
+    if head.word_axes:
+        exp_sum *= jnp.exp(largest - shift)
+    return Normalizer(shift, *_of_all_words(head, labels, words, exp_sum, *sums))
+
+
+def _largest_of_all(head: Head, largest):
+    """Each row's largest logit, of the words of all devices."""
+    largest = jax.lax.stop_gradient(largest)
+    return jax.lax.pmax(largest, head.word_axes) if head.word_axes else largest
+
+
+def _of_all_words(head: Head, labels, words: int, exp_sum, label_logit, logit_sum):
+    """The sums of a normalizer, over the words of all devices.
+
+    Only one device has the label of a row among its `words` words.
+    """
+    if not head.word_axes:
+        return exp_sum, label_logit, logit_sum
+    label_logit = jnp.where((labels >= 0) & (labels < words), label_logit, 0)
+    sums = jax.lax.psum(jnp.stack([exp_sum, label_logit]), head.word_axes)
+    if head.label_smoothing:
+        logit_sum = jax.lax.psum(logit_sum, head.word_axes)
+    return *sums, logit_sum
 
 
 def _finite(largest):
@@ -288,15 +335,15 @@ def _at_labels(x, labels):
     return x.at[jnp.arange(x.shape[0]), columns]
 
 
-def _losses(head: Head, normalizer: Normalizer, words: int):
+def _losses(head: Head, normalizer: Normalizer):
     log_sum_exp = normalizer.log_sum_exp
     losses = log_sum_exp - (1 - head.label_smoothing) * normalizer.label_logit
     if head.label_smoothing:
-        losses -= head.label_smoothing / words * normalizer.logit_sum
+        losses -= head.label_smoothing / head.words * normalizer.logit_sum
     return losses + head.z_loss * log_sum_exp**2 if head.z_loss else losses
 
 
-def _d_logits(head: Head, block: Block, exponentials, normalizer, labels, words):
+def _d_logits(head: Head, block: Block, exponentials, normalizer, labels):
     """The losses' gradients by the logits, as `(d_logits, scale)`, a scale per row.
 
     Plain cross-entropy leaves the division by the sums to the scale, which later
@@ -309,7 +356,7 @@ def _d_logits(head: Head, block: Block, exponentials, normalizer, labels, words)
         return d_logits, 1 / normalizer.exp_sum
     share = (1 + 2 * head.z_loss * normalizer.log_sum_exp) / normalizer.exp_sum
     d_logits = exponentials * share[:, None]
-    d_logits -= head.label_smoothing / words
+    d_logits -= head.label_smoothing / head.words
     at_labels = _at_labels(d_logits, labels)
     d_logits = at_labels.add(head.label_smoothing - 1, **ONE_PER_ROW)
     return d_logits if block.slope is None else d_logits * block.slope, 1.0
@@ -324,57 +371,11 @@ def _add_products(params: Params, d_params, hidden, d_logits, scale, weights, st
     d_columns = {"kernel": product(narrow.T, scaled)}
     if "bias" in params:
         d_columns["bias"] = jnp.matmul(scale[:, 0], d_logits)
-    add = functools.partial(_add_at, start=start)
+    add = functools.partial(add_at, start=start)
     d_params = jax.tree.map(add, d_params, d_columns)
-    kernel = _slice(params["kernel"], start, d_logits.shape[1])
+    kernel = slice_columns(params["kernel"], start, d_logits.shape[1])
     return d_params, product(narrow, kernel.T) * scale
 
 
 def _words(params: Params) -> int:
     return params["kernel"].shape[1]
-
-
-def _over_words(body, carry, words: int, size: int):
-    """Runs `body(carry, start, count)` over the vocabulary, a shorter chunk last."""
-    whole = words // size
-    if whole:
-        carry = jax.lax.fori_loop(0, whole, lambda i, c: body(c, i * size, size), carry)
-    rest = words - whole * size
-    return body(carry, whole * size, rest) if rest else carry
-
-
-def _slice(x, start, count: int):
-    """The columns from `start` to `start + count`."""
-    if count == x.shape[-1]:
-        return x
-    return jax.lax.dynamic_slice_in_dim(x, start, count, axis=-1)
-
-
-def _add_at(whole, part, start):
-    """Adds `part` to the rows of `whole` from `start` on."""
-    if part.shape == whole.shape:
-        return whole + part
-    old = jax.lax.dynamic_slice_in_dim(whole, start, part.shape[0])
-    return jax.lax.dynamic_update_slice_in_dim(whole, old + part, start, axis=0)
-
-
-def _in_chunks(rows, size: int):
-    """(rows, ...) -> (chunks, size, ...), padded with zeros.
-
-    A chunk takes every n-th row. So where rows are sharded over devices, each device
-    holds a part of every chunk.
-    """
-
-    def chunk(x):
-        chunks = -(-x.shape[0] // size)
-        padding = [(0, chunks * size - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
-        x = jnp.reshape(jnp.pad(x, padding), (size, chunks, *x.shape[1:]))
-        return jnp.moveaxis(x, 1, 0)
-
-    return jax.tree.map(chunk, rows)
-
-
-def _join(chunked, rows: Any):
-    """(chunks, size, ...) -> (rows, ...): undoes `_in_chunks`."""
-    rows_first = jnp.moveaxis(chunked, 0, 1)
-    return jnp.reshape(rows_first, (-1, *chunked.shape[2:]))[:rows]

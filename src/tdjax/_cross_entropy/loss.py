@@ -1,29 +1,33 @@
-"""`linear_cross_entropy`: its arguments and checks. The computation is in `blocks`."""
+"""`linear_cross_entropy`: its arguments, and the loss of the steps of one device.
 
-import contextlib
-import math
-from collections.abc import Mapping
-from typing import Any, Literal
+`checks` says what is accepted, `mesh` which part of it a device gets, and `blocks`
+computes the losses and gradients.
+"""
+
+import functools
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Integer
 
-from tdjax._checks import (
-    adapter_of,
-    at_least_float32,
-    clipped_int32,
-    describe,
-    is_concrete,
-    require_array,
-    require_params,
-    require_sizes,
-)
+from tdjax._checks import at_least_float32, clipped_int32, require_sizes
 from tdjax._cross_entropy.blocks import Head, losses_of_steps, weighted_loss
-from tdjax._masks import over_trailing_axes, require_mask_dtype
+from tdjax._cross_entropy.checks import (
+    check_axis_name,
+    check_labels,
+    check_options,
+    check_steps,
+    forward_mode_refused,
+    require_head,
+)
+from tdjax._cross_entropy.mesh import layout_on_mesh
+from tdjax._masks import over_trailing_axes
+from tdjax._mesh import vary_together
 
-REDUCTIONS = ("mean", "sum", "none")
+IGNORED = -2  # In place of `ignore_class`; -1 is a label outside the vocabulary.
 
 
 def linear_cross_entropy(
@@ -39,6 +43,9 @@ def linear_cross_entropy(
     ignore_class: int | None = None,
     chunk_size: int | None = None,
     vocab_chunk_size: int | None = None,
+    sharding: PartitionSpec | None = None,
+    kernel_sharding: PartitionSpec | None = None,
+    axis_name: Any = None,
 ) -> Float[Array, "..."]:
     """The cross-entropy of `dense(params, hidden)`, without storing the logits.
 
@@ -73,6 +80,17 @@ def linear_cross_entropy(
       vocab_chunk_size: words per block; all by default, except for vocabularies so
         large that a block would have fewer than 256 steps. Chunks of words make the
         gradient compute the logits twice.
+      sharding: `P(batch, time)`, the mesh axes that split the axes of `labels`, on the
+        mesh in context (`jax.set_mesh`). Each device computes the losses of its own
+        steps. The sizes of blocks are those of one device. By default it is what the
+        types say under explicit axes, and the compiler's choice under automatic ones.
+      kernel_sharding: `P(features, words)`, the mesh axes that split the kernel; those
+        of words split the bias too. With words split, each device has its own words
+        and only three numbers of each step are sent, and one gradient by `hidden`.
+        Axes of features, and those that split steps too, are gathered (FSDP). See
+        docs/mesh.md. By default as `sharding`.
+      axis_name: inside a `jax.shard_map` of your own, the mesh axes that split the
+        steps: `"mean"` and `"sum"` are then those of all devices.
 
     Returns:
       The mean or sum, `()`, or the losses, `(...)`; float32, or float64 if the inputs
@@ -98,184 +116,94 @@ def linear_cross_entropy(
       Chowdhery et al., PaLM, 2022, https://arxiv.org/abs/2204.02311 (z-loss).
       Bello et al., 2016, https://arxiv.org/abs/1611.09940 (soft cap).
     """
-    params, hidden = _require_head(params, hidden, labels)
-    features, words = params["kernel"].shape
-    _check_steps(hidden, labels, mask, words)
-    _check_options(reduction, label_smoothing, z_loss, logits_soft_cap, ignore_class)
+    params, hidden = require_head(params, hidden, labels)
+    words = params["kernel"].shape[1]
+    check_steps(hidden, labels, mask, words)
+    check_options(reduction, label_smoothing, z_loss, logits_soft_cap, ignore_class)
     chunks = {"chunk_size": chunk_size, "vocab_chunk_size": vocab_chunk_size}
     chunk_size, vocab_chunk_size = require_sizes(**chunks, optional=True)
-    valid = _valid_steps(labels, mask, ignore_class)
-    _check_labels(labels, valid, words)
-    # What is out of range stays so.
-    labels = clipped_int32(labels, -1, words)
-    rows, row_is_valid = _flatten_steps(hidden, labels, valid, words)
-    sizes = _block_sizes(valid.size, features, words, chunk_size, vocab_chunk_size)
-    is_half = jnp.finfo(hidden.dtype).bits < 32
+    check_labels(labels, mask, ignore_class, words)
     cap = None if logits_soft_cap is None else float(logits_soft_cap)
-    head = Head(float(label_smoothing), float(z_loss), cap, *sizes, is_half)
-    with _forward_mode_refused():
-        if reduction == "none":
-            losses: Any = losses_of_steps(head, params, *rows)
-            return jnp.reshape(jnp.where(row_is_valid, losses, 0), valid.shape)
-        weights = row_is_valid.astype(at_least_float32(hidden.dtype))
-        if reduction == "mean":
-            weights /= jnp.maximum(jnp.sum(weights), 1)
-        return weighted_loss(head, params, *rows, weights)
+    options = Options(
+        float(label_smoothing), float(z_loss), cap, words,
+        reduction, chunk_size, vocab_chunk_size,
+    )  # fmt: skip
+    labels = _known_labels(labels, ignore_class, words)
+    loss = functools.partial(_loss_of_steps, options)
+    arrays = params, hidden, labels, mask
+    with forward_mode_refused():
+        if axis_name is not None:
+            check_axis_name(axis_name, reduction, sharding, kernel_sharding)
+            return loss(*arrays, step_axes=axis_name)
+        layout = layout_on_mesh(sharding, kernel_sharding, *arrays)
+        if layout is None:
+            return loss(*arrays)
+        return layout.run(loss, reduction, *arrays)
 
 
-@contextlib.contextmanager
-def _forward_mode_refused():
-    """Says what to use where JAX only says that `custom_vjp` has no forward mode."""
-    try:
-        yield
-    except TypeError as error:
-        if "forward-mode" not in str(error):
-            raise
-        raise TypeError(
-            "linear_cross_entropy has no forward-mode derivative (jax.jvp, jax.jacfwd, "
-            "jax.linearize). Use jax.grad, jax.vjp or jax.jacrev; for second "
-            "derivatives jax.hessian works too."
-        ) from error
+class Options(NamedTuple):
+    """The options that are the same on all devices."""
+
+    label_smoothing: float
+    z_loss: float
+    logits_soft_cap: float | None
+    words: int
+    reduction: str
+    chunk_size: int | None
+    vocab_chunk_size: int | None
 
 
-def _require_head(params: Any, hidden: Any, labels: Any) -> tuple[dict[str, Any], Any]:
-    """`(params, hidden)` of one dtype, after checking that they match."""
-    _refuse_other_params(params)
-    _check_kernel_fits(params, hidden)
-    kernel, bias = require_params(params, 2, "(features, words)", "(words,)")
-    require_array("hidden", hidden, 1, "(..., features)")
-    for name, x in (("hidden", hidden), ("params['kernel']", kernel)):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            label_dtype = getattr(labels, "dtype", int)
-            swapped = x is hidden and jnp.issubdtype(label_dtype, jnp.floating)
-            hint = " Are hidden and labels swapped?" if swapped else ""
-            raise TypeError(f"{name} must be of floats, got {describe(x)}.{hint}")
-    # The bias gets the dtype of the logits that it is added to.
-    dtype = jnp.result_type(hidden, kernel)
-    params = {"kernel": jnp.asarray(kernel).astype(dtype)}
-    if bias is not None:
-        params["bias"] = jnp.asarray(bias).astype(at_least_float32(dtype))
-    return params, jnp.asarray(hidden).astype(dtype)
-
-
-def _refuse_other_params(params: Any) -> None:
-    """Says how to get the head's params out of what people pass instead."""
-    remedies = {
-        "tdjax.linen": "variables['params'], or the part of it that is the head's, "
-        "such as variables['params']['head']",
-        "tdjax.nnx": "{'kernel': head.kernel[...], 'bias': head.bias[...]}",
-    }
-    adapter = None if isinstance(params, Mapping) else adapter_of(params)
-    if adapter in remedies:
-        raise TypeError(
-            "params must be a dict of arrays, got a Flax module, "
-            f"{type(params).__name__}. Pass {remedies[adapter]}."
-        )
-    if not isinstance(params, Mapping) or "kernel" in params:
-        return
-    required = "params must have the key 'kernel' and may have 'bias'; got "
-    if "embedding" in params:
-        raise ValueError(
-            f"{required}{sorted(params)}. To use an embedding as the head, pass "
-            "{'kernel': params['embedding'].T}."
-        )
-    if "params" in params:
-        raise ValueError(
-            f"{required}{sorted(params)}. Pass the head's own part: {_path_to(params)}."
-        )
-
-
-def _path_to(params: Mapping[str, Any]) -> str:
-    """An example of where the head's dict is, like `params['params']['Dense_0']`."""
-    for path, _ in jax.tree_util.tree_leaves_with_path(params):
-        if path[-1] == jax.tree_util.DictKey("kernel"):
-            return f"params{jax.tree_util.keystr(path[:-1])}"
-    return "params['params']"
-
-
-def _check_kernel_fits(params: Any, hidden: Any) -> None:
-    kernel: Any = params.get("kernel") if isinstance(params, Mapping) else None
-    if len(getattr(kernel, "shape", ())) != 2 or not getattr(hidden, "shape", ()):
-        return  # `require_params` and `require_array` say what is wrong.
-    features = hidden.shape[-1]
-    are_labels = not jnp.issubdtype(getattr(hidden, "dtype", int), jnp.floating)
-    if are_labels or (features == kernel.shape[0] and kernel.shape[1]):
-        return
-    is_transposed = features == kernel.shape[1] != kernel.shape[0]
-    hint = " The kernel looks transposed: pass kernel.T." if is_transposed else ""
-    raise ValueError(
-        "hidden must have the features of params['kernel'] (features, words), and the "
-        f"vocabulary must not be empty: got hidden {describe(hidden)}, kernel "
-        f"{describe(kernel)}.{hint}"
-    )
-
-
-def _check_steps(hidden: Any, labels: Any, mask: Any, words: int) -> None:
-    require_array("labels", labels, 0, "(...)")
-    one_hot = labels.shape == (*hidden.shape[:-1], words)
-    hint = " For one-hot labels pass labels.argmax(-1)." if one_hot else ""
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels must be integers, got {describe(labels)}.{hint}")
-    if labels.shape != hidden.shape[:-1]:
-        raise ValueError(
-            "labels must have the shape of hidden without its features, got "
-            f"{describe(labels)} for hidden {describe(hidden)}.{hint}"
-        )
-    if mask is not None:
-        require_mask_dtype(mask)
-        if mask.shape != labels.shape:
-            transposed = mask.ndim == 2 and mask.shape[::-1] == labels.shape
-            hint = " The mask looks transposed: pass mask.T." if transposed else ""
-            raise ValueError(
-                "mask must have the shape of labels, got "
-                f"{describe(mask)} for labels {describe(labels)}.{hint}"
-            )
-
-
-def _check_options(
-    reduction, label_smoothing, z_loss, logits_soft_cap, ignore_class
-) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}.")
-    _require_number("label_smoothing", label_smoothing)
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}.")
-    _require_number("z_loss", z_loss)
-    if not 0 <= z_loss < math.inf:
-        raise ValueError(f"z_loss must be 0 or positive, got {z_loss}.")
-    if (cap := logits_soft_cap) is not None:
-        _require_number("logits_soft_cap", cap)
-        if not 0 < cap < math.inf:
-            raise ValueError(f"logits_soft_cap must be positive, got {cap}.")
-    if ignore_class is not None:
-        _require_number("ignore_class", ignore_class, int | np.integer, "an int")
-
-
-def _require_number(
-    name: str,
-    value: Any,
-    kinds: Any = int | float | np.integer | np.floating,
-    wanted: str = "a Python number",
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise TypeError(f"{name} must be {wanted}, got {describe(value)}.")
-
-
-def _valid_steps(labels, mask, ignore_class):
-    valid = jnp.ones(labels.shape, bool) if mask is None else jnp.asarray(mask)
-    if ignore_class is None:
-        return valid
+def _known_labels(labels, ignore_class: int | None, words: int):
+    """Labels as int32, those outside the vocabulary as -1 or `words`, or `IGNORED`."""
+    known = clipped_int32(labels, -1, words)
     info = jnp.iinfo(labels.dtype)
     # Labels can't have a value that their dtype can't hold.
-    return (
-        valid & (labels != ignore_class)
-        if info.min <= ignore_class <= info.max
-        else valid
-    )
+    if ignore_class is None or not info.min <= ignore_class <= info.max:
+        return known
+    return jnp.where(labels == ignore_class, IGNORED, known)
+
+
+def _loss_of_steps(
+    options: Options,
+    params: Any,
+    hidden: Any,
+    labels: Any,
+    mask: Any,
+    step_axes: Any = (),
+    word_axes: tuple[str, ...] = (),
+) -> Any:
+    """The loss of the steps that one device has, and of the words that it has.
+
+    The devices along the mesh axes `step_axes` have other steps, those along
+    `word_axes` other words.
+    """
+    valid = labels != IGNORED
+    if mask is not None:
+        valid &= mask
+    hidden, labels = _flatten_steps(hidden, labels, valid, options.words)
+    weights = jnp.ravel(valid).astype(at_least_float32(hidden.dtype))
+    if options.reduction == "mean":
+        count = jnp.sum(weights)
+        count = jax.lax.psum(count, step_axes) if step_axes else count
+        weights /= jnp.maximum(count, 1)
+    # Their gradients are summed over the devices here, once, outside of all loops.
+    params, hidden, labels, weights = vary_together((params, hidden, labels, weights))
+    features, words = params["kernel"].shape
+    chunks = options.chunk_size, options.vocab_chunk_size
+    sizes = _block_sizes(labels.shape[0], features, words, *chunks)
+    is_half = jnp.finfo(hidden.dtype).bits < 32
+    head = Head(*options[:4], word_axes, *sizes, is_half)
+    if word_axes:
+        labels -= jax.lax.axis_index(word_axes) * words
+    if options.reduction == "none":
+        losses: Any = losses_of_steps(head, params, hidden, labels)
+        return jnp.reshape(jnp.where(weights > 0, losses, 0), valid.shape)
+    loss = weighted_loss(head, params, hidden, labels, weights)
+    return jax.lax.psum(loss, step_axes) if step_axes else loss
 
 
 def _flatten_steps(hidden, labels, valid, words: int) -> tuple[Any, Any]:
-    """`((hidden, labels), valid)` with all steps on one axis.
+    """`(hidden, labels)` with all steps on one axis.
 
     Neither NaN nor a gradient passes where a step is masked. A label outside the
     vocabulary makes both NaN.
@@ -285,22 +213,8 @@ def _flatten_steps(hidden, labels, valid, words: int) -> tuple[Any, Any]:
     hidden = jnp.where(over_features(valid), hidden, 0)
     # In this order, since `jax_debug_nans` stops at any NaN.
     hidden = jnp.where(over_features(unknown), jnp.nan, hidden)
-    labels, valid = jnp.ravel(jnp.where(valid, labels, 0)), jnp.ravel(valid)
-    return (jnp.reshape(hidden, (labels.shape[0], hidden.shape[-1])), labels), valid
-
-
-def _check_labels(labels, valid, words: int) -> None:
-    if not (is_concrete(labels) and is_concrete(valid)):
-        return
-    labels = np.asarray(labels)
-    wrong = np.asarray(valid) & ((labels < 0) | (labels >= words))
-    if wrong.any():
-        place = tuple(int(i) for i in np.argwhere(wrong)[0])
-        raise ValueError(
-            f"labels must be from 0 to {words - 1}, params['kernel']'s words, at "
-            f"unmasked steps; got {labels[place]} at {place} ({int(wrong.sum())} of "
-            f"{wrong.size} are out of range). Mask them, or give ignore_class."
-        )
+    labels = jnp.ravel(jnp.where(valid, labels, 0))
+    return jnp.reshape(hidden, (labels.shape[0], hidden.shape[-1])), labels
 
 
 def _block_sizes(

@@ -18,9 +18,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from tdjax._checks import describe, is_array
+from tdjax._mesh import (
+    check_sizes,
+    names_in,
+    over_mesh,
+    refuse_varying,
+    require_mesh,
+    require_spec,
+    reshard,
+)
 from tdjax._steps.axes import (
     Axis,
     Inputs,
@@ -81,23 +90,12 @@ def check_sharding(sharding: Any, lowering: Lowering) -> None:
 
 def mesh_axes(sharding: Any) -> MeshAxes:
     """The axes that a `PartitionSpec` of (batch, time) names."""
-    if not isinstance(sharding, PartitionSpec):
-        raise TypeError(
-            "sharding must be a jax.sharding.PartitionSpec of (batch, time), such as "
-            f"P('data') or P('data', 'seq'), got {describe(sharding)}."
-        )
-    entries = [*sharding]
-    are_names = [x is None or isinstance(x, str | tuple) for x in entries]
-    if len(entries) > 2 or not all(are_names):
+    entries = require_spec("sharding", sharding, 2, "(batch, time)")
+    axes = MeshAxes(*map(names_in, entries))
+    if not axes.names:
         raise ValueError(
-            "sharding must name the mesh axes of the batch and those of time, and no "
-            f"more, as in P('data', 'seq') or P(None, 'seq'), got {sharding}."
-        )
-    axes = MeshAxes(*map(_names, (*entries, None, None)[:2]))
-    if not axes.names or len({*axes.names}) < len(axes.names):
-        raise ValueError(
-            "sharding must name at least one mesh axis, and each once, got "
-            f"{sharding}. Leave it out to let the compiler choose."
+            f"sharding must name at least one mesh axis, got {sharding}. Leave it out "
+            "to let the compiler choose."
         )
     return axes
 
@@ -136,8 +134,7 @@ class OnMesh:
 
     def __init__(self, sharding, inputs: Inputs, shared: Any, mask):
         self.axes, self._sharding = mesh_axes(sharding), sharding
-        axes, mesh = self.axes, _mesh_in_context(sharding, self.axes)
-        devices = math.prod(mesh.shape[name] for name in axes.batch)
+        axes = self.axes
         others = jax.tree.leaves(shared)
         self._structures = inputs.treedef, jax.tree.structure(shared)
         self._leaves = [*inputs.leaves, *others, mask]
@@ -146,18 +143,17 @@ class OnMesh:
             is_array(x) and not isinstance(x, np.generic) for x in self._leaves
         ]
         time_axes = [*inputs.axes, *[None] * len(others), _mask_axis(inputs)]
-        self._arrays = self._select(self._leaves)
+        arrays, option = self._select(self._leaves), f"sharding={sharding}"
         self._time_axes = self._select(time_axes)
-        places = zip(self._arrays, self._time_axes)
+        places = zip(arrays, self._time_axes)
         self._specs = [axes.spec(axis, x.ndim) for x, axis in places]
-        _refuse_varying(self._arrays, sharding)
+        self._mesh = require_mesh(option, axes.names, arrays)
+        refuse_varying(option, arrays)
+        devices = math.prod(self._mesh.shape[name] for name in axes.batch)
         # The number of examples of one device.
         self.batch = _batch_size(inputs, sharding) // devices if axes.batch else None
-        _check_sizes(self._arrays, self._specs, mesh)
-        explicit = [_explicit_part(spec, mesh) for spec in self._specs]
-        if any(_is_explicit(mesh, name) for name in axes.names):
-            pairs = zip(self._arrays, explicit)
-            self._arrays = [jax.sharding.reshard(*pair) for pair in pairs]
+        check_sizes(option, arrays, self._specs, self._mesh, "Pad it, with a mask")
+        self._arrays = reshard(arrays, self._specs, self._mesh)
 
     def _select(self, items) -> list:
         return [x for x, chosen in zip(items, self._is_array) if chosen]
@@ -213,12 +209,7 @@ class OnMesh:
         return jax.jit(self._over(call, specs))(self._arrays)
 
     def _over(self, call: Callable, specs: Any) -> Callable:
-        return jax.shard_map(
-            call, in_specs=(self._specs,), out_specs=specs,
-            axis_names={*self.axes.names},
-            # A user's loop may start with zeros, which are the same on every device.
-            check_vma=False,
-        )  # fmt: skip
+        return over_mesh(call, self._mesh, self.axes.names, (self._specs,), specs)
 
 
 def _batch_size(inputs: Inputs, sharding) -> Any:
@@ -236,80 +227,9 @@ def _batch_size(inputs: Inputs, sharding) -> Any:
     return sizes.pop()
 
 
-def _refuse_varying(arrays: list, sharding) -> None:
-    """Refuses what JAX can't differentiate here: it would leave out sums."""
-    for x in arrays:
-        aval = jax.typeof(x)
-        varying = getattr(aval, "vma", None) or getattr(
-            getattr(aval, "mat", None), "varying", None
-        )
-        if varying:
-            raise ValueError(
-                f"sharding={sharding} inside of a jax.shard_map over other axes "
-                f"({', '.join(varying)}): give that jax.shard_map check_vma=False."
-            )
-
-
-def _explicit_part(spec: PartitionSpec, mesh) -> PartitionSpec:
-    """The entries of a spec that JAX keeps in types."""
-    kept = [
-        tuple(name for name in _names(entry) if _is_explicit(mesh, name)) or None
-        for entry in spec
-    ]
-    return PartitionSpec(*kept)
-
-
-def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes in one entry of a `PartitionSpec`."""
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
-
-
 def _mask_axis(inputs: Inputs) -> int:
     """The time axis of the mask, which has the layout of the data."""
     return 0 if is_time_major(inputs) else 1
-
-
-def _mesh_in_context(sharding, axes: MeshAxes):
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        raise ValueError(
-            f"sharding={sharding} needs a mesh in context, got none. Call under "
-            "`with jax.set_mesh(mesh):`."
-        )
-    for name in axes.names:
-        if name not in mesh.axis_names:
-            raise ValueError(
-                f"sharding={sharding} must name axes of the mesh in context, which has "
-                f"{mesh.axis_names}, got {name!r}."
-            )
-        if _type_of(mesh, name) == AxisType.Manual:
-            raise ValueError(
-                f"sharding={sharding} names the axis {name!r}, over which a "
-                "jax.shard_map around this call runs already. Leave it out: the "
-                "arrays are those of one device."
-            )
-    return mesh
-
-
-def _type_of(mesh, name: str) -> AxisType:
-    return dict(zip(mesh.axis_names, mesh.axis_types))[name]
-
-
-def _is_explicit(mesh, name: str) -> bool:
-    return _type_of(mesh, name) == AxisType.Explicit
-
-
-def _check_sizes(arrays: list, specs: list, mesh) -> None:
-    for x, spec in zip(arrays, specs):
-        for axis, (size, entry) in enumerate(zip(x.shape, spec)):
-            names = _names(entry)
-            devices = math.prod(mesh.shape[name] for name in names)
-            if size % devices:
-                raise ValueError(
-                    f"sharding splits axis {axis} of {describe(x)} over {devices} "
-                    f"devices ({', '.join(names)}), which must divide its size, got "
-                    f"{size}. Pad it, with a mask, or name other mesh axes."
-                )
 
 
 def own_keys(keys, names: tuple[str, ...]):

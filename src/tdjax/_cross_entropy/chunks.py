@@ -1,0 +1,52 @@
+"""Chunks of rows, for `scan`, and chunks of words, inside of it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def over_words(body, carry, words: int, size: int):
+    """Runs `body(carry, start, count)` over the vocabulary, a shorter chunk last."""
+    whole = words // size
+    if whole:
+        carry = jax.lax.fori_loop(0, whole, lambda i, c: body(c, i * size, size), carry)
+    rest = words - whole * size
+    return body(carry, whole * size, rest) if rest else carry
+
+
+def slice_columns(x, start, count: int):
+    """The columns from `start` to `start + count`."""
+    if count == x.shape[-1]:
+        return x
+    return jax.lax.dynamic_slice_in_dim(x, start, count, axis=-1)
+
+
+def add_at(whole, part, start):
+    """Adds `part` to the rows of `whole` from `start` on."""
+    if part.shape == whole.shape:
+        return whole + part
+    old = jax.lax.dynamic_slice_in_dim(whole, start, part.shape[0])
+    return jax.lax.dynamic_update_slice_in_dim(whole, old + part, start, axis=0)
+
+
+def in_chunks(rows, size: int):
+    """(rows, ...) -> (chunks, size, ...), padded with zeros.
+
+    A chunk takes every n-th row. So where rows are sharded over devices, each device
+    holds a part of every chunk.
+    """
+
+    def chunk(x):
+        chunks = -(-x.shape[0] // size)
+        padding = [(0, chunks * size - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
+        x = jnp.reshape(jnp.pad(x, padding), (size, chunks, *x.shape[1:]))
+        return jnp.moveaxis(x, 1, 0)
+
+    return jax.tree.map(chunk, rows)
+
+
+def join_chunks(chunked, rows: Any):
+    """(chunks, size, ...) -> (rows, ...): undoes `in_chunks`."""
+    rows_first = jnp.moveaxis(chunked, 0, 1)
+    return jnp.reshape(rows_first, (-1, *chunked.shape[2:]))[:rows]
