@@ -102,6 +102,16 @@ def has_references(program) -> bool:
     return any(has_references(inner) for eqn in jaxpr.eqns for inner in programs(eqn))
 
 
+def contains(program, primitive: str) -> bool:
+    """Whether it or a program inside has an operation of this name."""
+    eqns = open_program(program)[0].eqns
+    return any(
+        eqn.primitive.name == primitive
+        or any(contains(inner, primitive) for inner in programs(eqn))
+        for eqn in eqns
+    )
+
+
 def constants(program) -> list[Any]:
     """The arrays that it and the programs inside of it close over."""
     jaxpr, consts = open_program(program)

@@ -11,7 +11,9 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-from tdjax._checks import describe
+from tdjax._checks import describe, is_array
+
+_AUTO = AxisType.Auto
 
 
 def names_in(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -72,7 +74,7 @@ def _mesh_of_type(x: Any) -> Any:
 
 
 def _typed_sharding(x: Any) -> Any:
-    return getattr(jax.typeof(x), "sharding", None)
+    return getattr(jax.typeof(x), "sharding", None) if is_array(x) else None
 
 
 def axis_type(mesh, name: str) -> AxisType:
@@ -109,6 +111,15 @@ def reshard(arrays: list, specs: list, mesh) -> list:
     pairs = zip(arrays, specs)
     wanted = [only_axes(spec, explicit, x.ndim) for x, spec in pairs]
     return [jax.sharding.reshard(x, spec) for x, spec in zip(arrays, wanted)]
+
+
+def constrain(arrays: list, specs: list, mesh) -> list:
+    """Tells the compiler how the automatic axes split the arrays."""
+    automatic = {name for name in mesh.axis_names if axis_type(mesh, name) == _AUTO}
+    if not automatic:
+        return arrays
+    wanted = [only_axes(spec, automatic, x.ndim) for x, spec in zip(arrays, specs)]
+    return jax.lax.with_sharding_constraint(arrays, wanted)
 
 
 def check_sizes(option: str, arrays: list, specs: list, mesh, padding: str) -> None:

@@ -20,7 +20,7 @@ from collectives import collectives
 
 jax.config.update("jax_enable_x64", True)
 
-BATCH, TIMESTEPS, FEATURES, WORDS = 8, 6, 16, 48
+BATCH, TIMESTEPS, FEATURES, WORDS = 8, 8, 16, 48
 LAYOUTS = {
     # Of the steps, then of the kernel's features and words.
     "batch": (P("data"), P()),
@@ -61,7 +61,7 @@ HEAD = {
 }
 HIDDEN = RNG.normal(size=(BATCH, TIMESTEPS, FEATURES))
 LABELS = RNG.integers(0, WORDS, (BATCH, TIMESTEPS))
-MASK = np.arange(TIMESTEPS) < np.array([6, 2, 0, 1, 3, 6, 1, 4])[:, None]
+MASK = np.arange(TIMESTEPS) < np.array([8, 2, 0, 1, 3, 6, 1, 4])[:, None]
 
 
 def inputs(options):

@@ -90,15 +90,18 @@ def loss(apply, params, *args):
     return jnp.sum(y**2), y
 
 
-def run(mesh, layer, spec, lowering):
-    """`[forward, gradient]`."""
+def run(mesh, layer, spec, lowering, given=True):
+    """`[forward, gradient]`, with `sharding` given or only in the types."""
     fun, params, x = LAYERS[layer]
     masked = lowering.startswith(("mask", "packed"))
     place = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))
     args = (place(x, SPECS[spec]), place(MASK, SPECS[spec]))[: 1 + masked]
     on_mesh = jax.tree.map(lambda leaf: place(leaf, P()), params)
     over_time = tdjax.time_distributed(
-        fun, in_axes=(None, 1), sharding=SPECS[spec], **LOWERINGS[lowering]
+        fun,
+        in_axes=(None, 1),
+        sharding=SPECS[spec] if given else None,
+        **LOWERINGS[lowering],
     )
     apply = lambda p, x, mask=None: over_time(p, x, mask=mask)
     gradient = jax.grad(lambda p, *args: loss(apply, p, *args)[0])
@@ -106,10 +109,12 @@ def run(mesh, layer, spec, lowering):
     for is_gradient, call in ((False, apply), (True, gradient)):
         compiled = jax.jit(call).lower(on_mesh, *args).compile()
         expected = reference(layer, masked, is_gradient)
-        got = jax.device_get(compiled(on_mesh, *args))
+        results = compiled(on_mesh, *args)
+        got = jax.device_get(results)
         yield {
             "name": f"{layer}, {spec}, {lowering}",
             "is_gradient": is_gradient,
+            "specs": [str(y.sharding.spec) for y in jax.tree.leaves(results)],
             "deviation": deviation(got, expected),
             "collectives": collectives(compiled.as_text()),
             "parameter_bytes": size,
@@ -135,12 +140,14 @@ def deviation(got, expected):
     return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
 
 
-def main(kind, everything):
+def main(kind, which="some"):
     mesh = jax.make_mesh((4, 2), ("data", "seq"), axis_types=(AxisType[kind],) * 2)
     with jax.set_mesh(mesh):
-        rows = [row for case in chosen(everything) for row in run(mesh, *case)]
+        cases = chosen(which == "all")
+        given = which != "without sharding"
+        rows = [row for case in cases for row in run(mesh, *case, given=given)]
     print(json.dumps(rows))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:] == ["all"])
+    main(*sys.argv[1:])

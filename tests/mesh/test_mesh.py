@@ -51,6 +51,25 @@ def test_every_lowering_of_every_layer_in_every_layout(kind):
     check_programs(run_on_devices("programs.py", kind, "all"))
 
 
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_without_sharding_the_results_are_those_of_one_device(kind):
+    rows = run_on_devices("programs.py", kind, "without sharding")
+    assert len(rows) >= 60
+    for row in rows:
+        assert row["deviation"] < 1e-5, row
+        if kind == "Explicit" and not row["is_gradient"]:
+            # Split as the input is.
+            assert row["specs"][0].startswith(LAYOUTS[row["name"].split(", ")[1]]), row
+
+
+LAYOUTS = {
+    "batch": "P('data', None,",
+    "time": "P(None, 'data',",
+    "both": "P('data', 'seq',",
+    "both on the batch": "P(('data', 'seq'), None,",
+}
+
+
 one_worker = pytest.mark.xdist_group("facts on a mesh")
 
 

@@ -2,11 +2,10 @@
 
 The steps stay where they are. Along a mesh axis that splits words, each device has its
 own words, and the devices add up their softmax (`blocks`). All other mesh axes of the
-kernel only store it in parts: it is gathered before the loop, and its gradient is
-summed and split again after it.
+kernel only store it in parts: it is gathered before the loop, and its gradient is split
+again after it, and summed along the axes that split steps.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,9 +14,11 @@ from jax.sharding import PartitionSpec
 
 from tdjax._mesh import (
     check_sizes,
+    constrain,
     explicit_axes,
     mesh_of,
     names_in,
+    only_axes,
     over_mesh,
     refuse_varying,
     require_mesh,
@@ -48,49 +49,65 @@ class Layout(NamedTuple):
         names = names_in(self.words)
         return () if {*names} & {*self.step_axes} else names
 
+    @property
+    def kernel(self) -> PartitionSpec:
+        """How the kernel is split, without mesh axes along which nothing else is."""
+        names = {*self.step_axes, *self.word_axes}
+        return only_axes(PartitionSpec(self.features, self.words), names, 2)
+
     def run(
         self, loss: Callable, reduction: str, params: Any, hidden, labels, mask
     ) -> Any:
         """`loss(params, hidden, labels, mask, *, ...)` on every device."""
-        steps = PartitionSpec(*self.steps)
-        kernel = PartitionSpec(self.features, self.words)
-        of_params = {"kernel": kernel, "bias": PartitionSpec(self.words)}
         arrays, treedef = jax.tree.flatten((params, hidden, labels, mask))
-        # No mask is no array.
-        of_mask = None if mask is None else steps
-        of_params = {name: of_params[name] for name in params}
-        specs = jax.tree.leaves((of_params, steps, steps, of_mask))
-        check_sizes(self.option, arrays, specs, self.mesh, PADDING)
+        stored = self._specs(PartitionSpec(self.features, self.words), params, mask)
+        check_sizes(self.option, arrays, stored, self.mesh, PADDING)
         refuse_varying(self.option, arrays)
+        specs = self._specs(self.kernel, params, mask)
         axes = {"step_axes": self.step_axes, "word_axes": self.word_axes}
 
         def call(arrays):
             params, *rest = jax.tree.unflatten(treedef, arrays)
             return loss(self._gather(params), *rest, **axes)
 
+        names = {*self.step_axes, *self.word_axes}
+        steps = PartitionSpec(*self.steps)
         out_spec = steps if reduction == "none" else PartitionSpec()
-        names = {*self.step_axes, *names_in(self.features), *names_in(self.words)}
         if names:
             call = over_mesh(call, self.mesh, names, (specs,), out_spec)
-        run = lambda arrays: call(reshard(arrays, specs, self.mesh))
+
+        def run(arrays):
+            arrays = reshard(arrays, specs, self.mesh)
+            if stored != specs:
+                # The first for the gradient, which is then split as the kernel is.
+                arrays = constrain(
+                    constrain(arrays, stored, self.mesh), specs, self.mesh
+                )
+            return call(arrays)
+
         # Outside of `jit`, JAX can't leave some axes of the mesh to the compiler.
         return jax.jit(run)(arrays)
 
-    def _gather(self, params: Any) -> Any:
-        """The params, whole along the mesh axes that only store them in parts."""
-        gathered_words = () if self.word_axes else names_in(self.words)
-        gather = functools.partial(jax.lax.all_gather, tiled=True)
-        of_axes: dict[str, tuple[Any, ...]] = {
-            "kernel": (names_in(self.features), gathered_words),
-            "bias": (gathered_words,),
-        }
+    def _specs(self, kernel: PartitionSpec, params: Any, mask) -> list[PartitionSpec]:
+        """How params, `hidden`, labels and mask are split."""
+        of_params = {"kernel": kernel, "bias": PartitionSpec(kernel[1])}
+        steps = PartitionSpec(*self.steps)
+        of_steps = [steps, steps] if mask is None else [steps, steps, steps]
+        return jax.tree.leaves(({name: of_params[name] for name in params}, of_steps))
 
-        def whole(x, axes):
-            for axis, names in enumerate(axes):
-                x = gather(x, names, axis=axis) if names else x
+    def _gather(self, params: Any) -> Any:
+        """The params, whole along the mesh axes that split steps."""
+        features, words = map(names_in, self.kernel)
+        words = () if self.word_axes else words
+        axes: dict[str, Any] = {"kernel": (features, words), "bias": (words,)}
+
+        def whole(x, of_axes):
+            for axis, names in enumerate(of_axes):
+                if names:
+                    x = jax.lax.all_gather(x, names, axis=axis, tiled=True)
             return x
 
-        return {name: whole(x, of_axes[name]) for name, x in params.items()}
+        return {name: whole(x, axes[name]) for name, x in params.items()}
 
 
 def layout_on_mesh(

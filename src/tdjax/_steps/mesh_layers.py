@@ -16,11 +16,14 @@ from jax.sharding import PartitionSpec
 
 from tdjax._checks import leaves_by_path
 from tdjax._masks import over_trailing_axes
+from tdjax._mesh import typed_spec
 from tdjax._steps.axes import (
     PER_STEP,
     Inputs,
     flatten_inputs,
+    map_results,
 )
+from tdjax._steps.explicit import run_as_types_say
 from tdjax._steps.mesh import (
     MeshAxes,
     OnMesh,
@@ -32,7 +35,6 @@ from tdjax._steps.select_steps import check_mask
 from tdjax._steps.stateful import (
     LayerState,
     after_steps,
-    distribute_stateful,
     join_variables,
     move_by_mean,
     run_steps,
@@ -43,16 +45,52 @@ from tdjax._steps.stateful import (
 def distribute_layer(
     step, shared, layer: LayerState, args, mask, in_axes, out_axes, lowering, sharding
 ) -> tuple[Any, Any]:
-    """`(y, variables)`, as `distribute_stateful`; on a mesh if `sharding` is given.
+    """Runs `step(shared, variables, keys, *args) -> (y, variables)` over all steps.
+
+    Returns `(y, variables)`, those after all steps. Variables keep their shapes: floats
+    (running statistics) move by the mean over steps, anything else (counters, keys) is
+    what the last step wrote. New ones are stacked, time first. Steps without a valid
+    example move nothing. What no step writes to stays the same object, not a copy.
 
     `step(shared, variables, keys, *args)` gets `shared` as it is, for JAX lets a
     function on a mesh not close over all arrays.
     """
     options = in_axes, out_axes, lowering
     if sharding is None:
-        own_step = functools.partial(step, shared)
-        return distribute_stateful(own_step, layer, args, mask, *options)
+        return _distribute_as_types_say(step, shared, layer, args, mask, *options)
     return _distribute_on_mesh(step, shared, layer, args, mask, *options, sharding)
+
+
+def _distribute_as_types_say(
+    step, shared, layer: LayerState, args, mask, in_axes, out_axes, lowering
+) -> tuple[Any, Any]:
+    variables = layer.variables
+    inputs = flatten_inputs(args, in_axes)
+
+    def run(everything):
+        shared, variables, keys, args, mask = everything
+        own = layer._replace(variables=variables, keys=keys)
+        own_step = functools.partial(step, shared)
+        y, carried, changed, new, weights = run_steps(
+            own_step, own, args, mask, in_axes, out_axes, lowering
+        )
+        return y, carried, after_steps(variables, changed, weights), new
+
+    def one_step(mapped):
+        keys = layer.keys
+        if layer.has_keys_of_steps:
+            keys = jax.tree.map(lambda key: key[0], keys)
+        return step(shared, variables, keys, *inputs.rebuild(mapped))[0]
+
+    def specs_of(results, split):
+        y, *state = results
+        return map_results(split.spec, y, out_axes), *jax.tree.map(typed_spec, state)
+
+    everything = shared, variables, layer.keys, args, mask
+    y, carried, changed, new = run_as_types_say(
+        run, everything, one_step, inputs, mask, lowering, specs_of
+    )
+    return y, join_variables(variables, carried, changed, new)
 
 
 def _distribute_on_mesh(

@@ -58,22 +58,6 @@ class AfterSteps(NamedTuple):
     weights: Any
 
 
-def distribute_stateful(
-    step, layer: LayerState, args, mask, in_axes, out_axes, lowering: Lowering
-) -> tuple[Any, Any]:
-    """Runs `step(variables, keys, *args) -> (y, variables)` over all steps.
-
-    Returns `(y, variables)`, those after all steps. Variables keep their shapes: floats
-    (running statistics) move by the mean over steps, anything else (counters, keys) is
-    what the last step wrote. New ones are stacked, time first. Steps without a valid
-    example move nothing. What no step writes to stays the same object, not a copy.
-    """
-    options = in_axes, out_axes, lowering
-    y, carried, changed, new, weights = run_steps(step, layer, args, mask, *options)
-    changed = after_steps(layer.variables, changed, weights)
-    return y, join_variables(layer.variables, carried, changed, new)
-
-
 def with_keys_of_steps(layer: LayerState, inputs: Inputs) -> LayerState:
     """The layer with a key for each step, unless all steps share them."""
     if layer.share_rng or layer.has_keys_of_steps:

@@ -9,7 +9,8 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar, overload
 from jax.sharding import PartitionSpec
 
 from tdjax._checks import describe, refuse_module
-from tdjax._steps.axes import Inputs, flatten_inputs
+from tdjax._steps.axes import Inputs, flatten_inputs, map_results
+from tdjax._steps.explicit import run_as_types_say
 from tdjax._steps.hints import add_hints
 from tdjax._steps.lowering import Lowering
 from tdjax._steps.mesh import check_sharding, run_on_mesh
@@ -167,9 +168,19 @@ class Distributed(Generic[P, R]):
 
     def __call__(self, /, *args: Any, mask: Any = None, **kwargs: Any) -> Any:
         if self.sharding is None:
-            return self._run(args, kwargs, mask)
+            return self._run_as_types_say(args, kwargs, mask)
         options = self.in_axes, self.out_axes, self.lowering, self.sharding
         return run_on_mesh(self._run, args, kwargs, mask, *options)
+
+    def _run_as_types_say(self, args: tuple, kwargs: dict, mask: Any) -> Any:
+        inputs = flatten_inputs(args, self.in_axes)
+        step = functools.partial(_call_on_mapped, self.fun, inputs, kwargs)
+        return run_as_types_say(
+            lambda everything: self._run(*everything),
+            (args, kwargs, mask),
+            step, inputs, mask, self.lowering,
+            lambda y, split: map_results(split.spec, y, self.out_axes),
+        )  # fmt: skip
 
     def _run(self, args: tuple, kwargs: dict, mask: Any) -> Any:
         inputs = flatten_inputs(args, self.in_axes)

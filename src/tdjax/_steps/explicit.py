@@ -1,0 +1,133 @@
+"""Calls without `sharding` whose arguments are split over explicit mesh axes.
+
+`jax.vmap` over an axis that the types split works as it is. What JAX can't do there is
+to merge or slice a split axis, to gather from one, or to map a convolution. For these
+the mesh axes that split batch and time are left to the compiler during the call, as on
+a mesh with automatic axes: the results are those of one device, and split as the
+arguments are.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+from tdjax._checks import is_array
+from tdjax._jaxprs import contains
+from tdjax._mesh import explicit_axes, mesh_of, names_in, only_axes, typed_spec
+from tdjax._steps.axes import (
+    Axis,
+    Inputs,
+    batch_size,
+    output_position,
+    position,
+    step_shape,
+)
+from tdjax._steps.lowering import Lowering
+from tdjax._steps.select_steps import is_time_major
+
+
+class Split(NamedTuple):
+    """The explicit mesh axes that split batch and time, and the size of the batch."""
+
+    mesh: Any
+    batch: tuple[str, ...]
+    time: tuple[str, ...]
+    batch_size: Any
+
+    def spec(self, y, axis: Axis) -> PartitionSpec:
+        """How a result is split: as the arguments, and as its own type says."""
+        entries: list[Any] = [*typed_spec(y)]
+        if isinstance(axis, int):
+            time = output_position(axis, y.ndim)
+            batch = 1 if time == 0 else 0
+            entries[time] = self.time or None
+            if y.ndim > 1 and y.shape[batch] == self.batch_size:
+                entries[batch] = self.batch or None
+        return PartitionSpec(*entries)
+
+
+def run_as_types_say(
+    run: Callable, args: Any, step: Callable, inputs: Inputs, mask, lowering, specs_of
+) -> Any:
+    """`run(args)`, with the help of the compiler where JAX can't do it otherwise.
+
+    `step(mapped)` is a call on one step of the inputs, and `specs_of(results, split)`
+    says how the results are split.
+    """
+    split = _split_of(inputs, mask)
+    if split is None or not _needs_compiler(step, inputs, mask, lowering, split):
+        return run(args)
+    return _run_with_compiler(run, args, split, specs_of)
+
+
+def _split_of(inputs: Inputs, mask) -> Split | None:
+    """How the types of the inputs say that they are split, or None."""
+    arrays = [*inputs.mapped, *([mask] if is_array(mask) else [])]
+    if not explicit_axes(mesh := mesh_of(arrays)):
+        return None
+    batch, time, size = (), (), None
+    mask_axis = 0 if is_time_major(inputs) else 1
+    for x, axis in zip(arrays, [*inputs.mapped_axes, mask_axis]):
+        if not isinstance(axis, int) or x.ndim <= axis:
+            continue
+        spec = typed_spec(x)
+        time = time or names_in(spec[axis])
+        if x.ndim > 1:
+            batch = batch or names_in(spec[1 if axis == 0 else 0])
+            size = batch_size(x, axis)
+    return Split(mesh, batch, time, size) if batch or time else None
+
+
+def _needs_compiler(
+    step: Callable, inputs: Inputs, mask, lowering: Lowering, split: Split
+) -> bool:
+    """Whether JAX can't do with explicit axes what this call does."""
+    is_vmap = lowering.method == "vmap" and lowering.chunk_size is None
+    if lowering.capacity is not None:
+        return True
+    if split.time and (mask is not None or not is_vmap):
+        return True
+    return _has_convolution(step, inputs)
+
+
+def _has_convolution(step: Callable, inputs: Inputs) -> bool:
+    pairs = zip(inputs.mapped, inputs.mapped_axes)
+    shapes = [step_shape(x, position(axis)) for x, axis in pairs]
+    try:
+        program = jax.make_jaxpr(step)(shapes)
+    except Exception:
+        return False  # The call itself says what is wrong.
+    return contains(program, "conv_general_dilated")
+
+
+def _run_with_compiler(run: Callable, args: Any, split: Split, specs_of) -> Any:
+    """`run(args)` with the axes of `split` left to the compiler."""
+    leaves, treedef = jax.tree.flatten(args)
+    # Others have no type that says how they are split.
+    places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+    names = (*split.batch, *split.time)
+    mesh = split.mesh.update_axis_types(dict.fromkeys(names, AxisType.Auto))
+
+    def call(arrays):
+        with jax.sharding.use_abstract_mesh(mesh):
+            inner = leaves.copy()
+            for i, x in zip(places, arrays):
+                spec = only_axes(typed_spec(x), explicit_axes(mesh), x.ndim)
+                inner[i] = jax.sharding.reshard(x, spec)
+            results = run(treedef.unflatten(inner))
+            specs = specs_of(results, split)
+        return jax.tree.map(jax.sharding.reshard, results, specs)
+
+    try:
+        return jax.jit(call)([leaves[i] for i in places])
+    except ValueError as error:
+        if "should match the aval mesh" in str(error):
+            error.add_note(
+                "Without sharding, this call leaves the mesh axes "
+                f"{', '.join(names)} to the compiler, and arrays that fun closes over "
+                "can't go with it. Pass them as arguments, None in in_axes, or give "
+                "sharding."
+            )
+        raise
