@@ -113,6 +113,13 @@ def reshard(arrays: list, specs: list, mesh) -> list:
     return [jax.sharding.reshard(x, spec) for x, spec in zip(arrays, wanted)]
 
 
+def like_type_of(x: Any, other: Any) -> Any:
+    """`x`, split as the type of `other`, an array of the same shape, says."""
+    if typed_spec(x) == typed_spec(other):
+        return x
+    return jax.sharding.reshard(x, _typed_sharding(other))
+
+
 def constrain(arrays: list, specs: list, mesh) -> list:
     """Tells the compiler how the automatic axes split the arrays."""
     automatic = {name for name in mesh.axis_names if axis_type(mesh, name) == _AUTO}

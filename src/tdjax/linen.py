@@ -346,6 +346,7 @@ def autotune(
         refuse_inner_layers(module, _inner_layers(calls), "tdjax.linen")
     program = lambda lowering: call(make(lowering))
     base, in_axes = make_lowering(over_time), thaw(over_time.in_axes)
-    subject = Subject(base, in_axes, make, program, (variables,))
+    given = (variables,), over_time.sharding
+    subject = Subject(base, in_axes, make, program, *given)
     settings = Settings(argnums, budget, memory_limit, tolerance, candidates, cache)
     return tune(subject, args, settings)

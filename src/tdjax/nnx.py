@@ -332,7 +332,8 @@ def autotune(
         return call
 
     base = make_lowering(over_time)
-    subject = Subject(base, over_time.in_axes, make, program, (state,))
+    given = (state,), over_time.sharding
+    subject = Subject(base, over_time.in_axes, make, program, *given)
     settings = Settings(argnums, budget, memory_limit, tolerance, candidates, cache)
     return tune(subject, args, settings)
 

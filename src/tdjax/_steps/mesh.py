@@ -100,6 +100,15 @@ def mesh_axes(sharding: Any) -> MeshAxes:
     return axes
 
 
+def devices_of_time(sharding: PartitionSpec | None) -> int:
+    """Over how many devices of the mesh in context time is split."""
+    if sharding is None:
+        return 1
+    axes = mesh_axes(sharding)
+    mesh = require_mesh(f"sharding={sharding}", axes.names, [])
+    return math.prod(mesh.shape[name] for name in axes.time)
+
+
 def run_on_mesh(
     run: Callable,
     args: tuple,

@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
-from tdjax._checks import describe, is_array, leaves_by_path
+from tdjax._checks import describe, is_array, is_concrete, leaves_by_path
 from tdjax._jaxprs import constants
 from tdjax._steps.axes import flatten_inputs, time_size
 from tdjax._steps.lowering import Lowering
+from tdjax._steps.mesh import devices_of_time
 from tdjax._steps.transform import Distributed, P, R, time_distributed
 from tdjax._tuning import cache
 from tdjax._tuning.candidates import (
@@ -26,6 +28,7 @@ from tdjax._tuning.candidates import (
     list_candidates,
     with_gradient,
 )
+from tdjax._tuning.processes import agreed_text, is_first
 from tdjax._tuning.report import progress_bar
 from tdjax._tuning.result import Tuning
 from tdjax._tuning.search import Limits, agree, choose, find_reference, measure_all
@@ -95,7 +98,8 @@ def autotune(
     over_time = _over_time(fun, in_axes, out_axes, capacity)
     make = lambda lowering: dataclasses.replace(over_time, lowering=lowering)
     program = lambda lowering: functools.partial(make(lowering), **kwargs)
-    subject = Subject(over_time.lowering, over_time.in_axes, make, program)
+    options = over_time.lowering, over_time.in_axes
+    subject = Subject(*options, make, program, (), over_time.sharding)
     settings = Settings(argnums, budget, memory_limit, tolerance, candidates, cache)
     return tune(subject, args, settings)
 
@@ -138,6 +142,7 @@ class Subject(NamedTuple):
     make: Callable[[Lowering], Any]  # What the user gets back.
     program: Callable[[Lowering], Callable[..., Any]]  # The function to measure.
     variables: tuple = ()  # Arguments of the program before the inputs.
+    sharding: PartitionSpec | None = None  # Of the inputs.
 
 
 def tune(subject: Subject, inputs: tuple, settings: Settings) -> Tuning:
@@ -156,23 +161,23 @@ def tune(subject: Subject, inputs: tuple, settings: Settings) -> Tuning:
     args = jax.tree.map(jnp.asarray, (*subject.variables, *inputs))
     candidates = list_candidates(
         subject.base,
-        subject.base.capacity or timesteps,
+        subject.base.capacity or timesteps // devices_of_time(subject.sharding),
         settings.argnums is not None,
         settings.candidates,
     )
     argnums = settings.positions(args)
     reference = subject.program(candidates[0].lowering)
-    method = subject.base.method
     try:
-        about = _about(reference, args, argnums, method, candidates, limits)
+        about = _about(reference, args, argnums, subject, candidates, limits)
     except Exception as error:
         # The reference may fail where what was given works.
-        if method == "fold":
+        if subject.base.method == "fold":
             error.add_note(_OTHER_FUNCTION)
         raise
     folder = settings.folder()
     program, args = _program_to_measure(subject, reference, args, argnums)
-    stored = folder and cache.load(folder, about)
+    found = cache.load(folder, about) if folder and is_first() else None
+    stored = _of_first_process(found) if folder else None
     compared_with = stored and find_reference(stored.candidates)
     if stored and compared_with:
         pair = compared_with.options, stored.options
@@ -183,9 +188,15 @@ def tune(subject: Subject, inputs: tuple, settings: Settings) -> Tuning:
     _measure(candidates, program, args, limits)
     _refuse_another_function(subject.base, candidates)
     tuning = Tuning(subject.make(choose(candidates).lowering), candidates, about)
-    if folder:
+    if folder and is_first():
         cache.store(folder, tuning)
     return tuning
+
+
+def _of_first_process(found: Tuning | None) -> Tuning | None:
+    """What process 0 found in its cache."""
+    text = agreed_text(found and found.to_json())
+    return found if is_first() or text is None else Tuning.from_json(text)
 
 
 def _require_arrays(name: str, tree: Any) -> None:
@@ -246,7 +257,7 @@ def _refuse_another_function(base: Lowering, candidates: list[Candidate]) -> Non
 
 
 def _about(
-    reference, args, argnums, method: str, candidates, limits: Limits
+    reference, args, argnums, subject: Subject, candidates, limits: Limits
 ) -> dict[str, Any]:
     """What the measurements depend on, as JSON: the key of an entry in the cache."""
     device = _device(args)
@@ -259,9 +270,13 @@ def _about(
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "precision": getattr(jax.config, "jax_default_matmul_precision", None),
         "shapes": [str(jax.typeof(x)) for x in jax.tree.leaves(args)],
+        "shardings": [_placement(x) for x in jax.tree.leaves(args)],
+        "mesh": _mesh(jax.sharding.get_abstract_mesh()),
+        "sharding": str(subject.sharding),
+        "processes": jax.process_count(),
         "program": _fingerprint(reference, args),
         "argnums": argnums,
-        "method": method,
+        "method": subject.base.method,
         "candidates": [candidate.options for candidate in candidates],
         "budget": limits.budget,
         "memory_limit": limits.memory_limit,
@@ -274,6 +289,20 @@ def _device(args) -> Any:
     arrays = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
     devices = sorted(arrays[0].devices(), key=lambda d: d.id) if arrays else []
     return devices[0] if devices else jax.devices()[0]
+
+
+def _placement(x: jax.Array) -> str | int:
+    """How an array is split over a mesh, or over how many devices otherwise."""
+    sharding = x.sharding
+    if isinstance(sharding, NamedSharding):
+        return f"{sharding.spec} of {_mesh(sharding.mesh)}"
+    return len(sharding.device_set)
+
+
+def _mesh(mesh) -> str:
+    """The names, sizes and kinds of its axes."""
+    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
+    return ", ".join(f"{name}={size} {kind}" for name, size, kind in axes)
 
 
 def _fingerprint(reference, args) -> str:
@@ -289,4 +318,6 @@ def _fingerprint(reference, args) -> str:
 def _as_bytes(constant: Any) -> bytes:
     if jnp.issubdtype(constant.dtype, jax.dtypes.extended):
         constant = jax.random.key_data(constant)
+    if not is_concrete(constant):  # Other processes hold parts of it.
+        constant = constant.addressable_data(0)
     return np.asarray(constant).tobytes()

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tdjax._mesh import like_type_of
 from tdjax._steps.fold import watch_fold
 from tdjax._steps.lowering import METHODS, Lowering
 from tdjax._tuning.independence import find_mixing
@@ -214,11 +215,7 @@ def with_gradient(reference: Callable, argnums: list[int], args: tuple) -> tuple
     The cotangents are random and passed as an argument, so that XLA can leave out no
     part of the backward pass.
     """
-    floats, _ = _split_floats(jax.tree.leaves(jax.eval_shape(reference, *args)))
-    keys = jax.random.split(jax.random.key(0), len(floats) + 1)
-    cotangents = [
-        jax.random.normal(key, y.shape, y.dtype) for key, y in zip(keys, floats)
-    ]
+    cotangents = _random_like(reference, args)
 
     def differentiate(apply):
         def run(args, cotangents):
@@ -236,6 +233,22 @@ def with_gradient(reference: Callable, argnums: list[int], args: tuple) -> tuple
         return run
 
     return differentiate, (args, cotangents)
+
+
+def _random_like(reference: Callable, args: tuple) -> list:
+    """Random numbers for each float of the result, on the devices of the result."""
+    program = jax.jit(lambda *args: _split_floats(jax.tree.leaves(reference(*args)))[0])
+    shapes = jax.eval_shape(program, *args)
+
+    def draw():
+        keys = jax.random.split(jax.random.key(0), len(shapes) + 1)
+        normal = lambda i, y: jax.random.normal(keys[i], y.shape, y.dtype)
+        return list(map(normal, range(len(shapes)), shapes))
+
+    if all(len(x.sharding.device_set) == 1 for x in jax.tree.leaves(args)):
+        return draw()
+    shardings = program.lower(*args).compile().output_shardings
+    return jax.jit(draw, out_shardings=shardings)()
 
 
 def widen(tree):
@@ -265,6 +278,7 @@ def deviations(got, want):
 
 
 def _deviation(got, want):
+    got = like_type_of(got, want)
     if jnp.issubdtype(want.dtype, jax.dtypes.prng_key):
         got, want = jax.random.key_data(got), jax.random.key_data(want)
     if want.size == 0:

@@ -4,6 +4,7 @@ import contextlib
 from typing import Any
 
 from tdjax._tuning.candidates import Candidate
+from tdjax._tuning.processes import is_first
 
 
 @contextlib.contextmanager
@@ -14,9 +15,8 @@ def progress_bar(total: int):
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    with Progress(
-        console=console, transient=True, disable=not console.is_terminal
-    ) as p:
+    is_shown = console.is_terminal and is_first()
+    with Progress(console=console, transient=True, disable=not is_shown) as p:
         task = p.add_task("Trying lowerings", total=total)
         yield lambda candidate: p.update(task, advance=1, description=str(candidate))
 

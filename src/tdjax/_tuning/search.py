@@ -24,6 +24,7 @@ from tdjax._tuning.candidates import (
     timed,
     widen,
 )
+from tdjax._tuning.processes import agreed, in_all, worst
 
 # A candidate that is this many times slower than the best is dropped: in the first
 # rounds, and once there are enough measurements to tell.
@@ -50,7 +51,7 @@ class Limits:
 
     def left(self, part: float = 1.0) -> float:
         """Seconds left of a part of the budget."""
-        return self.start + part * self.budget - time.perf_counter()
+        return agreed(self.start + part * self.budget - time.perf_counter())
 
 
 class _Contender(NamedTuple):
@@ -159,21 +160,21 @@ def _expected(candidate: Candidate, tried: list[Candidate], search: _Search) -> 
 
 def _try(candidate: Candidate, search: _Search, times_again: bool = True) -> None:
     """Compiles, checks and times one candidate, and notes the verdict."""
-    try:
-        run = search.program_of(candidate.lowering)
-        program, reason = compile_candidate(candidate, run, search.args, search.mixing)
-        used, limit = candidate.temporary_bytes, search.limits.memory_limit
-        if used is not None and limit is not None and used > limit:
-            candidate.verdict = "over the memory limit"
-            return
-        seconds, results = timed(program, search.args)
-    except Exception as error:
-        # XLA and fun may raise anything for one lowering; others may still work.
-        if search.reference is None and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        line = (str(error).splitlines() or [""])[0]
-        candidate.verdict = f"failed: {type(error).__name__}: {line}"
+    run = search.program_of(candidate.lowering)
+    compile_it = lambda: compile_candidate(candidate, run, search.args, search.mixing)
+    compiled = _attempt(compile_it, candidate, search)
+    if compiled is None:
         return
+    program, reason = compiled
+    candidate.compile_seconds = agreed(candidate.compile_seconds or 0.0)
+    used, limit = candidate.temporary_bytes, search.limits.memory_limit
+    if used is not None and limit is not None and worst(used) > limit:
+        candidate.verdict = "over the memory limit"
+        return
+    ran = _attempt(lambda: timed(program, search.args), candidate, search)
+    if ran is None:
+        return
+    seconds, results = ran
     if search.reference is None:
         search.reference = results
         search.tolerances = _tolerances(results, run, search)
@@ -185,6 +186,23 @@ def _try(candidate: Candidate, search: _Search, times_again: bool = True) -> Non
         _time_once_more(candidate, program, seconds, search)
 
 
+def _attempt(action: Callable, candidate: Candidate, search: _Search) -> Any:
+    """What it returns; None, and the verdict is set, if it fails in any process."""
+    result, failure = None, "in another process"
+    try:
+        result = action()
+    except Exception as error:
+        # XLA and fun may raise anything for one lowering; others may still work.
+        if search.reference is None and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        line = (str(error).splitlines() or [""])[0]
+        failure = f"{type(error).__name__}: {line}"
+    if in_all(result is not None):
+        return result
+    candidate.verdict = f"failed: {failure}"
+    return None
+
+
 def _compare(candidate: Candidate, results, search: _Search) -> None:
     shapes = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
     if shapes(results) != shapes(search.reference):
@@ -192,7 +210,8 @@ def _compare(candidate: Candidate, results, search: _Search) -> None:
         return
     errors = _errors(results, search.reference)
     candidate.deviation = max(errors, default=0.0)
-    agrees = all(error <= limit for error, limit in zip(errors, search.tolerances))
+    pairs = zip(errors, search.tolerances)
+    agrees = in_all(all(error <= limit for error, limit in pairs))
     candidate.verdict = "measured" if agrees else "other numbers than the reference"
 
 
@@ -219,17 +238,22 @@ def _tolerances(reference, run: Callable, search: _Search) -> list[float]:
 
 def _time_once_more(candidate, program, first: float, search: _Search) -> None:
     """Repeats a short run, in which the warm-up matters most."""
-    seconds = first
+    seconds = first = agreed(first)
     if first < _SHORT_RUN * search.limits.left():
         # The least of three: a single run may have been disturbed.
         repeats = 3 if first < 0.1 * _SHORT_RUN * search.limits.left() else 1
         calls = _calls(first)
-        seconds = min(timed(program, search.args, calls)[0] for _ in range(repeats))
+        seconds = min(_time(program, search.args, calls) for _ in range(repeats))
     candidate.run_seconds = seconds
     if seconds > 2 * _FAR_BEHIND * search.best_seconds():
         candidate.verdict = "behind"
         return
     search.contenders.append(_Contender(candidate, program, [seconds]))
+
+
+def _time(program, args, calls: int) -> float:
+    """Seconds per call, as process 0 measures them."""
+    return agreed(timed(program, args, calls)[0])
 
 
 def _calls(seconds: float) -> int:
@@ -247,7 +271,7 @@ def _take_turns(search: _Search) -> None:
         if sum(round_seconds) > search.limits.left():
             break
         for n, contender in zip(calls, search.contenders):
-            contender.seconds.append(timed(contender.program, search.args, n)[0])
+            contender.seconds.append(_time(contender.program, search.args, n))
     for contender in search.contenders:
         _summarise(contender)
 
