@@ -12,11 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 import tdjax
 from collectives import collectives
-from losses import FEATURES, HEAD, HIDDEN, LABELS, MASK, WORDS, plain
-from report import close, place, print_facts
+from mesh.losses import FEATURES, HEAD, HIDDEN, LABELS, MASK, WORDS, plain
+from mesh.report import close, place, print_facts
 
-jax.config.update("jax_enable_x64", True)
-STEPS = P("data", "seq")
+STEPS, EVERYWHERE = P("data", "seq"), P()
 
 
 def on_one_device(function, *args):
@@ -32,7 +31,7 @@ def with_gradients(function):
     return jax.value_and_grad(function, argnums=(0, 1))
 
 
-def inside(mesh, body, out_specs=P(), **options):
+def inside(mesh, body, out_specs=EVERYWHERE, **options):
     """A user's own `shard_map` of `body(head, hidden, labels, mask)`."""
     steps = place(mesh, (LABELS, MASK), STEPS)
     specs = P(), STEPS, STEPS, STEPS
@@ -209,4 +208,5 @@ FACTS = (
 )
 
 if __name__ == "__main__":
+    jax.config.update("jax_enable_x64", True)
     print_facts(sys.argv[1], FACTS, bad_calls)

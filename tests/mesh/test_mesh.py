@@ -1,4 +1,4 @@
-"""Steps on 8 devices: equal numbers, and nothing sent but one sum of the gradients."""
+"""Steps and losses on 8 devices: equal numbers, and nothing sent that need not be."""
 
 import json
 import os
@@ -51,7 +51,19 @@ def test_every_lowering_of_every_layer_in_every_layout(kind):
     check_programs(run_on_devices("programs.py", kind, "all"))
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def kinds(Explicit=(), Auto=()):
+    """Both kinds of axes, with marks."""
+    return [
+        pytest.param(kind, marks=marks, id=kind)
+        for kind, marks in {"Explicit": Explicit, "Auto": Auto}.items()
+    ]
+
+
+# Slow, and run in CI's step `mesh`.
+IN_MESH_STEP = (pytest.mark.mesh, pytest.mark.slow)
+
+
+@pytest.mark.parametrize("kind", kinds(IN_MESH_STEP, pytest.mark.slow))
 def test_without_sharding_the_results_are_those_of_one_device(kind):
     rows = run_on_devices("programs.py", kind, "without sharding")
     assert len(rows) >= 60
@@ -68,6 +80,54 @@ LAYOUTS = {
     "both": "P('data', 'seq',",
     "both on the batch": "P(('data', 'seq'), None,",
 }
+# Of the loss: bytes of a device that are gathered, summed, summed and scattered, and
+# sent in each iteration of the loop. Kernel and bias are 3,072 and 192 bytes, the
+# gradient by all hidden states is 4,096; loss, count and cotangent are 4 each.
+SENT_BY_THE_LOSS = {
+    "batch": (0, 3264 + 8, 0, 0),
+    "time": (0, 3264 + 8, 0, 0),
+    "batch and time": (0, 3264 + 8, 0, 0),
+    "batch on all": (0, 3264 + 8, 0, 0),
+    "words": (0, 4096 + 4, 0, 24),
+    "words on all": (0, 4096 + 4, 0, 24),
+    "features": (3072, 0, 0, 0),
+    "batch, words": (0, 4096 // 4 + 3264 // 2 + 12, 0, 24),
+    "batch, features": (3072, 3264 + 8, 0, 0),
+    "batch, features (FSDP)": (3072, 192 + 8, 3072 // 4, 0),
+    "batch, words (FSDP)": (3264, 8, 3264 // 4, 0),
+    "features, words": (3072 // 2, 4096 + 4, 0, 24),
+    "batch, features and words": (3072 // 2, 4096 // 4 + 192 // 2 + 12, 384, 24),
+    "all features": (3072, 192 + 8, 3072 // 8, 0),
+}
+
+
+def check_losses(rows):
+    assert {row["layout"] for row in rows} == SENT_BY_THE_LOSS.keys()
+    for row in rows:
+        assert max(row["deviations"].values()) < 1e-12, row
+        kinds = dict.fromkeys(("all-gather", "all-reduce", "reduce-scatter"), 0)
+        in_loops = 0
+        for operation, size, in_a_loop in row["collectives"]:
+            in_loops += size * in_a_loop
+            kinds[operation] += size * (not in_a_loop)
+        sent = *kinds.values(), in_loops
+        assert sent == SENT_BY_THE_LOSS[row["layout"]], row
+
+
+def test_the_loss_is_that_of_one_device_and_sends_what_it_must():
+    check_losses(run_on_devices("losses.py", "Auto"))
+
+
+@pytest.mark.mesh
+@pytest.mark.slow
+def test_the_loss_takes_its_layout_from_the_types():
+    check_losses(run_on_devices("losses.py", "Explicit", "types"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_every_option_of_the_loss_in_every_layout(kind):
+    check_losses(run_on_devices("losses.py", kind, "all"))
 
 
 one_worker = pytest.mark.xdist_group("facts on a mesh")
@@ -76,6 +136,71 @@ one_worker = pytest.mark.xdist_group("facts on a mesh")
 @pytest.fixture(scope="module", params=["Auto", "Explicit"])
 def facts(request):
     return run_on_devices("facts.py", request.param)
+
+
+@pytest.mark.xdist_group("loss on a mesh")
+@pytest.mark.parametrize("kind", kinds((), IN_MESH_STEP))
+def test_facts_of_the_loss(kind):
+    found = run_on_devices("loss_facts.py", kind)
+    errors = found.pop("errors")
+    assert found == dict.fromkeys(FACTS_OF_THE_LOSS, True)
+    check_errors(errors, ERRORS_OF_THE_LOSS)
+
+
+FACTS_OF_THE_LOSS = (
+    "axis_name_is_the_mean_of_all_devices",
+    "the_gradient_may_be_taken_inside",
+    "losses_and_masked_mean_inside",
+    "a_mean_of_means_would_be_another_number",
+    "second_derivatives",
+    "half_precision",
+    "one_axis_of_steps_and_no_bias",
+    "without_jit",
+    "bytes_do_not_grow_with_the_devices",
+)
+ERRORS_OF_THE_LOSS = {
+    "unknown axis": r"must name axes of the mesh in context, which has \('data', 'seq'\)",
+    "kind": r"kernel_sharding must be a jax.sharding.PartitionSpec of \(features, words\)",
+    "three axes": "sharding must name the mesh axes of the axes of labels, and no more",
+    "twice": "kernel_sharding must name each mesh axis once",
+    "size": "Pad steps with a mask, and words with a bias of -inf",
+    "words and steps": "Give words mesh axes that all split steps, or of which none does",
+    "axis_name and sharding": "Give one of the two",
+    "axis_name and none": "needs reduction='mean' or 'sum', got 'none'",
+    "forward mode": "no forward-mode derivative",
+}
+
+
+def check_errors(found, patterns):
+    assert found.keys() == patterns.keys()
+    for name, pattern in patterns.items():
+        kind, message = found[name]
+        is_kind = name in ("kind", "forward mode")
+        assert kind == ("TypeError" if is_kind else "ValueError"), name
+        assert re.search(pattern, message), message
+
+
+@pytest.mark.parametrize("kind", kinds(IN_MESH_STEP, pytest.mark.slow))
+def test_facts_without_sharding(kind):
+    found = run_on_devices("explicit_facts.py", kind)
+    errors = found.pop("errors")
+    assert found == dict.fromkeys(FACTS_WITHOUT_SHARDING, True)
+    if kind == "Explicit":
+        check_errors(errors, {"closed over": "Pass them as arguments, None in in_axes"})
+    else:
+        assert errors == {"closed over": None}
+
+
+FACTS_WITHOUT_SHARDING = (
+    "linen_layers_that_mix_examples",
+    "packed_layers",
+    "nnx_layers",
+    "time_major_and_other_axes",
+    "without_jit",
+    "the_loss_in_a_batch",
+    "the_tuner",
+    "arrays_that_fun_closes_over",
+)
 
 
 FACTS = (

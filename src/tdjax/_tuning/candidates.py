@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from tdjax._mesh import like_type_of
 from tdjax._steps.fold import watch_fold
@@ -245,7 +246,7 @@ def _random_like(reference: Callable, args: tuple) -> list:
         normal = lambda i, y: jax.random.normal(keys[i], y.shape, y.dtype)
         return list(map(normal, range(len(shapes)), shapes))
 
-    if all(len(x.sharding.device_set) == 1 for x in jax.tree.leaves(args)):
+    if not any(isinstance(x.sharding, NamedSharding) for x in jax.tree.leaves(args)):
         return draw()
     shardings = program.lower(*args).compile().output_shardings
     return jax.jit(draw, out_shardings=shardings)()
