@@ -17,6 +17,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import tdjax
+from mesh.report import close, error_of
 
 BOTH = P("data", "seq")
 RNG = np.random.default_rng(0)
@@ -24,11 +25,6 @@ X = RNG.normal(size=(8, 6, 3)).astype(np.float32)
 W = RNG.normal(size=(3, 5)).astype(np.float32)
 LENGTHS = np.array([6, 2, 0, 1, 3, 6, 1, 4])
 MASK = np.arange(6) < LENGTHS[:, None]
-
-
-def close(got, expected):
-    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
-    return all(np.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in pairs)
 
 
 def over_steps(fun, **options):
@@ -402,14 +398,6 @@ def bad_calls():
     )
     yield "varying", lambda: jax.jit(within)(placed)
     yield "carried over time", lambda: tdjax.nnx.TimeDistributed(norm, **carry)(X)
-
-
-def error_of(call):
-    try:
-        call()
-    except (TypeError, ValueError) as error:
-        return type(error).__name__, str(error)
-    return None
 
 
 FACTS = (

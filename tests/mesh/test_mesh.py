@@ -130,118 +130,22 @@ def test_every_option_of_the_loss_in_every_layout(kind):
     check_losses(run_on_devices("losses.py", kind, "all"))
 
 
-one_worker = pytest.mark.xdist_group("facts on a mesh")
-
-
-@pytest.fixture(scope="module", params=["Auto", "Explicit"])
-def facts(request):
-    return run_on_devices("facts.py", request.param)
-
-
-@pytest.mark.xdist_group("loss on a mesh")
-@pytest.mark.parametrize("kind", kinds((), IN_MESH_STEP))
-def test_facts_of_the_loss(kind):
-    found = run_on_devices("loss_facts.py", kind)
-    errors = found.pop("errors")
-    assert found == dict.fromkeys(FACTS_OF_THE_LOSS, True)
-    check_errors(errors, ERRORS_OF_THE_LOSS)
-
-
-FACTS_OF_THE_LOSS = (
-    "axis_name_is_the_mean_of_all_devices",
-    "the_gradient_may_be_taken_inside",
-    "losses_and_masked_mean_inside",
-    "a_mean_of_means_would_be_another_number",
-    "second_derivatives",
-    "half_precision",
-    "one_axis_of_steps_and_no_bias",
-    "without_jit",
-    "bytes_do_not_grow_with_the_devices",
-)
-ERRORS_OF_THE_LOSS = {
-    "unknown axis": r"must name axes of the mesh in context, which has \('data', 'seq'\)",
-    "kind": r"kernel_sharding must be a jax.sharding.PartitionSpec of \(features, words\)",
-    "three axes": "sharding must name the mesh axes of the axes of labels, and no more",
-    "twice": "kernel_sharding must name each mesh axis once",
-    "size": "Pad steps with a mask, and words with a bias of -inf",
-    "words and steps": "Give words mesh axes that all split steps, or of which none does",
-    "axis_name and sharding": "Give one of the two",
-    "axis_name and none": "needs reduction='mean' or 'sum', got 'none'",
-    "forward mode": "no forward-mode derivative",
-}
-
-
-def check_errors(found, patterns):
-    assert found.keys() == patterns.keys()
-    for name, pattern in patterns.items():
-        kind, message = found[name]
+def check_facts(found, size, errors):
+    """`found` is what a program printed: `size` facts, and the errors of bad calls."""
+    raised = found.pop("errors")
+    assert [name for name, is_true in found.items() if is_true is not True] == []
+    assert len(found) == size
+    assert raised.keys() == errors.keys()
+    for name, pattern in errors.items():
+        kind, message = raised[name]
         is_kind = name in ("kind", "forward mode")
         assert kind == ("TypeError" if is_kind else "ValueError"), name
         assert re.search(pattern, message), message
 
 
-@pytest.mark.parametrize("kind", kinds(IN_MESH_STEP, pytest.mark.slow))
-def test_facts_without_sharding(kind):
-    found = run_on_devices("explicit_facts.py", kind)
-    errors = found.pop("errors")
-    assert found == dict.fromkeys(FACTS_WITHOUT_SHARDING, True)
-    if kind == "Explicit":
-        check_errors(errors, {"closed over": "Pass them as arguments, None in in_axes"})
-    else:
-        assert errors == {"closed over": None}
-
-
-FACTS_WITHOUT_SHARDING = (
-    "linen_layers_that_mix_examples",
-    "packed_layers",
-    "nnx_layers",
-    "time_major_and_other_axes",
-    "without_jit",
-    "the_loss_in_a_batch",
-    "the_tuner",
-    "arrays_that_fun_closes_over",
-)
-
-
-FACTS = (
-    "time_major",
-    "pytrees_and_shared_arguments",
-    "results_that_all_steps_share",
-    "negative_axes",
-    "a_loop_inside_of_fun",
-    "nested_calls",
-    "statistics_over_the_whole_batch",
-    "other_mesh_axes_stay_with_the_compiler",
-    "each_part_of_the_batch_has_its_own_noise",
-    "overflow_on_one_device_alone",
-    "nan_in_masked_steps",
-    "no_time_axis_of_the_mesh",
-    "eager_calls",
-    "pickles",
-    "layers_have_the_gradients_of_one_device",
-    "steps_of_all_devices_make_one_state",
-    "statistics_over_all_devices_on_request",
-    "nnx_state_is_that_of_one_device",
-    "dropout_differs_from_step_to_step_and_example_to_example",
-    "carried_state_with_the_batch_split",
-    "masked_mean_over_devices",
-    "carried_state_keeps_dtypes_and_skips_devices_without_examples",
-    "sown_values_count_valid_examples_alone",
-    "packed_batch_norm_that_gets_the_mask",
-    "untyped_keys_and_shared_keys_have_their_own_noise",
-    "meshes_of_both_kinds",
-)
-
-
-@one_worker
-@pytest.mark.parametrize("fact", FACTS)
-def test_on_a_mesh(facts, fact):
-    assert facts[fact] is True
-
-
-@one_worker
-def test_every_fact_is_looked_at(facts):
-    assert facts.keys() - {"errors"} == {*FACTS}
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_facts(kind):
+    check_facts(run_on_devices("facts.py", kind), 26, ERRORS)
 
 
 ERRORS = {
@@ -265,14 +169,33 @@ ERRORS = {
 }
 
 
-@one_worker
-@pytest.mark.parametrize("error", ERRORS)
-def test_errors_say_what_to_write(facts, error):
-    kind, message = facts["errors"][error]
-    assert kind == ("TypeError" if error == "kind" else "ValueError")
-    assert re.search(ERRORS[error], message)
+@pytest.mark.parametrize("kind", kinds((), IN_MESH_STEP))
+def test_facts_of_the_loss(kind):
+    check_facts(run_on_devices("loss_facts.py", kind), 9, ERRORS_OF_THE_LOSS)
 
 
-@one_worker
-def test_errors_are_those_that_are_raised(facts):
-    assert facts["errors"].keys() == ERRORS.keys()
+ERRORS_OF_THE_LOSS = {
+    "unknown axis": r"must name axes of the mesh in context, which has \('data', 'seq'\)",
+    "kind": r"kernel_sharding must be a jax.sharding.PartitionSpec of \(features, words\)",
+    "three axes": "sharding must name the mesh axes of the axes of labels, and no more",
+    "twice": "kernel_sharding must name each mesh axis once",
+    "size": "Pad steps with a mask, and words with a bias of -inf",
+    "words and steps": "Give words mesh axes that all split steps, or of which none does",
+    "axis_name and sharding": "Give one of the two",
+    "axis_name and none": "needs reduction='mean' or 'sum', got 'none'",
+    "forward mode": "no forward-mode derivative",
+}
+
+
+@pytest.mark.slow
+def test_facts_without_sharding_under_automatic_axes():
+    found = run_on_devices("explicit_facts.py", "Auto")
+    assert found["errors"] == {"closed over": None}
+    check_facts({**found, "errors": {}}, 8, {})
+
+
+@pytest.mark.mesh
+@pytest.mark.slow
+def test_facts_without_sharding_under_explicit_axes():
+    errors = {"closed over": "Pass them as arguments, None in in_axes"}
+    check_facts(run_on_devices("explicit_facts.py", "Explicit"), 8, errors)

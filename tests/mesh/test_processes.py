@@ -13,11 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 PROGRAM = Path(__file__).with_name("processes.py")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.mesh,
-    pytest.mark.xdist_group("processes"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.mesh]
 
 
 def run(folder, devices, processes=1):
