@@ -1,10 +1,8 @@
 """The pictures of a run: one for each suite that has something to show.
 
-They are drawn in the project's style, `src/tdjax/plots.mplstyle`: tdjax in the one
-strong colour, peers in greys. A title says what is seen, and is computed from the rows.
+A title says what is seen, and is computed from the rows.
 """
 
-import itertools
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -12,15 +10,26 @@ from typing import Any
 
 import matplotlib.style
 from matplotlib.axes import Axes
-from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 
+from benchmarks.drawing import (
+    OURS,
+    PEER,
+    TEXT,
+    draw_lines,
+    draw_points,
+    is_ours,
+    log_scale,
+    name_figure,
+    name_marks,
+    name_rows,
+    new_figure,
+    times,
+)
 from benchmarks.targets import geometric_mean
 
 Row = dict[str, Any]
 Ratios = dict[str, list[float]]
-OURS, TEXT, PEER = "C0", "C1", "C2"
 BOTH = {"with gradients": "gradient", "forward": "forward"}
 MEANS = "Bars are geometric means, dots are cases. "
 
@@ -41,6 +50,11 @@ LOSSES = {
     "linear_cross_entropy": "tdjax", "vocab_chunk_size=1024": "tdjax, vocab chunks",
     "PyTorch": "PyTorch",
 }  # fmt: skip
+MESH = {
+    "tdjax": "tdjax", "tdjax, sharding left to the compiler": "left to XLA",
+    "jax.vmap": "jax.vmap", "jax.vmap, padded": "padded",
+    "nn.BatchApply": "BatchApply", "Optax, all logits": "Optax",
+}  # fmt: skip
 KERAS = {"Keras": "Keras", "drop-in": "tdjax.keras", "Flax conversion": "tdjax to_flax"}
 
 
@@ -57,73 +71,6 @@ def draw_all(out: Path, results: dict[str, Any]) -> None:
                 draft.replace(out / f"{suite}.png")
 
 
-def new_figure(titles: list[str], height: float, **share) -> tuple[Figure, list[Axes]]:
-    """As wide as a page, with a panel for each title."""
-    figure = Figure(figsize=(7.5, height))
-    axes = list(figure.subplots(1, len(titles), squeeze=False, **share)[0])
-    for ax, title in zip(axes, titles):
-        ax.set_title(title, size=11, weight="normal")
-    return figure, axes
-
-
-def name_figure(figure: Figure, title: str, about: Row, note: str = "") -> Figure:
-    """Says what the figure shows; below, a note, the machine and the versions."""
-    machine = f"{about['cores']} CPU cores" if about["cores"] else about["device"]
-    quick = "A quick run: its times mean nothing. " if about["quick"] else ""
-    versions = [f"{n} {v}" for n, v in about["versions"].items() if n != "jaxlib"]
-    small = f"{quick}{note}{machine}, {', '.join(versions)}"
-    wrap = lambda text, width: textwrap.fill(text, width, break_on_hyphens=False)
-    left = {"x": 0.01, "ha": "left"}
-    figure.suptitle(wrap(title, 74), size=12, weight="bold", **left)
-    figure.supxlabel(wrap(small, 122), size=8, color=TEXT, **left)
-    return figure
-
-
-def times(ratios: list[float]) -> str:
-    """Between "takes" and "the time": `0.27 to 0.35 of`, or `1.29 times`."""
-    low, high = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
-    shown = low if low == high else f"{low} to {high}"
-    return f"{shown} of" if float(high) < 1 else f"{shown} times"
-
-
-def is_ours(name: str) -> bool:
-    return "tdjax" in name
-
-
-def draw_lines(ax: Axes, lines: dict[str, list], peers: tuple[str, ...]) -> None:
-    """A line for each name, peers in grey and behind, each named at its end.
-
-    Set the scales of `ax` before: the names are moved until none overlap.
-    """
-    ends = [max(line) for line in lines.values()]
-    for place, (name, line) in enumerate(lines.items()):
-        color, style = (PEER, "-") if name in peers else (OURS, "--" if place else "-")
-        mark = "os^D"[place % 4]
-        ax.plot(*zip(*sorted(line)), style, color=color, marker=mark, zorder=5 - place)
-    ax.autoscale_view()
-    points = 72 / ax.figure.dpi
-    heights = [y * points for _, y in ax.transData.transform(ends)]
-    for name, end, move in zip(lines, ends, _moves(heights, 15)):
-        color, weight = (TEXT, "normal") if name in peers else (OURS, "bold")
-        look: dict[str, Any] = {"color": color, "weight": weight, "va": "center"}
-        ax.annotate(name, end, (8, move), textcoords="offset points", **look)
-
-
-def _moves(heights: list[float], gap: float) -> list[float]:
-    """How far to move each, so that all are at least `gap` apart."""
-    moved = list(heights)
-    order = sorted(range(len(moved)), key=moved.__getitem__)
-    for low, high in itertools.pairwise(order):
-        moved[high] = max(moved[high], moved[low] + gap)
-    shift = (sum(moved) - sum(heights)) / len(moved)
-    return [new - old - shift for new, old in zip(moved, heights)]
-
-
-def _name_rows(ax: Axes, names) -> None:
-    ax.set_yticks(range(len(names)), list(names))
-    ax.set_ylim(len(names) - 0.4, -0.6)
-
-
 def _draw_ratios(ax: Axes, names: list[str], ratios: Ratios) -> None:
     """Geometric means as bars from 1, with their numbers; each case is a dot."""
     at_right = {"transform": ax.get_yaxis_transform(), "va": "center"}
@@ -135,17 +82,6 @@ def _draw_ratios(ax: Axes, names: list[str], ratios: Ratios) -> None:
         if len(values) > 1:
             ax.plot(values, [place] * len(values), "o", color="black", alpha=0.15, ms=3)
     ax.axvline(1, color="black", linewidth=0.8)
-
-
-def _log_scale(axis: XAxis | YAxis) -> None:
-    """Ticks that read as numbers, the fewer the more the axis spans."""
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    low, high = axis.get_view_interval()
-    few, some, many = [1], [1, 2, 5], [1, 1.5, 2, 3, 5, 7]
-    subs = many if high / low < 3.5 else some if high / low < 40 else few
-    axis.set_major_locator(LogLocator(subs=subs))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter("{x:g}")
 
 
 def grouped(rows: list[Row], names: dict[str, str]) -> dict[str, list[Row]]:
@@ -179,8 +115,8 @@ def _ratio_figure(panels: dict[str, Ratios], label: str, names=None) -> Figure:
     for ax, ratios in zip(axes, panels.values()):
         _draw_ratios(ax, list(first), ratios)
         ax.set_xlabel(label)
-    _name_rows(axes[0], names or first)
-    _log_scale(axes[0].xaxis)
+    name_rows(axes[0], names or first)
+    log_scale(axes[0].xaxis)
     return figure
 
 
@@ -215,7 +151,7 @@ def draw_compile_time(rows: list[Row], about: Row) -> Figure:
     ax.set_yscale("log")
     draw_lines(ax, lines, ("Keras",))
     ax.xaxis.set_major_formatter("{x:.0f}")
-    _log_scale(ax.yaxis)
+    log_scale(ax.yaxis)
     ax.set(xlabel="steps", ylabel="seconds to compile the gradient of Dense")
     growth = {name: max(line)[1] / min(line)[1] for name, line in lines.items()}
     title = "Compile time stays flat"
@@ -269,7 +205,7 @@ def _draw_trades(ax: Axes, rows: list[Row]) -> None:
     ax.set_xlim(low * (low / high) ** 1.3, high * (high / low) ** 0.9)
     ax.margins(y=0.3)
     ax.set_xlabel("temporary memory, MB")
-    _log_scale(ax.xaxis)
+    log_scale(ax.xaxis)
 
 
 def _tuner(rows: list[Row], about: Row) -> Figure:
@@ -285,27 +221,17 @@ def _tuner(rows: list[Row], about: Row) -> Figure:
             kind = "default" if row is found[0] else "others"
             kind = "pick" if row["chosen"] else kind
             points[kind].append((row["seconds"] / best, place))
-    _draw_points(ax, points["others"], "o", "0.7", ms=4, label="other choices")
-    _draw_points(ax, points["default"], "s", TEXT, ms=7, label="the default")
-    _draw_points(ax, points["pick"], "o", OURS, ms=9, label="the tuner's pick")
-    _name_rows(ax, cases)
+    draw_points(ax, points["others"], "o", "0.7", ms=4, label="other choices")
+    draw_points(ax, points["default"], "s", TEXT, ms=7, label="the default")
+    draw_points(ax, points["pick"], "o", OURS, ms=9, label="the tuner's pick")
+    name_rows(ax, cases)
     ax.set_xlabel("time, the fastest choice = 1")
-    _log_scale(ax.xaxis)
-    _name_marks(ax)
+    log_scale(ax.xaxis)
+    name_marks(ax)
     lost = [ratio for ratio, _ in points["pick"]]
     near = f"{sum(ratio <= 1.1 for ratio in lost)} of {len(lost)} cases"
     title = f"The tuner's pick is within 1.1 times the fastest choice in {near}"
     return name_figure(figure, f"{title}, at worst {max(lost):.2f} times", about)
-
-
-def _draw_points(ax: Axes, points: list, mark: str, color: str, **look) -> None:
-    ax.plot([x for x, _ in points], [y for _, y in points], mark, color=color, **look)
-
-
-def _name_marks(ax: Axes) -> None:
-    """The names of the marks in a line above the panels, where no data is."""
-    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
-    ax.legend(ncols=3, columnspacing=1, handletextpad=0.2, **place).set_in_layout(False)
 
 
 def _packing(rows: list[Row], about: Row) -> Figure:
@@ -375,12 +301,12 @@ def _keras(rows: list[Row], about: Row) -> Figure:
             points = [(row[column], places.index(name(row))) for row in found]
             look = dict(zip(KERAS.values(), [("s", TEXT), ("o", OURS), ("D", OURS)]))
             fill = {"mfc": "none"} if "flax" in label else {}
-            _draw_points(ax, points, *look[label], label=label, **fill)
+            draw_points(ax, points, *look[label], label=label, **fill)
         ax.grid(axis="y", color="0.92")
         ax.set_xlabel(title)
-        _log_scale(ax.xaxis)
-    _name_rows(axes[0], places)
-    _name_marks(axes[0])
+        log_scale(ax.xaxis)
+    name_rows(axes[0], places)
+    name_marks(axes[0])
     ratios = [ratios_to("Keras", rows, KERAS, column) for column in titles]
     title = "Keras models with tdjax.keras; Keras' own layer was not run"
     if all("tdjax.keras" in each for each in ratios):
@@ -390,9 +316,49 @@ def _keras(rows: list[Row], about: Row) -> Figure:
     return name_figure(figure, title, about, "No square: Keras was not run there. ")
 
 
+def _mesh(rows: list[Row], about: Row) -> Figure:
+    """What a device sends and computes in the gradient, by the number of devices."""
+    panels = {
+        "conv net: MB sent": ("conv net, examples split", "sent_bytes"),
+        "packed block: Mflop": ("transformer block, packed", "device_flops"),
+        "loss: MB sent": ("loss, examples split", "sent_bytes"),
+    }
+    figure, axes = new_figure(list(panels), 3.9)
+    lines = [_by_devices(rows, *panel) for panel in panels.values()]
+    for ax, found in zip(axes, lines):
+        ax.set_xscale("log", base=2)
+        ax.set(yscale="log", xlabel="devices", xlim=(1.7, 40))
+        if found:
+            draw_lines(ax, found, tuple(name for name in found if name != "tdjax"))
+        ax.set_xticks([2, 4, 8], ["2", "4", "8"])
+        ax.margins(y=0.15)
+        log_scale(ax.yaxis)
+    sent = {name: dict(line) for name, line in lines[2].items()}
+    most, least = max(sent["tdjax"]), min(sent["tdjax"])
+    growth = sent["tdjax"][most] / sent["tdjax"][least]
+    amount = "the same" if growth < 1.01 else f"{growth:.1f} times as much"
+    title = f"With sharding=, the loss sends {amount} on {most} devices as on {least}"
+    if "left to XLA" in sent:
+        other = sent["left to XLA"][most] / sent["tdjax"][most]
+        title += f"; without, {other:.1f} times as much"
+    return name_figure(figure, title, about, "Each has as many examples. ")
+
+
+def _by_devices(rows: list[Row], case: str, column: str) -> dict[str, list]:
+    """Points of a line for each candidate; one device sends nothing."""
+    lines: dict[str, list] = {}
+    for row in _of("gradient", rows):
+        if row["case"].startswith(case) and row["devices"] > 1 and row.get(column):
+            point = row["devices"], row[column] / 1e6
+            lines.setdefault(MESH[row["candidate"]], []).append(point)
+    if lines.get("left to XLA") == lines.get("jax.vmap"):
+        lines.pop("left to XLA", None)
+    return lines
+
+
 PICTURES: dict[str, Callable[[list[Row], Row], Figure | None]] = {
     "dense": _beside_peers, "blocks": _beside_peers, "video": _beside_peers,
     "compile": draw_compile_time, "memory": _memory, "tuner": _tuner,
-    "packing": _packing, "loss": _loss, "keras": _keras,
+    "packing": _packing, "loss": _loss, "keras": _keras, "mesh": _mesh,
     "operations": _operations, "overhead": _overhead,
 }  # fmt: skip

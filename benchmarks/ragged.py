@@ -37,13 +37,13 @@ def cases(quick: bool) -> list[Ragged]:
     conv = LAYERS["conv net"]
     layers: list[tuple[str, Any, Any, jax.Array]] = [
         ("conv net", conv.step, conv.init(keys[2], video[:, 0]), video),
-        ("transformer block", _block, _block_params(keys[3], tokens), tokens),
+        ("transformer block", block, block_params(keys[3], tokens), tokens),
     ]
     shares = SHARES[1:2] if quick else SHARES
     return [Ragged(*layer, share) for layer in layers for share in shares]
 
 
-def _block_params(key, x):
+def block_params(key, x):
     keys, width = jax.random.split(key, 3), x.shape[-1]
     norm = {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
     return {
@@ -56,7 +56,7 @@ def _block_params(key, x):
     }
 
 
-def _block(params, x):
+def block(params, x):
     """A transformer block over the tokens of a step, `(batch, tokens, features)`."""
     first, second = params["norms"]
     x = x + attention(params["attention"], layer_norm(first, x))

@@ -112,6 +112,7 @@ def _rows(rows: list[Row], ceilings: dict[str, float]) -> list[str]:
     columns: dict[str, Callable[[Row], str]] = {
         "case": lambda row: row["case"],
         "of": lambda row: row["of"],
+        "devices": lambda row: str(row.get("devices", "")),
         "candidate": _name,
         "ratio": lambda row: f"{row['ratio']:.2f}" if "ratio" in row else "",
         "quartiles": lambda row: " to ".join(
@@ -121,6 +122,8 @@ def _rows(rows: list[Row], ceilings: dict[str, float]) -> list[str]:
         "step": lambda row: _number(_step(row), "{:.2f} ms", 1e-3),
         "compile": lambda row: _number(row.get("compile_seconds"), "{:.2f} s"),
         "temporary": lambda row: _number(row.get("temporary_bytes"), "{:.1f} MB", 1e6),
+        "sent": lambda row: _number(row.get("sent_bytes"), "{:.3f} MB", 1e6),
+        "flop": lambda row: _number(row.get("device_flops"), "{:.0f} M", 1e6),
         "of roofline": lambda row: _number(roofline(row, ceilings), "{:.2f}"),
         "deviation": lambda row: _number(row.get("deviation"), "{:.0e}"),
     }

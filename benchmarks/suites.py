@@ -15,6 +15,7 @@ from benchmarks import (
     keras_models,
     keras_runs,
     kernels,
+    mesh,
     ours,
     peers,
     ragged,
@@ -188,6 +189,12 @@ def loss(settings: Settings) -> Iterator[Task]:
     return _tasks(vocabularies.cases(settings.quick), run, settings)
 
 
+def on_mesh(settings: Settings) -> Iterator[Task]:
+    """What each device computes, holds and sends, on 1 to 8 devices."""
+    run = lambda case, of, settings: mesh.rows(case, of, settings.quick)
+    return _tasks(mesh.cases(settings.quick), run, settings)
+
+
 def keras(settings: Settings) -> Iterator[Task]:
     """Whole Keras models, with Keras' layer, the drop-in, and as Flax modules."""
     run = lambda case, of, settings: keras_runs.rows(case, of, settings.effort)
@@ -232,6 +239,7 @@ SUITES: dict[str, Callable[[Settings], Iterator[Task]]] = {
     "tuner": tuner,
     "packing": packing,
     "loss": loss,
+    "mesh": on_mesh,
     "keras": keras,
     "operations": operations,
     "overhead": overhead,

@@ -222,6 +222,17 @@ def geometric_mean(ratios: Iterable[float]) -> float:
     return math.exp(sum(logs) / len(logs))
 
 
+def _on_mesh(rows: list[Row]) -> str:
+    """What a device sends on the most devices, relative to two of them."""
+    sent: dict[str, dict[int, int]] = defaultdict(dict)
+    for row in rows:
+        about = row["suite"], row["of"], row["candidate"]
+        if about == ("mesh", "gradient", "tdjax") and row["devices"] > 1:
+            sent[row["case"]][row["devices"]] = row["sent_bytes"]
+    growths = [each[max(each)] / each[min(each)] for each in sent.values()]
+    return _spread(growths, 1.0) if len(growths) > 1 else ""
+
+
 PROMISES: list[tuple[str, str, Callable[[list[Row]], str]]] = [
     (
         "`time_distributed(dense)` against raw `x @ w + b`, above 100 µs",
@@ -277,6 +288,11 @@ PROMISES: list[tuple[str, str, Callable[[list[Row]], str]]] = [
         _loss("gradient", "temporary_bytes"),
     ),
     ("the same, against PyTorch", "at most 1 times", _loss_and_torch),
+    (
+        "with `sharding`, bytes that a device sends on 8 devices, against 2",
+        "at most 1 times",
+        _on_mesh,
+    ),
     (
         "Keras drop-in, first `predict` of Dense(64) over 1024 steps, against Keras",
         "at least 20 times sooner",

@@ -24,15 +24,8 @@ import numpy as np
 import tdjax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.plots import (
-    OURS,
-    PEER,
-    is_ours,
-    name_figure,
-    new_figure,
-    ratios_to,
-    times,
-)
+from benchmarks.drawing import OURS, PEER, is_ours, name_figure, new_figure, times
+from benchmarks.plots import ratios_to
 
 HERE = Path(__file__).resolve().parent
 EXAMPLES = HERE.parent / "examples"

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmarks import plots, report
+from benchmarks import drawing, plots, report
 from benchmarks.headlines import headlines
 
 ROOT = Path(__file__).parent.parent
@@ -116,6 +116,17 @@ def tuned(*picks):
     ]
 
 
+def on_devices(ours, left=None):
+    """The loss' megabytes on 2 and on 8 devices."""
+    lines = {"tdjax": ours, "tdjax, sharding left to the compiler": left}
+    about = {"suite": "mesh", "case": "loss, examples split", "of": "gradient"}
+    return [
+        {**about, "candidate": name, "devices": n, "sent_bytes": 1e6 * sent}
+        for name, line in lines.items()
+        for n, sent in zip((2, 8), line or ())
+    ]
+
+
 def called(ours, split):
     names = (
         "nnx.jit, the layer alone",
@@ -159,6 +170,8 @@ def kerases(first, later):
         (rows("operations", "ratio", {"XLA": 1.0, "PyTorch": 1.4}), "PyTorch's operations take 1.40 times XLA's time"),
         (called(150e-6, 30e-6), "tdjax adds 50 µs to the call of an NNX layer, which takes 100 alone; after nnx.split it all takes 30 µs"),
         (called(90e-6, 20e-6), "tdjax adds no time to the call of an NNX layer, which takes 100 alone; after nnx.split it all takes 20 µs"),
+        (on_devices((2, 2), (4, 16)), "With sharding=, the loss sends the same on 8 devices as on 2; without, 8.0 times as much"),
+        (on_devices((2, 3)), "With sharding=, the loss sends 1.5 times as much on 8 devices as on 2"),
         (kerases(0.1, 0.5), "With tdjax.keras, the first call takes 0.10 of Keras' time, later steps 0.50 of it"),
         (kerases(2.0, 0.5), "With tdjax.keras, the first call takes 2.00 times Keras' time, later steps 0.50 of it"),
         (kerases(0.1, 0.5)[1::2], "Keras models with tdjax.keras; Keras' own layer was not run"),
@@ -184,8 +197,8 @@ def test_the_title_of_packing_is_the_headline_of_the_readme():
 
 def test_names_at_the_ends_of_lines_keep_apart():
     heights = [10.0, 12.0, 90.0, 11.0]
-    moves = plots._moves(heights, 15)
-    moved = sorted(height + move for height, move in zip(heights, moves))
+    shifts = drawing.moves(heights, 15)
+    moved = sorted(height + move for height, move in zip(heights, shifts))
     assert min(high - low for low, high in itertools.pairwise(moved)) >= 15
 
 

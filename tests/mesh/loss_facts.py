@@ -8,10 +8,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+from benchmarks.collectives import collectives
 from jax.sharding import PartitionSpec as P
 
 import tdjax
-from collectives import collectives
 from mesh.losses import FEATURES, HEAD, HIDDEN, LABELS, MASK, WORDS, plain
 from mesh.report import close, place, print_facts
 

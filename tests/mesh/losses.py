@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from benchmarks.collectives import collectives
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import tdjax
-from collectives import collectives
 
 BATCH, TIMESTEPS, FEATURES, WORDS = 8, 8, 16, 48
 LAYOUTS = {

@@ -12,11 +12,11 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+from benchmarks.collectives import collectives
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import tdjax
-from collectives import collectives
 
 BATCH, TIMESTEPS, CAPACITY = 16, 8, 128
 SPECS = {
