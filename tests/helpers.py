@@ -1,6 +1,11 @@
 """What the tests share: references that know nothing of tdjax, and comparisons."""
 
 import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -82,3 +87,20 @@ def quick_compile(fun, *args):
         "xla_llvm_disable_expensive_passes": True,
     }
     return jax.jit(fun).lower(*args).compile(compiler_options=options)(*args)
+
+
+def run_on_devices(program, *arguments):
+    """Runs a program of `tests/mesh` on 8 virtual devices, and returns its JSON."""
+    here = Path(__file__).parent
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), *sys.path]),
+    }
+    done = subprocess.run(
+        [sys.executable, str(here / "mesh" / program), *arguments],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import tdjax
-from helpers import normal
+from helpers import normal, run_on_devices
 
 B, T, F = 4, 6, 3
 X = normal(0, B, T, F)
@@ -144,3 +144,13 @@ def test_the_loss_keeps_no_logits():
 
     assert temporary_bytes(on_all_logits) >= rows * words * 4
     assert temporary_bytes(ours) < temporary_bytes(on_all_logits) / 4
+
+
+def test_on_a_mesh_vmap_computes_a_convolution_everywhere_and_tdjax_once():
+    found = run_on_devices("vmapped_convolution.py")
+    work, sent = found["jax.vmap"]
+    assert work == pytest.approx(1, rel=0.01)  # of all steps, on each of 8 devices
+    assert sent == found["input"]
+    work, sent = found["sharding"]
+    assert work == pytest.approx(1 / 8, rel=0.01)
+    assert sent == 0

@@ -1,31 +1,10 @@
 """Steps and losses on 8 devices: equal numbers, and nothing sent that need not be."""
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-
-
-def run_on_devices(program, *arguments):
-    """Runs a program of this folder on 8 devices, and returns its JSON."""
-    command = [sys.executable, str(HERE / program), *arguments]
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path]),
-    }
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+from helpers import run_on_devices
 
 
 def check_programs(rows):
