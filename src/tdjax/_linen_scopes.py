@@ -7,6 +7,7 @@ and keys and makes scopes of them again: the layer becomes a pure function that
 `distribute_layer` can run over all steps.
 """
 
+import contextlib
 import dataclasses
 import re
 import weakref
@@ -18,7 +19,9 @@ from flax.core import DenyList, FrozenDict, Scope, lift
 from flax.core.scope import in_filter
 from flax.linen import module as flax_module
 
+from tdjax._mesh import names_in
 from tdjax._steps.hints import explained
+from tdjax._steps.mesh import mesh_axes
 from tdjax._steps.mesh_layers import distribute_layer
 from tdjax._steps.stateful import LayerState, make_lowering
 
@@ -82,6 +85,8 @@ def lift_over_time(call, options, mask, kwargs):
     sharding = None if initializing else options.sharding
     if initializing and mask is None:
         lowering = dataclasses.replace(lowering, capacity=None)
+    # Along these mesh axes a device has a part of its own, not to be split again.
+    taken = () if sharding is None else mesh_axes(sharding).names
     is_carried = _is_in(options.variable_carry or False)
     # While initialising, a layer may write to any variable; what it writes is dropped,
     # since the plain call has made the variables already.
@@ -92,11 +97,12 @@ def lift_over_time(call, options, mask, kwargs):
 
         def over_time(scope_fn, repack, variables, rngs, args):
             def step(kwargs, variables, rngs, *args):
-                scope = scope_fn(variables, rngs)
+                scope = scope_fn(_without_names(variables, taken), rngs)
                 # Each block counts its random draws from the same start.
                 for inner, counter in zip(jax.tree.leaves(scope), counters):
                     inner.rng_counters.update(counter)
-                return call(scope, *args, **kwargs), repack(scope)
+                with _rules_without(taken):
+                    return call(scope, *args, **kwargs), repack(scope)
 
             state = LayerState(variables, rngs, options.share_rng, is_carried)
             y, after = distribute_layer(
@@ -107,6 +113,35 @@ def lift_over_time(call, options, mask, kwargs):
         return lift.pack(over_time, (True,), (written,), (True,))(scopes, args)
 
     return lifted
+
+
+@contextlib.contextmanager
+def _rules_without(taken: tuple[str, ...]):
+    """Flax's rules for logical axes, without these mesh axes."""
+    rules = [
+        (name, _other_axes(axes, taken)) for name, axes in nn.get_logical_axis_rules()
+    ]
+    with nn.logical_axis_rules(rules) if taken else contextlib.nullcontext():
+        yield
+
+
+def _without_names(variables: Any, taken: tuple[str, ...]) -> Any:
+    """Variables whose boxes (`nn.with_partitioning`) do not name these mesh axes."""
+
+    def change(x):
+        if type(x) is not nn.Partitioned:  # Those of logical axes follow the rules.
+            return x
+        names: Any = tuple(_other_axes(axes, taken) for axes in x.names)
+        return x.replace(names=names)
+
+    is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)
+    return jax.tree.map(change, variables, is_leaf=is_box) if taken else variables
+
+
+def _other_axes(axes: Any, taken: tuple[str, ...]) -> Any:
+    """An entry of a `PartitionSpec`, without these mesh axes."""
+    rest = tuple(name for name in names_in(axes) if name not in taken)
+    return rest[0] if len(rest) == 1 else rest or None
 
 
 def _is_in(collections):

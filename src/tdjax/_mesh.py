@@ -4,12 +4,13 @@ An *entry* of a `PartitionSpec` is the mesh axis, or the axes, that split one ax
 array. `over_mesh` is the one place where a function is handed to the devices.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tdjax._checks import describe, is_array
 
@@ -110,7 +111,21 @@ def reshard(arrays: list, specs: list, mesh) -> list:
         return arrays
     pairs = zip(arrays, specs)
     wanted = [only_axes(spec, explicit, x.ndim) for x, spec in pairs]
-    return [jax.sharding.reshard(x, spec) for x, spec in zip(arrays, wanted)]
+    return [reshard_typed(x, spec, mesh) for x, spec in zip(arrays, wanted)]
+
+
+def reshard_typed(x: Any, spec: PartitionSpec, mesh) -> Any:
+    """An array with this spec in its type; there need not be a mesh in context."""
+    if typed_spec(x) == spec:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+
+
+def unsplit(x: Any) -> Any:
+    """The whole array on each device, if its type says that it is split."""
+    mesh = _mesh_of_type(x)
+    whole = PartitionSpec(*[None] * x.ndim)
+    return x if mesh is None or mesh.empty else reshard_typed(x, whole, mesh)
 
 
 def like_type_of(x: Any, other: Any) -> Any:
@@ -151,6 +166,21 @@ def over_mesh(call: Callable, mesh, names, in_specs: Any, out_specs: Any) -> Cal
         call, mesh=mesh, in_specs=in_specs, out_specs=out_specs,
         axis_names={*names}, check_vma=False,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def closures_explained(what: str):
+    """Adds to JAX's error what to do with arrays that a function closes over."""
+    try:
+        yield
+    except ValueError as error:
+        if "should match the aval mesh" in str(error):
+            error.add_note(
+                f"{what} runs fun with other kinds of mesh axes than around it, so it "
+                "can't close over arrays that are split there. Pass them as arguments, "
+                "None in in_axes."
+            )
+        raise
 
 
 def refuse_varying(option: str, arrays: list) -> None:

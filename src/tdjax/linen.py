@@ -336,12 +336,12 @@ def autotune(
     make = lambda lowering: over_time.clone(**vars(lowering))
 
     def call(module):
-        apply = functools.partial(module.apply, rngs=rngs, mutable=mutable, **kwargs)
-        return lambda variables, *args: apply(variables, *args)
+        return functools.partial(module.apply, rngs=rngs, mutable=mutable)
 
     if not is_wrapped:
         calls = [
-            functools.partial(call(m), variables, *args) for m in (module, over_time)
+            functools.partial(call(m), variables, *args, **kwargs)
+            for m in (module, over_time)
         ]
         refuse_inner_layers(module, _inner_layers(calls), "tdjax.linen")
     program = lambda lowering: call(make(lowering))
@@ -349,4 +349,4 @@ def autotune(
     given = (variables,), over_time.sharding
     subject = Subject(base, in_axes, make, program, *given)
     settings = Settings(argnums, budget, memory_limit, tolerance, candidates, cache)
-    return tune(subject, args, settings)
+    return tune(subject, args, kwargs, settings)

@@ -323,7 +323,7 @@ def autotune(
     graphdef, state = nnx.split(over_time.layer)
 
     def program(lowering):
-        def call(state, *args):
+        def call(state, *args, **kwargs):
             # Rebuilt from leaves, the variables belong to the trace that writes them.
             layer = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))
             y = _with_lowering(over_time, layer, lowering)(*args, **kwargs)
@@ -335,7 +335,7 @@ def autotune(
     given = (state,), over_time.sharding
     subject = Subject(base, over_time.in_axes, make, program, *given)
     settings = Settings(argnums, budget, memory_limit, tolerance, candidates, cache)
-    return tune(subject, args, settings)
+    return tune(subject, args, kwargs, settings)
 
 
 def _inner_layers(module) -> list[str]:

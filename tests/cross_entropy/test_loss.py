@@ -550,3 +550,28 @@ def test_gradients_are_summed_in_float32(vocab_chunk_size):
         if variable.aval.shape == params["kernel"].shape[::-1]
     ]
     assert [aval.dtype for aval in sums] == [jnp.float32]
+
+
+def test_a_soft_cap_and_chunks_of_words_have_second_derivatives_in_reverse(key):
+    """A label outside a chunk of words must not make the derivative of `tanh` NaN."""
+    head = tdjax.init_dense(key, 4, 13)
+    hidden = jax.random.normal(key, (3, 5, 4))
+    labels = jax.random.randint(key, (3, 5), 0, 13)
+
+    def twice(loss):
+        def value(head):
+            loss_value, gradient = jax.value_and_grad(loss)(head)
+            return loss_value + sum(jnp.sum(x**2) for x in jax.tree.leaves(gradient))
+
+        return jax.jit(jax.grad(value))(head)
+
+    def plain(head):
+        logits = 2 * jnp.tanh(tdjax.dense(head, hidden) / 2)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean()
+
+    fused = lambda head: tdjax.linear_cross_entropy(
+        head, hidden, labels, logits_soft_cap=2.0, chunk_size=4, vocab_chunk_size=5
+    )
+    for got, want in zip(*map(jax.tree.leaves, (twice(fused), twice(plain)))):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)

@@ -108,6 +108,47 @@ def nnx_layers(mesh):
     return close(drop(got), drop(want), 1e-4)
 
 
+def layers_with_keys_and_carried_state(mesh):
+    x = X[..., 0, 0, :]
+    dropout = nn.Sequential([nn.Dense(5), nn.Dropout(0.5, deterministic=False)])
+    rngs = lambda: {"dropout": jax.random.key(1)}
+    for layer, options in (
+        (dropout, {}),
+        (nn.BatchNorm(False, momentum=0.5), {"variable_carry": "batch_stats"}),
+    ):
+        model = tdjax.linen.TimeDistributed(layer, **options)
+        keys = {"params": jax.random.key(0), **rngs()}
+        variables = jax.device_get(model.init(keys, x))
+        run = lambda v, x, m=model: m.apply(v, x, rngs=rngs(), mutable=["batch_stats"])
+        want = on_one_device(run, variables, x)
+        got = jax.jit(run)(place(mesh, variables, P()), place(mesh, x, BOTH))
+        if not close(got, want, 1e-4):
+            return False
+    return True
+
+
+def layers_that_jax_cannot_map_there(mesh):
+    ids = RNG.integers(0, 7, (8, 6))
+    model = tdjax.linen.TimeDistributed(nn.Embed(7, 4))
+    variables = model.init(jax.random.key(0), place(mesh, ids, BOTH))
+    want = np.asarray(variables["params"]["embedding"])[ids]
+    on_mesh = place(mesh, jax.device_get(variables), P())
+    return close(jax.jit(model.apply)(on_mesh, place(mesh, ids, BOTH)), want)
+
+
+def without_a_mesh_in_context(mesh):
+    """Arrays say where they are."""
+    double = tdjax.time_distributed(lambda x: 2 * x, method="fold")
+    head = jax.device_get(tdjax.init_dense(jax.random.key(0), 3, 16))
+    hidden, labels = X[..., 0, 0, :], RNG.integers(0, 16, (8, 6))
+    want = on_one_device(tdjax.linear_cross_entropy, head, hidden, labels)
+    args = place(mesh, head, P()), *place(mesh, (hidden, labels), BOTH)
+    x, empty = place(mesh, X, BOTH), jax.sharding.AbstractMesh((), ())
+    with jax.sharding.use_abstract_mesh(empty):
+        got = jax.jit(double)(x), jax.jit(tdjax.linear_cross_entropy)(*args)
+    return close(got, (2 * X, want))
+
+
 def time_major_and_other_axes(mesh):
     x = X[..., 0, 0, :]  # (batch, time, features)
     weights = RNG.normal(size=(3, 5)).astype(np.float32)
@@ -178,6 +219,9 @@ FACTS = (
     linen_layers_that_mix_examples,
     packed_layers,
     nnx_layers,
+    layers_with_keys_and_carried_state,
+    layers_that_jax_cannot_map_there,
+    without_a_mesh_in_context,
     time_major_and_other_axes,
     without_jit,
     the_loss_in_a_batch,

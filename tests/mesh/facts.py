@@ -353,6 +353,64 @@ def masked_mean_over_devices():
     return close(call(place(values)), plain(values))
 
 
+def sown_values_may_be_as_long_as_the_batch_of_a_device():
+    class Sown(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.sow("intermediates", "mean", x.mean(0)[:2])
+            self.sow("intermediates", "rows", x[:, :2])
+            return x
+
+    outs = []
+    for sharding in (None, P("data")):  # Two examples for each device.
+        model = tdjax.linen.TimeDistributed(Sown(), sharding=sharding)
+        apply = lambda x, m=model: m.apply({}, x, mutable=["intermediates"])
+        outs.append(jax.jit(apply)(X)[1])
+    return close(*outs)
+
+
+def boxes_that_name_an_axis_of_sharding():
+    if KIND == "Explicit":
+        return True  # Flax constrains automatic axes alone.
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), ("seq", "data"))
+    model = tdjax.linen.TimeDistributed(nn.Dense(8, kernel_init=init))
+    x = np.concatenate([X, X[..., :1]], axis=-1)  # Features that devices divide.
+    kinds = (AxisType.Auto,) * 2
+    with jax.set_mesh(jax.make_mesh((1, 1), ("data", "seq"), axis_types=kinds)):
+        variables = jax.device_get(model.init(jax.random.key(0), x))
+        want = jax.device_get(jax.jit(lambda: model.clone().apply(variables, x))())
+    apply = model.clone(sharding=P("data")).apply
+    return close(jax.jit(apply)(variables, x), want)
+
+
+class Logical(nn.Module):
+    """Weights and activations that Flax splits by names of its own."""
+
+    @nn.compact
+    def __call__(self, x):
+        split = nn.with_logical_partitioning
+        init = split(nn.initializers.lecun_normal(), (None, "wide"))
+        x = nn.tanh(nn.Dense(8, kernel_init=init)(x))
+        return nn.with_logical_constraint(x, ("batch", "wide"))
+
+
+def linens_logical_names_keep_their_rules():
+    if KIND == "Explicit":
+        return True  # Flax constrains automatic axes alone.
+    rules = (("batch", "data"), ("wide", "seq"))
+    model = tdjax.linen.TimeDistributed(Logical())
+    variables = model.init(jax.random.key(0), X)
+    loss = lambda model, v: jnp.sum(model.apply(v, X) ** 2)
+    plain = jax.device_get(variables)
+    with jax.set_mesh(jax.make_mesh((1,), ("one",), devices=jax.devices()[:1])):
+        alone = jax.device_get(jax.value_and_grad(lambda v: loss(model, v))(plain))
+    over = model.clone(sharding=P("data"))
+    with nn.logical_axis_rules(rules):
+        split = jax.jit(jax.value_and_grad(lambda v: loss(over, v)))(variables)
+    kernel = split[1]["params"]["Dense_0"]["kernel"].value
+    return close(split, alone) and kernel.sharding.spec == P(None, "seq")
+
+
 class Mean(nnx.Module):
     def __call__(self, x):
         return x.mean()
@@ -427,6 +485,9 @@ FACTS = (
     packed_batch_norm_that_gets_the_mask,
     untyped_keys_and_shared_keys_have_their_own_noise,
     meshes_of_both_kinds,
+    linens_logical_names_keep_their_rules,
+    sown_values_may_be_as_long_as_the_batch_of_a_device,
+    boxes_that_name_an_axis_of_sharding,
 )
 
 if __name__ == "__main__":

@@ -122,13 +122,14 @@ def tuned(mesh, out):
     hidden = RNG.normal(size=(PADDED, TIMESTEPS, HIDDEN)).astype(np.float32)
     hidden = place(mesh, hidden, P("data"))
     head = tdjax.time_distributed(tdjax.dense, in_axes=(None, 1), sharding=P("data"))
-    # Each process has a budget and a folder of its own.
-    folder = out.parent / f"cache of {jax.process_index()}"
-    budget = 5 + jax.process_index()
+    # Each process has a budget of its own, and only one has a cache.
+    folder = out.parent / "cache"
+    cache = folder if jax.process_index() == 0 else None
+    budget, mask = 5 + jax.process_index(), place(mesh, MASK, P("data"))
     folds = {"method": "fold"}, {"method": "fold", "chunk_size": 3}
     results = [
         tdjax.autotune(
-            head, params, hidden, argnums=0, budget=budget, cache=folder,
+            head, params, hidden, mask=mask, argnums=0, budget=budget, cache=cache,
             candidates=[*folds, {"chunk_size": 2}],
         )
         for _ in range(2)
@@ -136,8 +137,25 @@ def tuned(mesh, out):
     return {
         "options": [result.options for result in results],
         "from cache": [result.from_cache for result in results],
-        "entries": len(list(folder.glob("*"))) if folder.exists() else 0,
+        "entries": len(list(folder.glob("*"))),
+        "failed": failed(hidden),
     }
+
+
+def failed(hidden):
+    """The verdicts, where one process can't trace one of the lowerings."""
+
+    def fun(x):
+        if jax.process_index() == 1 and x.shape[0] != PADDED // 4:
+            raise OSError("not here")
+        return 2 * x
+
+    folds = {"method": "fold"}, {"method": "fold", "chunk_size": 3}
+    result = tdjax.autotune(
+        tdjax.time_distributed(fun, sharding=P("data")), hidden,
+        budget=5, candidates=[*folds, {"chunk_size": 2}],
+    )  # fmt: skip
+    return [candidate.verdict.split(":")[0] for candidate in result.candidates]
 
 
 def main(out):

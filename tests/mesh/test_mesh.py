@@ -117,14 +117,14 @@ def check_facts(found, size, errors):
     assert raised.keys() == errors.keys()
     for name, pattern in errors.items():
         kind, message = raised[name]
-        is_kind = name in ("kind", "forward mode")
+        is_kind = name in ("kind", "kind of axis_name", "forward mode")
         assert kind == ("TypeError" if is_kind else "ValueError"), name
         assert re.search(pattern, message), message
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_facts(kind):
-    check_facts(run_on_devices("facts.py", kind), 26, ERRORS)
+    check_facts(run_on_devices("facts.py", kind), 29, ERRORS)
 
 
 ERRORS = {
@@ -150,7 +150,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("kind", kinds((), IN_MESH_STEP))
 def test_facts_of_the_loss(kind):
-    check_facts(run_on_devices("loss_facts.py", kind), 9, ERRORS_OF_THE_LOSS)
+    check_facts(run_on_devices("loss_facts.py", kind), 11, ERRORS_OF_THE_LOSS)
 
 
 ERRORS_OF_THE_LOSS = {
@@ -160,7 +160,7 @@ ERRORS_OF_THE_LOSS = {
     "twice": "kernel_sharding must name each mesh axis once",
     "size": "Pad steps with a mask, and words with a bias of -inf",
     "words and steps": "Give words mesh axes that all split steps, or of which none does",
-    "axis_name and sharding": "Give one of the two",
+    "kind of axis_name": "axis_name must be the name of a mesh axis, or a tuple of names",
     "axis_name and none": "needs reduction='mean' or 'sum', got 'none'",
     "forward mode": "no forward-mode derivative",
 }
@@ -170,11 +170,11 @@ ERRORS_OF_THE_LOSS = {
 def test_facts_without_sharding_under_automatic_axes():
     found = run_on_devices("explicit_facts.py", "Auto")
     assert found["errors"] == {"closed over": None}
-    check_facts({**found, "errors": {}}, 8, {})
+    check_facts({**found, "errors": {}}, 11, {})
 
 
 @pytest.mark.mesh
 @pytest.mark.slow
 def test_facts_without_sharding_under_explicit_axes():
     errors = {"closed over": "Pass them as arguments, None in in_axes"}
-    check_facts(run_on_devices("explicit_facts.py", "Explicit"), 8, errors)
+    check_facts(run_on_devices("explicit_facts.py", "Explicit"), 11, errors)

@@ -90,7 +90,14 @@ def test_all_processes_take_the_same_lowering_and_the_first_keeps_it(job):
     tuned = [process["tuned"] for process in job[1]]
     assert all(x["options"] == tuned[0]["options"] for x in tuned)
     assert all(x["from cache"] == [False, True] for x in tuned)
-    assert [x["entries"] for x in tuned] == [1] + [0] * (len(tuned) - 1)
+    assert all(x["entries"] == 1 for x in tuned)
+
+
+def test_what_one_process_cannot_run_none_takes(job):
+    for process in job[1]:
+        vmap, fold, chunks, loop = process["tuned"]["failed"]
+        assert (fold, chunks) == ("failed", "failed")
+        assert {vmap, loop} <= {"measured", "behind"}
 
 
 def test_one_process_restores_the_checkpoint_of_several(job, one_process):

@@ -24,7 +24,8 @@ With the words split over devices, each runs this for its own words, `params` an
 (`_of_all_words`): three numbers of each row are sent. A device's gradients are partial
 sums, which the caller adds up.
 
-What must hold: only inputs, and operands of matrix products, are narrower than float32.
+What must hold: only inputs, operands of matrix products, and what is returned, are
+narrower than float32.
 A word that the bias bans (-inf) has probability 0 and no gradient, never NaN.
 """
 
@@ -244,14 +245,17 @@ def _block(head: Head, params: Params, hidden, labels, start, count: int) -> Blo
     params = {name: slice_columns(x, start, count) for name, x in params.items()}
     wide = at_least_float32(hidden.dtype)
     products = jnp.matmul(hidden, params["kernel"], preferred_element_type=wide)
-    label_logit = _at_labels(products, labels).get(mode="fill", fill_value=jnp.nan)
+    label_logit = _at_labels(products, labels).get(mode="fill", fill_value=0)
     bias = params.get("bias")
-    if bias is None:
-        return Block(*_cap(head, products), _cap(head, label_logit)[0])
-    # Reading the labels' logits first lets the bias be added in place.
-    products, label_logit = jax.lax.optimization_barrier((products, label_logit))
-    label_logit = label_logit + bias.at[labels].get(mode="clip")
-    return Block(*_cap(head, products + bias[None, :]), _cap(head, label_logit)[0])
+    if bias is not None:
+        # Reading the labels' logits first lets the bias be added in place.
+        products, label_logit = jax.lax.optimization_barrier((products, label_logit))
+        label_logit = label_logit + bias.at[labels].get(mode="clip")
+        products = products + bias[None, :]
+    label_logit = _cap(head, label_logit)[0]
+    # After the cap, whose derivative at NaN would be NaN.
+    inside = (labels >= 0) & (labels < products.shape[1])
+    return Block(*_cap(head, products), jnp.where(inside, label_logit, jnp.nan))
 
 
 def _cap(head: Head, logits):

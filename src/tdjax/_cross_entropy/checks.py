@@ -150,20 +150,19 @@ def check_options(
         _require_number("ignore_class", ignore_class, int | np.integer, "an int")
 
 
-def check_axis_name(axis_name, reduction, sharding, kernel_sharding) -> None:
-    """Refuses `axis_name` where it would do nothing or contradict `sharding`."""
+def check_axis_name(axis_name: Any, reduction: str) -> None:
+    """Refuses what names no axes, and `axis_name` where it would do nothing."""
+    names = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            "axis_name must be the name of a mesh axis, or a tuple of names, got "
+            f"{describe(axis_name)}."
+        )
     if reduction == "none":
         raise ValueError(
             f"axis_name={axis_name!r} sums over devices, so it needs reduction='mean' "
             "or 'sum', got 'none'. Leave it out: each loss is that of one step."
         )
-    given = {"sharding": sharding, "kernel_sharding": kernel_sharding}
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(
-                f"axis_name={axis_name!r} is for a jax.shard_map of your own, and "
-                f"{name}={value} for global arrays. Give one of the two."
-            )
 
 
 def _require_number(

@@ -25,7 +25,7 @@ from tdjax._cross_entropy.checks import (
 )
 from tdjax._cross_entropy.mesh import layout_on_mesh
 from tdjax._masks import over_trailing_axes
-from tdjax._mesh import vary_together
+from tdjax._mesh import names_in, vary_together
 
 IGNORED = -2  # In place of `ignore_class`; -1 is a label outside the vocabulary.
 
@@ -133,12 +133,12 @@ def linear_cross_entropy(
     arrays = params, hidden, labels, mask
     with forward_mode_refused():
         if axis_name is not None:
-            check_axis_name(axis_name, reduction, sharding, kernel_sharding)
-            return loss(*arrays, step_axes=axis_name)
+            check_axis_name(axis_name, reduction)
         layout = layout_on_mesh(sharding, kernel_sharding, *arrays)
+        outside = names_in(axis_name)
         if layout is None:
-            return loss(*arrays)
-        return layout.run(loss, reduction, *arrays)
+            return loss(*arrays, step_axes=outside)
+        return layout.run(loss, reduction, outside, *arrays)
 
 
 class Options(NamedTuple):
@@ -169,7 +169,7 @@ def _loss_of_steps(
     hidden: Any,
     labels: Any,
     mask: Any,
-    step_axes: Any = (),
+    step_axes: tuple[str, ...] = (),
     word_axes: tuple[str, ...] = (),
 ) -> Any:
     """The loss of the steps that one device has, and of the words that it has.

@@ -51,20 +51,30 @@ class Layout(NamedTuple):
 
     @property
     def kernel(self) -> PartitionSpec:
-        """How the kernel is split, without mesh axes along which nothing else is."""
+        """How the kernel is split on the devices, before it is gathered there.
+
+        The compiler gathers it along the other mesh axes.
+        """
         names = {*self.step_axes, *self.word_axes}
+        others = explicit_axes(self.mesh) - names
+        if others and jax.__version_info__ >= (0, 11):
+            # JAX's `all_gather` has no gradient beside explicit axes.
+            names = {*self.word_axes}
         return only_axes(PartitionSpec(self.features, self.words), names, 2)
 
     def run(
-        self, loss: Callable, reduction: str, params: Any, hidden, labels, mask
+        self, loss: Callable, reduction: str, outside, params, hidden, labels, mask
     ) -> Any:
-        """`loss(params, hidden, labels, mask, *, ...)` on every device."""
+        """`loss(params, hidden, labels, mask, *, ...)` on every device.
+
+        `outside` are the mesh axes of a `jax.shard_map` around this.
+        """
         arrays, treedef = jax.tree.flatten((params, hidden, labels, mask))
         stored = self._specs(PartitionSpec(self.features, self.words), params, mask)
         check_sizes(self.option, arrays, stored, self.mesh, PADDING)
         refuse_varying(self.option, arrays)
         specs = self._specs(self.kernel, params, mask)
-        axes = {"step_axes": self.step_axes, "word_axes": self.word_axes}
+        axes = {"step_axes": (*outside, *self.step_axes), "word_axes": self.word_axes}
 
         def call(arrays):
             params, *rest = jax.tree.unflatten(treedef, arrays)
@@ -135,7 +145,8 @@ def layout_on_mesh(
             steps = _first_split(rank, hidden, labels, mask)
         if kernel_sharding is None:
             kernel = [*typed_spec(params["kernel"])]
-    if not option and not any((*steps, *kernel)):
+    is_split = any(entry for x in arrays for entry in typed_spec(x))
+    if not option and not is_split:
         return None
     option = option or "the type under explicit axes"
     layout = Layout(mesh, option, tuple(steps), *kernel)

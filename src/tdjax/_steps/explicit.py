@@ -1,21 +1,29 @@
 """Calls without `sharding` whose arguments are split over explicit mesh axes.
 
-`jax.vmap` over an axis that the types split works as it is. What JAX can't do there is
-to merge or slice a split axis, to gather from one, or to map a convolution. For these
-the mesh axes that split batch and time are left to the compiler during the call, as on
-a mesh with automatic axes: the results are those of one device, and split as the
+`jax.vmap` over an axis that the types split works as it is. What JAX refuses there is
+to merge or slice a split axis, to gather from one, or to map a convolution. Then the
+mesh axes that split batch and time are left to the compiler during the call, as on a
+mesh with automatic axes: the results are those of one device, and split as the
 arguments are.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tdjax._checks import is_array
 from tdjax._jaxprs import contains
-from tdjax._mesh import explicit_axes, mesh_of, names_in, only_axes, typed_spec
+from tdjax._mesh import (
+    closures_explained,
+    explicit_axes,
+    mesh_of,
+    names_in,
+    only_axes,
+    typed_spec,
+)
 from tdjax._steps.axes import (
     Axis,
     Inputs,
@@ -24,7 +32,6 @@ from tdjax._steps.axes import (
     position,
     step_shape,
 )
-from tdjax._steps.lowering import Lowering
 from tdjax._steps.select_steps import is_time_major
 
 
@@ -57,9 +64,13 @@ def run_as_types_say(
     says how the results are split.
     """
     split = _split_of(inputs, mask)
-    if split is None or not _needs_compiler(step, inputs, mask, lowering, split):
+    if split is None:
         return run(args)
-    return _run_with_compiler(run, args, split, specs_of)
+    # The gradient of a convolution in a loop fails later than here.
+    loops = lowering.chunk_size is not None
+    if _is_refused(run, args) or (loops and _has_convolution(step, inputs)):
+        return _run_with_compiler(run, args, split, specs_of)
+    return run(args)
 
 
 def _split_of(inputs: Inputs, mask) -> Split | None:
@@ -80,16 +91,23 @@ def _split_of(inputs: Inputs, mask) -> Split | None:
     return Split(mesh, batch, time, size) if batch or time else None
 
 
-def _needs_compiler(
-    step: Callable, inputs: Inputs, mask, lowering: Lowering, split: Split
-) -> bool:
-    """Whether JAX can't do with explicit axes what this call does."""
-    is_vmap = lowering.method == "vmap" and lowering.chunk_size is None
-    if lowering.capacity is not None:
-        return True
-    if split.time and (mask is not None or not is_vmap):
-        return True
-    return _has_convolution(step, inputs)
+def _is_refused(run: Callable, args: Any) -> bool:
+    """Whether JAX refuses the call for how its arguments are split."""
+    leaves, treedef = jax.tree.flatten(args)
+    places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+
+    def call(arrays):
+        given = leaves.copy()
+        for i, x in zip(places, arrays):
+            given[i] = x
+        return run(treedef.unflatten(given))
+
+    try:
+        jax.eval_shape(call, [leaves[i] for i in places])
+    except Exception as error:
+        # Types of split arrays are written as float32[8@data,3].
+        return re.search(r"shard|replicated|\[.*@", str(error)) is not None
+    return False
 
 
 def _has_convolution(step: Callable, inputs: Inputs) -> bool:
@@ -118,16 +136,8 @@ def _run_with_compiler(run: Callable, args: Any, split: Split, specs_of) -> Any:
                 inner[i] = jax.sharding.reshard(x, spec)
             results = run(treedef.unflatten(inner))
             specs = specs_of(results, split)
-        return jax.tree.map(jax.sharding.reshard, results, specs)
+        back = lambda y, spec: jax.sharding.reshard(y, NamedSharding(split.mesh, spec))
+        return jax.tree.map(back, results, specs)
 
-    try:
+    with closures_explained("Without sharding, this call"):
         return jax.jit(call)([leaves[i] for i in places])
-    except ValueError as error:
-        if "should match the aval mesh" in str(error):
-            error.add_note(
-                "Without sharding, this call leaves the mesh axes "
-                f"{', '.join(names)} to the compiler, and arrays that fun closes over "
-                "can't go with it. Pass them as arguments, None in in_axes, or give "
-                "sharding."
-            )
-        raise

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec
 from tdjax._checks import describe, is_array
 from tdjax._mesh import (
     check_sizes,
+    closures_explained,
     names_in,
     over_mesh,
     refuse_varying,
@@ -208,9 +209,23 @@ class OnMesh:
                 "argument that has a batch a time axis too, so that it is not shared."
             )
 
-    def shapes(self, call: Callable) -> Any:
-        """The results of `call(arrays)` on one device, as shapes."""
-        return jax.eval_shape(self._over(call, PartitionSpec()), self._arrays)
+    def shapes(self, call: Callable, batches: int = 1) -> Any:
+        """The results of `call(arrays)` on one device, as shapes.
+
+        `batches` makes its batch that many times as large.
+        """
+        over = self._over(call, PartitionSpec())
+        if batches == 1:
+            return jax.eval_shape(over, self._arrays)
+        whole = [PartitionSpec(*[None] * x.ndim) for x in self._arrays]
+
+        def on_more(arrays):
+            arrays = reshard(arrays, whole, self._mesh)
+            pairs = zip(arrays, self._time_axes)
+            arrays = [_repeat_batch(x, axis, batches) for x, axis in pairs]
+            return over(reshard(arrays, self._specs, self._mesh))
+
+        return jax.eval_shape(on_more, self._arrays)
 
     def run(self, call: Callable, specs: Any) -> Any:
         """Runs `call(arrays)` on every device, and joins the results."""
@@ -218,7 +233,19 @@ class OnMesh:
         return jax.jit(self._over(call, specs))(self._arrays)
 
     def _over(self, call: Callable, specs: Any) -> Callable:
-        return over_mesh(call, self._mesh, self.axes.names, (self._specs,), specs)
+        over = over_mesh(call, self._mesh, self.axes.names, (self._specs,), specs)
+
+        def run(arrays):
+            with closures_explained(f"sharding={self._sharding}"):
+                return over(arrays)
+
+        return run
+
+
+def _repeat_batch(x, time_axis: Axis, times: int):
+    if not isinstance(time_axis, int) or x.ndim < 2:
+        return x
+    return jnp.concatenate([x] * times, axis=1 if time_axis == 0 else 0)
 
 
 def _batch_size(inputs: Inputs, sharding) -> Any:

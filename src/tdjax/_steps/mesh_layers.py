@@ -104,12 +104,12 @@ def _distribute_on_mesh(
         layer = with_keys_of_steps(layer, inputs)
     everywhere = shared, layer.variables
     on_mesh = OnMesh(sharding, _with_keys(inputs, layer, args), everywhere, mask)
-    axes, batch = on_mesh.axes, on_mesh.batch
+    axes = on_mesh.axes
     # One key for all packed steps is another on each device.
     is_one_key = not layer.has_keys_of_steps and not layer.share_rng
     names_of_keys = axes.names if is_one_key else axes.batch
 
-    def call(arrays):
+    def run(arrays):
         (keys, own_args), everywhere, own_mask = on_mesh.rebuild(arrays)
         own_shared, variables = everywhere
         keys = jax.tree.map(lambda key: own_keys(key, names_of_keys), keys)
@@ -123,17 +123,35 @@ def _distribute_on_mesh(
         combine = lambda old, new, weights: _of_all_devices(old, new, weights, axes)
         changed = after_steps(variables, changed, weights, combine)
         carried = _carried_of_all_devices(variables, carried, weights, combine)
-        sown = lambda x: _sown(x, batch, weights, axes)
-        return y, carried, changed, jax.tree.map(sown, new)
+        return (y, carried, changed, new), weights
 
-    y, carried, changed, new = on_mesh.shapes(call)
+    y, carried, changed, new = on_mesh.shapes(lambda arrays: run(arrays)[0])
+    with_examples = _have_examples(on_mesh, new, lambda arrays: run(arrays)[0][-1])
+
+    def call(arrays):
+        (*others, new), weights = run(arrays)
+        of_all = lambda x, has_batch: x if has_batch else _sown(x, weights, axes)
+        return *others, jax.tree.map(of_all, new, with_examples)
+
     specs = (
         on_mesh.specs_of_results(y, out_axes),
         *jax.tree.map(lambda _: PartitionSpec(), (carried, changed)),
-        jax.tree.map(lambda x: _spec_of_sown(x, batch, axes), new),
+        jax.tree.map(lambda has_batch: _spec_of_sown(has_batch, axes), with_examples),
     )
     y, carried, changed, new = on_mesh.run(call, specs)
     return y, join_variables(layer.variables, carried, changed, new)
+
+
+def _have_examples(on_mesh: OnMesh, values, sown) -> Any:
+    """Of each sown value, time first, whether the examples of a device come next.
+
+    They do if a larger batch makes it larger; its size alone may be a coincidence.
+    `values` are the shapes of `sown(arrays)`.
+    """
+    if not on_mesh.axes.batch or not jax.tree.leaves(values):
+        return jax.tree.map(lambda _: True, values)
+    twice = on_mesh.shapes(sown, batches=2)
+    return jax.tree.map(lambda x, y: x.shape[1:2] != y.shape[1:2], values, twice)
 
 
 def _with_keys(inputs: Inputs, layer: LayerState, args: tuple) -> Inputs:
@@ -193,15 +211,8 @@ def _or_all(weights, timesteps: int):
     return jnp.ones(timesteps, bool) if weights is None else jnp.asarray(weights)
 
 
-def _has_batch(x, batch: int | None, axes: MeshAxes) -> bool:
-    """Whether a sown value, time first, has the examples of a device behind."""
-    return not axes.batch or x.shape[1:2] == (batch,)
-
-
-def _sown(x, batch: int | None, weights, axes: MeshAxes):
-    """A sown value without examples is the mean of the devices, or the first's."""
-    if _has_batch(x, batch, axes):
-        return x
+def _sown(x, weights, axes: MeshAxes):
+    """A sown value without examples: the mean of the devices, or the first's."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return of_first_device(x, axes.batch)
     valid = over_trailing_axes(_or_all(weights, x.shape[0]), x.ndim)
@@ -209,7 +220,6 @@ def _sown(x, batch: int | None, weights, axes: MeshAxes):
     return total / jnp.maximum(count, 1).astype(x.dtype)
 
 
-def _spec_of_sown(x, batch: int | None, axes: MeshAxes) -> PartitionSpec:
-    if x.ndim > 1 and axes.batch and _has_batch(x, batch, axes):
-        return PartitionSpec(axes.time or None, axes.batch)
-    return PartitionSpec(axes.time or None)
+def _spec_of_sown(has_batch: bool, axes: MeshAxes) -> PartitionSpec:
+    batch = (axes.batch,) if has_batch and axes.batch else ()
+    return PartitionSpec(axes.time or None, *batch)

@@ -19,6 +19,7 @@ import numpy as np
 
 from tdjax._checks import describe, is_array, is_concrete, leaves_by_path
 from tdjax._masks import masked_mean
+from tdjax._mesh import unsplit
 from tdjax._steps.axes import (
     PER_STEP,
     PER_STEP_OR_BATCH,
@@ -224,7 +225,8 @@ def _warn_of_stand_ins(variables, before, changed, mask) -> None:
 def first_steps(args: tuple, in_axes: Any) -> tuple:
     """The arguments of the first step; zeros if there are no steps."""
     inputs = flatten_inputs(args, in_axes)
-    return inputs.rebuild(map(first_step, inputs.mapped, inputs.mapped_axes))
+    mapped = map(unsplit, inputs.mapped)
+    return inputs.rebuild(map(first_step, mapped, inputs.mapped_axes))
 
 
 def make_lowering(options: Any) -> Lowering:

@@ -28,7 +28,7 @@ from tdjax._tuning.candidates import (
     list_candidates,
     with_gradient,
 )
-from tdjax._tuning.processes import agreed_text, is_first
+from tdjax._tuning.processes import agreed_text, is_first, together
 from tdjax._tuning.report import progress_bar
 from tdjax._tuning.result import Tuning
 from tdjax._tuning.search import Limits, agree, choose, find_reference, measure_all
@@ -54,7 +54,8 @@ def autotune(
     Compiles the lowerings (`method`, `chunk_size`, `unroll`, `remat`), compares the
     results of each with those of `method="vmap"`, and times those that agree, in turn,
     on the device of the inputs. `"fold"` is only taken if the program shows that it
-    never mixes the examples of a batch. See docs/tuning.md.
+    never mixes the examples of a batch. Of several processes, all must call it: they
+    take what process 0 has measured. See docs/tuning.md.
 
     Args:
       fun: a function of one step, or what `time_distributed` returned. The options of
@@ -97,11 +98,10 @@ def autotune(
     """
     over_time = _over_time(fun, in_axes, out_axes, capacity)
     make = lambda lowering: dataclasses.replace(over_time, lowering=lowering)
-    program = lambda lowering: functools.partial(make(lowering), **kwargs)
     options = over_time.lowering, over_time.in_axes
-    subject = Subject(*options, make, program, (), over_time.sharding)
+    subject = Subject(*options, make, make, (), over_time.sharding)
     settings = Settings(argnums, budget, memory_limit, tolerance, candidates, cache)
-    return tune(subject, args, settings)
+    return tune(subject, args, kwargs, settings)
 
 
 def _over_time(fun, in_axes, out_axes, capacity) -> Distributed:
@@ -145,7 +145,9 @@ class Subject(NamedTuple):
     sharding: PartitionSpec | None = None  # Of the inputs.
 
 
-def tune(subject: Subject, inputs: tuple, settings: Settings) -> Tuning:
+def tune(
+    subject: Subject, inputs: tuple, kwargs: dict[str, Any], settings: Settings
+) -> Tuning:
     """Measures the candidates of a subject, or finds them in the cache."""
     if jax.config.jax_disable_jit:  # pyright: ignore
         raise ValueError(
@@ -166,18 +168,22 @@ def tune(subject: Subject, inputs: tuple, settings: Settings) -> Tuning:
         settings.candidates,
     )
     argnums = settings.positions(args)
-    reference = subject.program(candidates[0].lowering)
+    program_of, others = _with_keywords(subject.program, kwargs)
+    args = *args, *others
+    reference = program_of(candidates[0].lowering)
     try:
-        about = _about(reference, args, argnums, subject, candidates, limits)
+        about = together(
+            lambda: _about(reference, args, argnums, subject, candidates, limits)
+        )
     except Exception as error:
         # The reference may fail where what was given works.
         if subject.base.method == "fold":
             error.add_note(_OTHER_FUNCTION)
         raise
     folder = settings.folder()
-    program, args = _program_to_measure(subject, reference, args, argnums)
+    program, args = _program_to_measure(program_of, reference, args, argnums)
     found = cache.load(folder, about) if folder and is_first() else None
-    stored = _of_first_process(found) if folder else None
+    stored = _of_first_process(found)
     compared_with = stored and find_reference(stored.candidates)
     if stored and compared_with:
         pair = compared_with.options, stored.options
@@ -217,12 +223,31 @@ def _require_arrays(name: str, tree: Any) -> None:
             )
 
 
-def _program_to_measure(subject: Subject, reference, args, argnums) -> tuple[Any, Any]:
+def _with_keywords(program_of: Callable, kwargs: dict[str, Any]) -> tuple[Any, tuple]:
+    """`(program_of, args)` with keyword arguments, `args` behind the other arguments.
+
+    They are closed over, so that the values of a mask are known. Arrays of several
+    processes can't be: they become an argument.
+    """
+    is_whole = lambda x: not is_array(x) or is_concrete(x)
+    closed = {k: x for k, x in kwargs.items() if all(map(is_whole, jax.tree.leaves(x)))}
+    passed = {name: x for name, x in kwargs.items() if name not in closed}
+    bound = lambda lowering: functools.partial(program_of(lowering), **closed)
+    if not passed:
+        return bound, ()
+
+    def with_passed(lowering):
+        return lambda *args: bound(lowering)(*args[:-1], **args[-1])
+
+    return with_passed, (passed,)
+
+
+def _program_to_measure(program_of, reference, args, argnums) -> tuple[Any, Any]:
     """`(program, args)`: the call, or the call and its gradient, of a lowering."""
     if not argnums:
-        return subject.program, args
+        return program_of, args
     differentiate, args = with_gradient(reference, argnums, args)
-    return lambda lowering: differentiate(subject.program(lowering)), args
+    return lambda lowering: differentiate(program_of(lowering)), args
 
 
 def _measure(candidates: list[Candidate], program, args, limits: Limits) -> None:

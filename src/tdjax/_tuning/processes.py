@@ -5,8 +5,13 @@ all processes. So whatever depends on a clock, a file or one process's arrays is
 for all: by process 0, or by all together. With one process these functions do nothing.
 """
 
+from collections.abc import Callable
+from typing import TypeVar, cast
+
 import jax
 import numpy as np
+
+T = TypeVar("T")
 
 
 def is_first() -> bool:
@@ -35,16 +40,23 @@ def agreed_text(text: str | None) -> str | None:
 
 def in_all(flag: bool) -> bool:
     """Whether it is true in every process."""
-    return worst(float(not flag)) == 0
-
-
-def worst(number: float) -> float:
-    """The largest number of all processes."""
     if jax.process_count() == 1:
-        return number
+        return flag
     from jax.experimental import multihost_utils
 
-    return float(np.max(multihost_utils.process_allgather(np.float32(number))))
+    return bool(np.all(multihost_utils.process_allgather(np.bool_(flag))))
+
+
+def together(action: Callable[[], T]) -> T:
+    """What it returns; if it fails in one process, all raise, and none waits."""
+    result, failure = None, None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    if not in_all(failure is None):
+        raise failure or RuntimeError("autotune failed in another process.")
+    return cast(T, result)
 
 
 def _broadcast(x):

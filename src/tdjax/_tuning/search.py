@@ -24,7 +24,7 @@ from tdjax._tuning.candidates import (
     timed,
     widen,
 )
-from tdjax._tuning.processes import agreed, in_all, worst
+from tdjax._tuning.processes import agreed, in_all
 
 # A candidate that is this many times slower than the best is dropped: in the first
 # rounds, and once there are enough measurements to tell.
@@ -150,7 +150,8 @@ def choose(candidates: Iterable[Candidate]) -> Candidate:
 
 def _expected(candidate: Candidate, tried: list[Candidate], search: _Search) -> float:
     """Seconds that compilation and two runs may take, judged by the others."""
-    fastest = min(other.compile_seconds or 0.0 for other in tried)
+    known = [c.compile_seconds for c in tried if c.compile_seconds is not None]
+    fastest = min(known, default=0.0)
     blocks = candidate.blocks if candidate.lowering.unroll is True else 1
     # Code that is repeated compiles faster than the first of its kind.
     seconds = fastest * (1.2 + blocks / 8)
@@ -164,11 +165,12 @@ def _try(candidate: Candidate, search: _Search, times_again: bool = True) -> Non
     compile_it = lambda: compile_candidate(candidate, run, search.args, search.mixing)
     compiled = _attempt(compile_it, candidate, search)
     if compiled is None:
+        candidate.compile_seconds = None
         return
     program, reason = compiled
     candidate.compile_seconds = agreed(candidate.compile_seconds or 0.0)
     used, limit = candidate.temporary_bytes, search.limits.memory_limit
-    if used is not None and limit is not None and worst(used) > limit:
+    if not in_all(used is None or limit is None or used <= limit):
         candidate.verdict = "over the memory limit"
         return
     ran = _attempt(lambda: timed(program, search.args), candidate, search)
@@ -188,18 +190,21 @@ def _try(candidate: Candidate, search: _Search, times_again: bool = True) -> Non
 
 def _attempt(action: Callable, candidate: Candidate, search: _Search) -> Any:
     """What it returns; None, and the verdict is set, if it fails in any process."""
-    result, failure = None, "in another process"
+    result: Any = None
+    failure: Exception | None = None
     try:
         result = action()
     except Exception as error:
         # XLA and fun may raise anything for one lowering; others may still work.
-        if search.reference is None and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        line = (str(error).splitlines() or [""])[0]
-        failure = f"{type(error).__name__}: {line}"
-    if in_all(result is not None):
+        failure = error
+    if in_all(failure is None):
         return result
-    candidate.verdict = f"failed: {failure}"
+    is_for_memory = failure is None or "RESOURCE_EXHAUSTED" in str(failure)
+    if search.reference is None and not in_all(is_for_memory):
+        raise failure or RuntimeError("The reference failed in another process.")
+    line = (str(failure).splitlines() or [""])[0]
+    of_this = f"{type(failure).__name__}: {line}" if failure else "in another process"
+    candidate.verdict = f"failed: {of_this}"
     return None
 
 
