@@ -135,6 +135,8 @@ def main(steps=STEPS, out=OUT, save_every=200, resume=False):
     mesh = jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     tell = print if is_first else lambda *_, **__: None
     tell(f"{jax.process_count()} process(es), mesh {dict(mesh.shape)}")
+    if BATCH % shape[0]:
+        sys.exit(f"{shape[0]} must divide the batch of {BATCH}: try other --devices")
     by_batch, start = NamedSharding(mesh, P("data")), time.perf_counter()
     # Of a batch, each process hands over what its devices need.
     own = lambda x: jax.make_array_from_callback(x.shape, by_batch, x.__getitem__)
@@ -148,6 +150,7 @@ def main(steps=STEPS, out=OUT, save_every=200, resume=False):
         state, losses = jax.jit(new_state, out_shardings=places)(key), []
         if resume:
             state, losses = restore(checkpoints, state)
+            tell(f"Goes on from step {len(losses)}.")
         for step in range(len(losses) + 1, steps + 1):
             state, loss = train_step(state, *batch(step))
             losses.append(float(loss))

@@ -86,11 +86,12 @@ def linear_cross_entropy(
         types say under explicit axes, and the compiler's choice under automatic ones.
       kernel_sharding: `P(features, words)`, the mesh axes that split the kernel; those
         of words split the bias too. With words split, each device has its own words
-        and only three numbers of each step are sent, and one gradient by `hidden`.
-        Axes of features, and those that split steps too, are gathered (FSDP). See
-        docs/mesh.md. By default as `sharding`.
+        and only three or four numbers of each step are sent, and one gradient by
+        `hidden`. Axes of features, and those that split steps too, are gathered (FSDP).
+        See docs/mesh.md. By default as `sharding`.
       axis_name: inside a `jax.shard_map` of your own, the mesh axes that split the
-        steps: `"mean"` and `"sum"` are then those of all devices.
+        steps: `"mean"` and `"sum"` are then those of all devices. With its default
+        `check_vma=True`, gradients by shared params are summed over them already.
 
     Returns:
       The mean or sum, `()`, or the losses, `(...)`; float32, or float64 if the inputs
@@ -99,8 +100,8 @@ def linear_cross_entropy(
     Raises:
       TypeError: if an argument is of the wrong kind, or in forward mode (`jax.jvp`);
         under `jit` with JAX's own message about `custom_vjp`.
-      ValueError: if shapes do not match, an option is out of range, or an unmasked
-        label is outside the vocabulary.
+      ValueError: if shapes do not match, an option is out of range, an unmasked label
+        is outside the vocabulary, or a sharding does not fit the mesh or the sizes.
 
     Example:
       >>> import jax, jax.numpy as jnp, tdjax

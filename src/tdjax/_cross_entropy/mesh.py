@@ -27,7 +27,9 @@ from tdjax._mesh import (
     typed_spec,
 )
 
-PADDING = "Pad steps with a mask, and words with a bias of -inf"
+PADDING = (
+    "Pad steps with a mask, and words with a bias of -inf (not if labels are smoothed)"
+)
 
 
 class Layout(NamedTuple):
