@@ -13,7 +13,7 @@ def check_programs(rows):
         assert row["deviation"] < 1e-5, row
         if row["is_gradient"]:
             # Its own sum, of the parameters' size and outside of loops, and no more.
-            only = [["all-reduce", row["parameter_bytes"], False]]
+            only = [["all-reduce", row["parameter_bytes"], 1]]
             assert row["collectives"] == only, row
         else:
             assert row["collectives"] == [], row
@@ -86,9 +86,11 @@ def check_losses(rows):
         assert max(row["deviations"].values()) < 1e-12, row
         kinds = dict.fromkeys(("all-gather", "all-reduce", "reduce-scatter"), 0)
         in_loops = 0
-        for operation, size, in_a_loop in row["collectives"]:
-            in_loops += size * in_a_loop
-            kinds[operation] += size * (not in_a_loop)
+        for operation, size, times in row["collectives"]:
+            if times == 1:
+                kinds[operation] += size
+            else:
+                in_loops += size
         sent = *kinds.values(), in_loops
         assert sent == SENT_BY_THE_LOSS[row["layout"]], row
 
