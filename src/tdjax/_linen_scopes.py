@@ -108,7 +108,7 @@ def lift_over_time(call, options, mask, kwargs):
             y, after = distribute_layer(
                 step, kwargs, state, args, mask, *axes, lowering, sharding
             )
-            return y, () if initializing else after
+            return y, () if initializing else _with_names_of(variables, after)
 
         return lift.pack(over_time, (True,), (written,), (True,))(scopes, args)
 
@@ -136,6 +136,19 @@ def _without_names(variables: Any, taken: tuple[str, ...]) -> Any:
 
     is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)
     return jax.tree.map(change, variables, is_leaf=is_box) if taken else variables
+
+
+def _with_names_of(before: Any, after: Any) -> Any:
+    """The variables `after`, in boxes that name what those `before` named."""
+    is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)
+    named = jax.tree_util.tree_leaves_with_path(before, is_leaf=is_box)
+    names = {path: x.names for path, x in named if type(x) is nn.Partitioned}
+
+    def change(path, x):
+        is_known = type(x) is nn.Partitioned and path in names
+        return x.replace(names=names[path]) if is_known else x
+
+    return jax.tree_util.tree_map_with_path(change, after, is_leaf=is_box)
 
 
 def _other_axes(axes: Any, taken: tuple[str, ...]) -> Any:

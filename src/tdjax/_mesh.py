@@ -141,7 +141,8 @@ def constrain(arrays: list, specs: list, mesh) -> list:
     if not automatic:
         return arrays
     wanted = [only_axes(spec, automatic, x.ndim) for x, spec in zip(arrays, specs)]
-    return jax.lax.with_sharding_constraint(arrays, wanted)
+    shardings = [NamedSharding(mesh, spec) for spec in wanted]
+    return jax.lax.with_sharding_constraint(arrays, shardings)
 
 
 def check_sizes(option: str, arrays: list, specs: list, mesh, padding: str) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from tdjax._checks import leaves_by_path
+from tdjax._checks import describe, leaves_by_path
 from tdjax._masks import over_trailing_axes
 from tdjax._mesh import typed_spec
 from tdjax._steps.axes import (
@@ -126,32 +126,46 @@ def _distribute_on_mesh(
         return (y, carried, changed, new), weights
 
     y, carried, changed, new = on_mesh.shapes(lambda arrays: run(arrays)[0])
-    with_examples = _have_examples(on_mesh, new, lambda arrays: run(arrays)[0][-1])
+    places = _axes_of_examples(on_mesh, new, lambda arrays: run(arrays)[0][-1])
 
     def call(arrays):
         (*others, new), weights = run(arrays)
-        of_all = lambda x, has_batch: x if has_batch else _sown(x, weights, axes)
-        return *others, jax.tree.map(of_all, new, with_examples)
+        of_all = lambda x, axis: x if axis else _sown(x, weights, axes)
+        return *others, jax.tree.map(of_all, new, places)
 
     specs = (
         on_mesh.specs_of_results(y, out_axes),
         *jax.tree.map(lambda _: PartitionSpec(), (carried, changed)),
-        jax.tree.map(lambda has_batch: _spec_of_sown(has_batch, axes), with_examples),
+        jax.tree.map(lambda axis: _spec_of_sown(axis, axes), places),
     )
     y, carried, changed, new = on_mesh.run(call, specs)
     return y, join_variables(layer.variables, carried, changed, new)
 
 
-def _have_examples(on_mesh: OnMesh, values, sown) -> Any:
-    """Of each sown value, time first, whether the examples of a device come next.
+def _axes_of_examples(on_mesh: OnMesh, values, sown) -> Any:
+    """Of each sown value, time first, the axis of the examples, or 0 if it has none.
 
-    They do if a larger batch makes it larger; its size alone may be a coincidence.
+    It is the one that a larger batch makes larger; its size alone may be a coincidence.
     `values` are the shapes of `sown(arrays)`.
     """
     if not on_mesh.axes.batch or not jax.tree.leaves(values):
-        return jax.tree.map(lambda _: True, values)
-    twice = on_mesh.shapes(sown, batches=2)
-    return jax.tree.map(lambda x, y: x.shape[1:2] != y.shape[1:2], values, twice)
+        return jax.tree.map(lambda _: 0, values)
+    try:
+        twice = on_mesh.shapes(sown, batches=2)
+    except Exception:  # The layer was made for one size.
+        return jax.tree.map(lambda x: int(x.shape[1:2] == (on_mesh.batch,)), values)
+    return jax.tree.map(_larger_axis, values, twice)
+
+
+def _larger_axis(x, larger) -> int:
+    pairs = zip(x.shape, larger.shape)
+    places = [axis for axis, (size, other) in enumerate(pairs) if size != other]
+    if len(places) > 1 or x.ndim != larger.ndim:
+        raise ValueError(
+            "On a mesh a sown value needs at most one axis that grows with the batch, "
+            f"got {describe(x)} of one device's steps. Sow less, or split time alone."
+        )
+    return places[0] if places else 0
 
 
 def _with_keys(inputs: Inputs, layer: LayerState, args: tuple) -> Inputs:
@@ -213,6 +227,8 @@ def _or_all(weights, timesteps: int):
 
 def _sown(x, weights, axes: MeshAxes):
     """A sown value without examples: the mean of the devices, or the first's."""
+    if not axes.batch:
+        return x
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return of_first_device(x, axes.batch)
     valid = over_trailing_axes(_or_all(weights, x.shape[0]), x.ndim)
@@ -220,6 +236,7 @@ def _sown(x, weights, axes: MeshAxes):
     return total / jnp.maximum(count, 1).astype(x.dtype)
 
 
-def _spec_of_sown(has_batch: bool, axes: MeshAxes) -> PartitionSpec:
-    batch = (axes.batch,) if has_batch and axes.batch else ()
-    return PartitionSpec(axes.time or None, *batch)
+def _spec_of_sown(axis: int, axes: MeshAxes) -> PartitionSpec:
+    """`axis` is that of the examples, or 0."""
+    others = [None] * (axis - 1) + [axes.batch] if axis else []
+    return PartitionSpec(axes.time or None, *others)

@@ -229,7 +229,10 @@ def _with_keywords(program_of: Callable, kwargs: dict[str, Any]) -> tuple[Any, t
     They are closed over, so that the values of a mask are known. Arrays of several
     processes can't be: they become an argument.
     """
-    is_whole = lambda x: not is_array(x) or is_concrete(x)
+    for name, x in kwargs.items():
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(x)):
+            raise TypeError(f"{name} must hold arrays with values, got {describe(x)}.")
+    is_whole = lambda x: not isinstance(x, jax.Array) or is_concrete(x)
     closed = {k: x for k, x in kwargs.items() if all(map(is_whole, jax.tree.leaves(x)))}
     passed = {name: x for name, x in kwargs.items() if name not in closed}
     bound = lambda lowering: functools.partial(program_of(lowering), **closed)
