@@ -5,6 +5,7 @@ arrays, or write state. Results are those of one device.
 """
 
 import sys
+import warnings
 
 import flax.linen as nn
 import jax
@@ -136,6 +137,29 @@ def layers_that_jax_cannot_map_there(mesh):
     return close(jax.jit(model.apply)(on_mesh, place(mesh, ids, BOTH)), want)
 
 
+def tables_that_are_on_no_mesh(mesh):
+    table, ids = np.arange(21.0).reshape(7, 3), RNG.integers(0, 7, (8, 6))
+    read = tdjax.time_distributed(lambda table, ids: table[ids], in_axes=(None, 1))
+    return close(jax.jit(read)(jnp.asarray(table), place(mesh, ids, BOTH)), table[ids])
+
+
+def numbers_as_results(mesh):
+    both = tdjax.time_distributed(lambda x: (x, 3.0), out_axes=(1, None), method="fold")
+    return close(both(place(mesh, X, BOTH)), (X, 3.0))
+
+
+def no_warning_of_what_is_not_so(mesh):
+    """Statistics under a mask whose steps are valid for all examples or for none."""
+    mask = np.broadcast_to(np.arange(6) < 4, (8, 6))
+    model = tdjax.linen.TimeDistributed(nn.BatchNorm(False))
+    variables = jax.device_get(model.init(jax.random.key(0), X))
+    x, mask = place(mesh, (X, np.array(mask)), P("data"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.apply(variables, x, mask=mask, mutable=["batch_stats"])
+    return not [w for w in caught if "statistics" in str(w.message)]
+
+
 def without_a_mesh_in_context(mesh):
     """Arrays say where they are."""
     double = tdjax.time_distributed(lambda x: 2 * x, method="fold")
@@ -221,6 +245,9 @@ FACTS = (
     nnx_layers,
     layers_with_keys_and_carried_state,
     layers_that_jax_cannot_map_there,
+    tables_that_are_on_no_mesh,
+    numbers_as_results,
+    no_warning_of_what_is_not_so,
     without_a_mesh_in_context,
     time_major_and_other_axes,
     without_jit,

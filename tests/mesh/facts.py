@@ -383,6 +383,41 @@ def boxes_that_name_an_axis_of_sharding():
     return close(jax.jit(apply)(variables, x), want)
 
 
+def a_layer_for_one_size_of_batch_may_sow():
+    class ForTwo(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.sow("intermediates", "x", x)
+            return x + jnp.zeros((2, 3))
+
+    model = tdjax.linen.TimeDistributed(ForTwo(), sharding=P("data"))
+    apply = lambda x: model.apply({}, x, mutable=["intermediates"])
+    y, state = jax.jit(apply)(X)
+    return close((y, state["intermediates"]["x"]), (X, (X.swapaxes(0, 1),)))
+
+
+def written_boxes_keep_their_names():
+    if KIND == "Explicit":
+        return True  # Flax constrains automatic axes alone.
+
+    class Counted(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            init = nn.with_partitioning(lambda: jnp.zeros(8), ("data",))
+            count = self.variable("counts", "n", init)
+            count.value += 1
+            return x
+
+    model = tdjax.linen.TimeDistributed(Counted(), sharding=P("data"))
+    variables = model.init(jax.random.key(0), X)
+
+    def step(variables, _):
+        return model.apply(variables, X, mutable=["counts"])[1], None
+
+    after, _ = jax.jit(lambda v: jax.lax.scan(step, v, None, length=2))(variables)
+    return close(after["counts"]["n"].value, variables["counts"]["n"].value + 2)
+
+
 class Logical(nn.Module):
     """Weights and activations that Flax splits by names of its own."""
 
@@ -488,6 +523,8 @@ FACTS = (
     linens_logical_names_keep_their_rules,
     sown_values_may_be_as_long_as_the_batch_of_a_device,
     boxes_that_name_an_axis_of_sharding,
+    a_layer_for_one_size_of_batch_may_sow,
+    written_boxes_keep_their_names,
 )
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from benchmarks.collectives import collectives
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import tdjax
@@ -172,6 +173,20 @@ def half_precision(mesh):
     return same and close(wide(got), wide(want), 1e-2)
 
 
+def a_mesh_of_both_kinds_in_the_types_alone(mesh):
+    kinds = AxisType.Explicit, AxisType.Auto
+    mixed = jax.make_mesh((4, 2), ("data", "seq"), axis_types=kinds)
+    args = place(mixed, HEAD, P()), place(mixed, HIDDEN, P("data"))
+    labels, mask = place(mixed, (LABELS, MASK), P("data"))
+    loss = lambda head, hidden: tdjax.linear_cross_entropy(
+        head, hidden, labels, mask=mask, kernel_sharding=P("seq")
+    )
+    empty = jax.sharding.AbstractMesh((), ())
+    with jax.sharding.use_abstract_mesh(empty):
+        got = jax.jit(loss)(*args)
+    return close(got, on_one_device(expected, HEAD, HIDDEN), 1e-12)
+
+
 def one_axis_of_steps_and_no_bias(mesh):
     head, hidden = {"kernel": HEAD["kernel"]}, HIDDEN.reshape(-1, FEATURES)
     labels = LABELS.reshape(-1)
@@ -248,6 +263,7 @@ FACTS = (
     second_derivatives_in_reverse,
     words_split_inside_of_a_shard_map_over_steps,
     half_precision,
+    a_mesh_of_both_kinds_in_the_types_alone,
     one_axis_of_steps_and_no_bias,
     without_jit,
     bytes_do_not_grow_with_the_devices,

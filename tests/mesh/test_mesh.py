@@ -126,7 +126,7 @@ def check_facts(found, size, errors):
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_facts(kind):
-    check_facts(run_on_devices("facts.py", kind), 29, ERRORS)
+    check_facts(run_on_devices("facts.py", kind), 31, ERRORS)
 
 
 ERRORS = {
@@ -152,7 +152,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("kind", kinds((), IN_MESH_STEP))
 def test_facts_of_the_loss(kind):
-    check_facts(run_on_devices("loss_facts.py", kind), 11, ERRORS_OF_THE_LOSS)
+    check_facts(run_on_devices("loss_facts.py", kind), 12, ERRORS_OF_THE_LOSS)
 
 
 ERRORS_OF_THE_LOSS = {
@@ -172,11 +172,11 @@ ERRORS_OF_THE_LOSS = {
 def test_facts_without_sharding_under_automatic_axes():
     found = run_on_devices("explicit_facts.py", "Auto")
     assert found["errors"] == {"closed over": None}
-    check_facts({**found, "errors": {}}, 11, {})
+    check_facts({**found, "errors": {}}, 14, {})
 
 
 @pytest.mark.mesh
 @pytest.mark.slow
 def test_facts_without_sharding_under_explicit_axes():
     errors = {"closed over": "Pass them as arguments, None in in_axes"}
-    check_facts(run_on_devices("explicit_facts.py", "Explicit"), 11, errors)
+    check_facts(run_on_devices("explicit_facts.py", "Explicit"), 14, errors)
