@@ -134,21 +134,23 @@ def _without_names(variables: Any, taken: tuple[str, ...]) -> Any:
         names: Any = tuple(_other_axes(axes, taken) for axes in x.names)
         return x.replace(names=names)
 
-    is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)
-    return jax.tree.map(change, variables, is_leaf=is_box) if taken else variables
+    return jax.tree.map(change, variables, is_leaf=_is_box) if taken else variables
 
 
 def _with_names_of(before: Any, after: Any) -> Any:
     """The variables `after`, in boxes that name what those `before` named."""
-    is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)
-    named = jax.tree_util.tree_leaves_with_path(before, is_leaf=is_box)
+    named = jax.tree_util.tree_leaves_with_path(before, is_leaf=_is_box)
     names = {path: x.names for path, x in named if type(x) is nn.Partitioned}
 
     def change(path, x):
         is_known = type(x) is nn.Partitioned and path in names
         return x.replace(names=names[path]) if is_known else x
 
-    return jax.tree_util.tree_map_with_path(change, after, is_leaf=is_box)
+    return jax.tree_util.tree_map_with_path(change, after, is_leaf=_is_box)
+
+
+def _is_box(x) -> bool:
+    return isinstance(x, nn.meta.AxisMetadata)
 
 
 def _other_axes(axes: Any, taken: tuple[str, ...]) -> Any:

@@ -94,19 +94,11 @@ def _split_of(inputs: Inputs, mask) -> Split | None:
 
 def _is_refused(run: Callable, args: Any) -> bool:
     """Whether the call fails, perhaps for how its arguments are split."""
-    leaves, treedef = jax.tree.flatten(args)
-    places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
-
-    def call(arrays):
-        given = leaves.copy()
-        for i, x in zip(places, arrays):
-            given[i] = x
-        return run(treedef.unflatten(given))
-
+    arrays, rebuild = _typed_arrays(args)
     try:
         # What is to be said, the call itself says.
         with warnings.catch_warnings(action="ignore"):
-            jax.eval_shape(call, [leaves[i] for i in places])
+            jax.eval_shape(lambda arrays: run(rebuild(arrays)), arrays)
     except Exception:
         return True  # Of other errors, the compiler's run raises them again.
     return False
@@ -124,22 +116,32 @@ def _has_convolution(step: Callable, inputs: Inputs) -> bool:
 
 def _run_with_compiler(run: Callable, args: Any, split: Split, specs_of) -> Any:
     """`run(args)` with the axes of `split` left to the compiler."""
-    leaves, treedef = jax.tree.flatten(args)
-    # Others have no type that says how they are split.
-    places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+    arrays, rebuild = _typed_arrays(args)
     names = (*split.batch, *split.time)
     mesh = split.mesh.update_axis_types(dict.fromkeys(names, AxisType.Auto))
 
     def call(arrays):
         with jax.sharding.use_abstract_mesh(mesh):
-            inner = leaves.copy()
-            for i, x in zip(places, arrays):
-                spec = only_axes(typed_spec(x), explicit_axes(mesh), x.ndim)
-                inner[i] = jax.sharding.reshard(x, spec)
-            results = jax.tree.map(jnp.asarray, run(treedef.unflatten(inner)))
+            rest = explicit_axes(mesh)
+            specs = [only_axes(typed_spec(x), rest, x.ndim) for x in arrays]
+            inner = rebuild(map(jax.sharding.reshard, arrays, specs))
+            results = jax.tree.map(jnp.asarray, run(inner))
             specs = specs_of(results, split)
         back = lambda y, spec: jax.sharding.reshard(y, NamedSharding(split.mesh, spec))
         return jax.tree.map(back, results, specs)
 
     with closures_explained("Without sharding, this call"):
-        return jax.jit(call)([leaves[i] for i in places])
+        return jax.jit(call)(arrays)
+
+
+def _typed_arrays(args: Any) -> tuple[list, Callable]:
+    """The arrays whose types say how they are split, and `rebuild(arrays) -> args`."""
+    leaves, treedef = jax.tree.flatten(args)
+    is_typed = [isinstance(x, jax.Array) for x in leaves]
+
+    def rebuild(arrays) -> Any:
+        rest = iter(arrays)
+        pairs = zip(leaves, is_typed)
+        return treedef.unflatten([next(rest) if typed else x for x, typed in pairs])
+
+    return [x for x, typed in zip(leaves, is_typed) if typed], rebuild
