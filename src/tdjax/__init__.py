@@ -10,6 +10,7 @@ import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from tdjax._cross_entropy.log_probs import linear_log_probs
 from tdjax._cross_entropy.loss import linear_cross_entropy
 from tdjax._dense import (
     as_flatten,
@@ -48,6 +49,7 @@ __all__ = [
     "init_per_step_dense",
     "lengths_to_mask",
     "linear_cross_entropy",
+    "linear_log_probs",
     "linen",
     "masked_mean",
     "nnx",

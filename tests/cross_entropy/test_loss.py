@@ -450,7 +450,7 @@ def test_the_logits_are_never_whole():
         ({"mask": jnp.ones((2,), bool)}, ValueError, r"mask .* got bool\[2\] for labels int32\[2,9\]"),
         ({"reduction": "avg"}, ValueError, "reduction must be one of .* got 'avg'"),
         ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be from 0 to 1, got 1.5"),
-        ({"label_smoothing": "a"}, TypeError, r"label_smoothing must be a Python number, got str"),
+        ({"label_smoothing": "a"}, TypeError, r"label_smoothing must be a number or a scalar array, got str"),
         ({"z_loss": -1.0}, ValueError, "z_loss must be 0 or positive, got -1.0"),
         ({"logits_soft_cap": 0.0}, ValueError, "logits_soft_cap must be positive, got 0.0"),
         ({"ignore_class": 1.0}, TypeError, r"ignore_class must be an int, got float"),

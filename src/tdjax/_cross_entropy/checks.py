@@ -2,28 +2,26 @@
 
 import contextlib
 import math
-from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tdjax._checks import (
-    adapter_of,
-    at_least_float32,
     describe,
+    is_array,
     is_concrete,
     require_array,
-    require_params,
+    require_sizes,
 )
+from tdjax._cross_entropy.sizes import Chunks
 from tdjax._masks import require_mask_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
 
 
 @contextlib.contextmanager
-def forward_mode_refused():
+def forward_mode_refused(name: str):
     """Says what to use where JAX only says that `custom_vjp` has no forward mode."""
     try:
         yield
@@ -31,82 +29,10 @@ def forward_mode_refused():
         if "forward-mode" not in str(error):
             raise
         raise TypeError(
-            "linear_cross_entropy has no forward-mode derivative (jax.jvp, jax.jacfwd, "
+            f"{name} has no forward-mode derivative (jax.jvp, jax.jacfwd, "
             "jax.linearize). Use jax.grad, jax.vjp or jax.jacrev; for second "
             "derivatives jax.hessian works too."
         ) from error
-
-
-def require_head(params: Any, hidden: Any, labels: Any) -> tuple[dict[str, Any], Any]:
-    """`(params, hidden)` of one dtype, after checking that they match."""
-    _refuse_other_params(params)
-    _check_kernel_fits(params, hidden)
-    kernel, bias = require_params(params, 2, "(features, words)", "(words,)")
-    require_array("hidden", hidden, 1, "(..., features)")
-    for name, x in (("hidden", hidden), ("params['kernel']", kernel)):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            label_dtype = getattr(labels, "dtype", int)
-            swapped = x is hidden and jnp.issubdtype(label_dtype, jnp.floating)
-            hint = " Are hidden and labels swapped?" if swapped else ""
-            raise TypeError(f"{name} must be of floats, got {describe(x)}.{hint}")
-    # The bias gets the dtype of the logits that it is added to.
-    dtype = jnp.result_type(hidden, kernel)
-    params = {"kernel": jnp.asarray(kernel).astype(dtype)}
-    if bias is not None:
-        params["bias"] = jnp.asarray(bias).astype(at_least_float32(dtype))
-    return params, jnp.asarray(hidden).astype(dtype)
-
-
-def _refuse_other_params(params: Any) -> None:
-    """Says how to get the head's params out of what people pass instead."""
-    remedies = {
-        "tdjax.linen": "variables['params'], or the part of it that is the head's, "
-        "such as variables['params']['head']",
-        "tdjax.nnx": "{'kernel': head.kernel[...], 'bias': head.bias[...]}",
-    }
-    adapter = None if isinstance(params, Mapping) else adapter_of(params)
-    if adapter in remedies:
-        raise TypeError(
-            "params must be a dict of arrays, got a Flax module, "
-            f"{type(params).__name__}. Pass {remedies[adapter]}."
-        )
-    if not isinstance(params, Mapping) or "kernel" in params:
-        return
-    required = "params must have the key 'kernel' and may have 'bias'; got "
-    if "embedding" in params:
-        raise ValueError(
-            f"{required}{sorted(params)}. To use an embedding as the head, pass "
-            "{'kernel': params['embedding'].T}."
-        )
-    if "params" in params:
-        raise ValueError(
-            f"{required}{sorted(params)}. Pass the head's own part: {_path_to(params)}."
-        )
-
-
-def _path_to(params: Mapping[str, Any]) -> str:
-    """An example of where the head's dict is, like `params['params']['Dense_0']`."""
-    for path, _ in jax.tree_util.tree_leaves_with_path(params):
-        if path[-1] == jax.tree_util.DictKey("kernel"):
-            return f"params{jax.tree_util.keystr(path[:-1])}"
-    return "params['params']"
-
-
-def _check_kernel_fits(params: Any, hidden: Any) -> None:
-    kernel: Any = params.get("kernel") if isinstance(params, Mapping) else None
-    if len(getattr(kernel, "shape", ())) != 2 or not getattr(hidden, "shape", ()):
-        return  # `require_params` and `require_array` say what is wrong.
-    features = hidden.shape[-1]
-    are_labels = not jnp.issubdtype(getattr(hidden, "dtype", int), jnp.floating)
-    if are_labels or (features == kernel.shape[0] and kernel.shape[1]):
-        return
-    is_transposed = features == kernel.shape[1] != kernel.shape[0]
-    hint = " The kernel looks transposed: pass kernel.T." if is_transposed else ""
-    raise ValueError(
-        "hidden must have the features of params['kernel'] (features, words), and the "
-        f"vocabulary must not be empty: got hidden {describe(hidden)}, kernel "
-        f"{describe(kernel)}.{hint}"
-    )
 
 
 def check_steps(hidden: Any, labels: Any, mask: Any, words: int) -> None:
@@ -131,23 +57,132 @@ def check_steps(hidden: Any, labels: Any, mask: Any, words: int) -> None:
             )
 
 
-def check_options(
-    reduction, label_smoothing, z_loss, logits_soft_cap, ignore_class
-) -> None:
+def check_reduction(reduction: Any) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}.")
-    _require_number("label_smoothing", label_smoothing)
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}.")
-    _require_number("z_loss", z_loss)
-    if not 0 <= z_loss < math.inf:
-        raise ValueError(f"z_loss must be 0 or positive, got {z_loss}.")
-    if (cap := logits_soft_cap) is not None:
-        _require_number("logits_soft_cap", cap)
-        if not 0 < cap < math.inf:
-            raise ValueError(f"logits_soft_cap must be positive, got {cap}.")
+
+
+def check_weights(weights: Any, labels: Any) -> None:
+    if weights is None:
+        return
+    require_array("weights", weights, 0, "(...)")
+    if not jnp.issubdtype(weights.dtype, jnp.floating):
+        hint = " Pass it as mask." if weights.dtype == jnp.bool_ else ""
+        raise TypeError(f"weights must be of floats, got {describe(weights)}.{hint}")
+    if weights.shape != labels.shape:
+        raise ValueError(
+            "weights must have the shape of labels, got "
+            f"{describe(weights)} for labels {describe(labels)}. For a weight of each "
+            "word pass class_weights."
+        )
+
+
+def check_class_weights(class_weights: Any, words: int) -> None:
+    if class_weights is None:
+        return
+    require_array("class_weights", class_weights, 1, "(words,)")
+    if not jnp.issubdtype(class_weights.dtype, jnp.floating):
+        raise TypeError(
+            f"class_weights must be of floats, got {describe(class_weights)}."
+        )
+    if class_weights.shape != (words,):
+        raise ValueError(
+            f"class_weights must have shape (words,) = {(words,)}, got "
+            f"{describe(class_weights)}. For a weight of each step pass weights."
+        )
+
+
+def require_scalar(name: str, value: Any, most: int | float = math.inf) -> Any:
+    """A number, or a scalar that is only known at run time; None if it is 0.
+
+    Refuses numbers below 0 and above `most`, or infinite.
+    """
+    _require_number(name, value, or_scalar=True)
+    if not is_concrete(value) and is_array(value):
+        return value
+    value = float(value)
+    if not 0 <= value <= most or value == math.inf:
+        wanted = "0 or positive" if most == math.inf else f"from 0 to {most}"
+        raise ValueError(f"{name} must be {wanted}, got {value}.")
+    return value or None
+
+
+def require_temperature(temperature: Any) -> Any:
+    """A number, or a scalar that is only known at run time; None if it is 1."""
+    _require_number("temperature", temperature, or_scalar=True)
+    if not is_concrete(temperature) and is_array(temperature):
+        return temperature
+    if not 0 < float(temperature) < math.inf:
+        raise ValueError(f"temperature must be positive, got {float(temperature)}.")
+    return None if float(temperature) == 1 else float(temperature)
+
+
+def require_soft_cap(cap: Any) -> float | None:
+    if cap is None:
+        return None
+    _require_number("logits_soft_cap", cap)
+    if not 0 < cap < math.inf:
+        raise ValueError(f"logits_soft_cap must be positive, got {cap}.")
+    return float(cap)
+
+
+def require_class(ignore_class: Any) -> Any:
+    is_int = isinstance(ignore_class, int | np.integer)
+    if isinstance(ignore_class, bool) or not (ignore_class is None or is_int):
+        raise TypeError(f"ignore_class must be an int, got {describe(ignore_class)}.")
+    return ignore_class
+
+
+def require_chunks(chunk_size: Any, vocab_chunk_size: Any, most_bytes: Any) -> Chunks:
+    """The sizes of blocks that the user gave."""
+    if isinstance(chunk_size, str):
+        if chunk_size != "auto":
+            raise ValueError(
+                f"chunk_size must be an int or 'auto', got {chunk_size!r}."
+            )
+        chunk_size = None
+    chunks = require_sizes(
+        chunk_size=chunk_size, vocab_chunk_size=vocab_chunk_size,
+        max_logits_bytes=most_bytes, optional=True,
+    )  # fmt: skip
+    if chunks[2] is not None and chunks[:2] != [None, None]:
+        raise ValueError(
+            f"max_logits_bytes={most_bytes} takes the place of chunk_size and "
+            f"vocab_chunk_size, got chunk_size={chunk_size}, "
+            f"vocab_chunk_size={vocab_chunk_size}. Give one or the other."
+        )
+    return Chunks(*chunks)
+
+
+def require_capacity(
+    capacity: Any, labels: Any, mask: Any, weights: Any, ignore_class: int | None
+) -> tuple[int | None, int | None]:
+    """`(capacity, valid steps)`, the second None where values can't be read."""
+    (capacity,) = require_sizes(capacity=capacity, optional=True)
+    if capacity is None:
+        return None, None
+    if all(x is None for x in (mask, weights, ignore_class)):
+        raise ValueError(
+            f"capacity={capacity} needs something that says which steps are valid: "
+            "mask, weights or ignore_class."
+        )
+    if not all(x is None or is_concrete(x) for x in (labels, mask, weights)):
+        return capacity, None
+    valid = np.ones(labels.shape, bool) if mask is None else np.array(mask)
+    if weights is not None:
+        valid &= np.asarray(weights) != 0
     if ignore_class is not None:
-        _require_number("ignore_class", ignore_class, int | np.integer, "an int")
+        valid &= np.asarray(labels) != ignore_class
+    return capacity, int(valid.sum())
+
+
+def check_capacity(capacity: int | None, count: int | None) -> None:
+    """Refuses more valid steps than the capacity."""
+    if capacity is not None and count is not None and count > capacity:
+        raise ValueError(
+            f"capacity={capacity} must be at least the number of valid steps, got "
+            f"{count}."
+        )
 
 
 def check_axis_name(axis_name: Any, reduction: str) -> None:
@@ -165,30 +200,34 @@ def check_axis_name(axis_name: Any, reduction: str) -> None:
         )
 
 
-def _require_number(
-    name: str,
-    value: Any,
-    kinds: Any = int | float | np.integer | np.floating,
-    wanted: str = "a Python number",
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise TypeError(f"{name} must be {wanted}, got {describe(value)}.")
+def _require_number(name: str, value: Any, or_scalar: bool = False) -> None:
+    is_number = isinstance(value, int | float | np.integer | np.floating)
+    if is_number and not isinstance(value, bool):
+        return
+    dtype = value.dtype if is_array(value) and not value.shape else bool
+    is_real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    if or_scalar and is_real:
+        return
+    wanted = "a number or a scalar array" if or_scalar else "a Python number"
+    raise TypeError(f"{name} must be {wanted}, got {describe(value)}.")
 
 
-def check_labels(labels, mask, ignore_class: int | None, words: int) -> None:
+def check_labels(labels, mask, weights, ignore_class: int | None, words: int) -> None:
     """Refuses labels outside the vocabulary, where values can be read."""
-    if not (is_concrete(labels) and (mask is None or is_concrete(mask))):
+    if not all(x is None or is_concrete(x) for x in (labels, mask, weights)):
         return
     labels = np.asarray(labels)
     wrong = (labels < 0) | (labels >= words)
     if mask is not None:
         wrong &= np.asarray(mask)
+    if weights is not None:
+        wrong &= np.asarray(weights) != 0
     if ignore_class is not None:
         wrong &= labels != ignore_class
     if wrong.any():
         place = tuple(int(i) for i in np.argwhere(wrong)[0])
         raise ValueError(
-            f"labels must be from 0 to {words - 1}, params['kernel']'s words, at "
+            f"labels must be from 0 to {words - 1}, the words of params, at "
             f"unmasked steps; got {labels[place]} at {place} ({int(wrong.sum())} of "
             f"{wrong.size} are out of range). Mask them, or give ignore_class."
         )

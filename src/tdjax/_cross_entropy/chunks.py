@@ -15,19 +15,19 @@ def over_words(body, carry, words: int, size: int):
     return body(carry, whole * size, rest) if rest else carry
 
 
-def slice_columns(x, start, count: int):
-    """The columns from `start` to `start + count`."""
-    if count == x.shape[-1]:
+def slice_axis(x, start, count: int, axis: int):
+    """`count` entries of an axis, from `start` on."""
+    if count == x.shape[axis]:
         return x
-    return jax.lax.dynamic_slice_in_dim(x, start, count, axis=-1)
+    return jax.lax.dynamic_slice_in_dim(x, start, count, axis)
 
 
-def add_at(whole, part, start):
-    """Adds `part` to the rows of `whole` from `start` on."""
+def add_at(whole, part, start, axis: int):
+    """Adds `part` to the entries of an axis of `whole` from `start` on."""
     if part.shape == whole.shape:
         return whole + part
-    old = jax.lax.dynamic_slice_in_dim(whole, start, part.shape[0])
-    return jax.lax.dynamic_update_slice_in_dim(whole, old + part, start, axis=0)
+    old = jax.lax.dynamic_slice_in_dim(whole, start, part.shape[axis], axis)
+    return jax.lax.dynamic_update_slice_in_dim(whole, old + part, start, axis)
 
 
 def in_chunks(rows, size: int):

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import PartitionSpec
 
+from tdjax._checks import is_array
+from tdjax._cross_entropy.head import LAYOUTS
+from tdjax._cross_entropy.steps import Inputs
 from tdjax._mesh import (
     check_sizes,
     constrain,
@@ -64,29 +67,29 @@ class Layout(NamedTuple):
             names = {*self.word_axes}
         return only_axes(PartitionSpec(self.features, self.words), names, 2)
 
-    def run(
-        self, loss: Callable, reduction: str, outside, params, hidden, labels, mask
-    ) -> Any:
-        """`loss(params, hidden, labels, mask, *, ...)` on every device.
+    def run(self, call: Callable, out_spec: Any, outside, inputs: Inputs) -> Any:
+        """`call(inputs, step_axes, word_axes)` on every device.
 
-        `outside` are the mesh axes of a `jax.shard_map` around this.
+        `outside` are the mesh axes of a `jax.shard_map` around this. `out_spec` is of
+        results that have the steps of labels where it says "steps", else of sums.
         """
-        arrays, treedef = jax.tree.flatten((params, hidden, labels, mask))
-        stored = self._specs(PartitionSpec(self.features, self.words), params, mask)
+        arrays, treedef = jax.tree.flatten(inputs)
+        stored = self._specs(PartitionSpec(self.features, self.words), inputs)
         check_sizes(self.option, arrays, stored, self.mesh, PADDING)
         refuse_varying(self.option, arrays)
-        specs = self._specs(self.kernel, params, mask)
-        axes = {"step_axes": (*outside, *self.step_axes), "word_axes": self.word_axes}
+        specs = self._specs(self.kernel, inputs)
+        step_axes = *outside, *self.step_axes
 
-        def call(arrays):
-            params, *rest = jax.tree.unflatten(treedef, arrays)
-            return loss(self._gather(params), *rest, **axes)
+        def on_device(arrays):
+            inputs = self._gather(jax.tree.unflatten(treedef, arrays))
+            return call(inputs, step_axes, self.word_axes)
 
         names = {*self.step_axes, *self.word_axes}
-        steps = PartitionSpec(*self.steps)
-        out_spec = steps if reduction == "none" else PartitionSpec()
+        spec_of = {"steps": PartitionSpec(*self.steps), "sum": PartitionSpec()}
+        out_specs = jax.tree.map(spec_of.get, out_spec)
+        on_devices = on_device
         if names:
-            call = over_mesh(call, self.mesh, names, (specs,), out_spec)
+            on_devices = over_mesh(on_device, self.mesh, names, (specs,), out_specs)
 
         def run(arrays):
             arrays = reshard(arrays, specs, self.mesh)
@@ -95,23 +98,38 @@ class Layout(NamedTuple):
                 arrays = constrain(
                     constrain(arrays, stored, self.mesh), specs, self.mesh
                 )
-            return call(arrays)
+            return on_devices(arrays)
 
         # Outside of `jit`, JAX can't leave some axes of the mesh to the compiler.
         return jax.jit(run)(arrays)
 
-    def _specs(self, kernel: PartitionSpec, params: Any, mask) -> list[PartitionSpec]:
-        """How params, `hidden`, labels and mask are split."""
-        of_params = {"kernel": kernel, "bias": PartitionSpec(kernel[1])}
+    def _specs(self, kernel: PartitionSpec, inputs: Inputs) -> list[PartitionSpec]:
+        """How each array of the inputs is split."""
+        features, words = kernel
+        of_words = PartitionSpec(words)
+        of_params = {
+            "kernel": kernel,
+            "embedding": PartitionSpec(words, features),
+            "bias": of_words,
+        }
         steps = PartitionSpec(*self.steps)
-        of_steps = [steps, steps] if mask is None else [steps, steps, steps]
-        return jax.tree.leaves(({name: of_params[name] for name in params}, of_steps))
+        specs = Inputs(
+            params=of_params, class_weights=of_words,
+            hidden=steps, labels=steps, mask=steps, weights=steps,
+            scalars=dict.fromkeys(inputs.scalars, PartitionSpec()),
+        )  # fmt: skip
+        paths = jax.tree_util.tree_flatten_with_path(inputs)[0]
+        return [_at_path(specs, path) for path, _ in paths]
 
-    def _gather(self, params: Any) -> Any:
-        """The params, whole along the mesh axes that split steps."""
+    def _gather(self, inputs: Inputs) -> Inputs:
+        """The inputs, with params whole along the mesh axes that split steps."""
         features, words = map(names_in, self.kernel)
         words = () if self.word_axes else words
-        axes: dict[str, Any] = {"kernel": (features, words), "bias": (words,)}
+        axes: dict[str, Any] = {
+            "kernel": (features, words),
+            "embedding": (words, features),
+            "bias": (words,),
+        }
 
         def whole(x, of_axes):
             for axis, names in enumerate(of_axes):
@@ -119,21 +137,33 @@ class Layout(NamedTuple):
                     x = jax.lax.all_gather(x, names, axis=axis, tiled=True)
             return x
 
-        return {name: whole(x, axes[name]) for name, x in params.items()}
+        params = {name: whole(x, axes[name]) for name, x in inputs.params.items()}
+        class_weights = inputs.class_weights
+        if class_weights is not None:
+            class_weights = whole(class_weights, (words,))
+        return inputs._replace(params=params, class_weights=class_weights)
+
+
+def _at_path(specs: Any, path: Any) -> PartitionSpec:
+    for key in path:
+        specs = specs[key.key] if hasattr(key, "key") else getattr(specs, key.name)
+    return specs
 
 
 def layout_on_mesh(
-    sharding: Any, kernel_sharding: Any, params: Any, hidden, labels, mask
+    sharding: Any, kernel_sharding: Any, inputs: Inputs
 ) -> Layout | None:
     """Where everything is, from the options or, without them, from the types."""
-    arrays = jax.tree.leaves((hidden, labels, mask, params))
-    rank = labels.ndim
+    of_steps = inputs.hidden, inputs.labels, inputs.mask, inputs.weights
+    arrays = [x for x in jax.tree.leaves((of_steps, inputs)) if is_array(x)]
+    rank = inputs.labels.ndim
+    name = "kernel" if "kernel" in inputs.params else "embedding"
     steps: list[Any] = [None] * rank
     kernel: list[Any] = [None, None]
     if sharding is not None:
         steps = require_spec("sharding", sharding, rank, "the axes of labels")
     if kernel_sharding is not None:
-        meaning = "(features, words)"
+        meaning = LAYOUTS[name]
         kernel = require_spec("kernel_sharding", kernel_sharding, 2, meaning)
     given = {"sharding": sharding, "kernel_sharding": kernel_sharding}
     option = ", ".join(f"{k}={v}" for k, v in given.items() if v is not None)
@@ -144,14 +174,15 @@ def layout_on_mesh(
         mesh = mesh_of(arrays)
     if explicit_axes(mesh):
         if sharding is None:
-            steps = _first_split(rank, hidden, labels, mask)
+            steps = _first_split(rank, *of_steps)
         if kernel_sharding is None:
-            kernel = [*typed_spec(params["kernel"])]
+            kernel = [*typed_spec(inputs.params[name])]
     is_split = any(entry for x in arrays for entry in typed_spec(x))
     if not option and not is_split:
         return None
     option = option or "the type under explicit axes"
-    layout = Layout(mesh, option, tuple(steps), *kernel)
+    features, words = kernel if name == "kernel" else kernel[::-1]
+    layout = Layout(mesh, option, tuple(steps), features, words)
     _check_words(layout)
     return layout
 

@@ -1,0 +1,282 @@
+"""The gradients of a softmax head, a block of logits at a time.
+
+Of each row, the gradient by its logits is a sum of three: its probabilities, 1 at its
+label, and the class weights, each times a number (`Slopes`). The numbers come from the
+derivatives of the loss by the row's `Statistics`. Two products of that gradient then
+give those by the kernel and by `hidden`.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tdjax._checks import at_least_float32
+from tdjax._cross_entropy.chunks import add_at, in_chunks, join_chunks, over_words
+from tdjax._cross_entropy.logits import (
+    AXIS_OF_WORDS,
+    Block,
+    Head,
+    Params,
+    Statistics,
+    Sums,
+    Vocabulary,
+    at_labels,
+    block_of,
+    finite_or_zero,
+    in_both_layouts,
+    is_half,
+    slope_of_cap,
+    sums_of_block,
+    sums_over_words,
+    times_transposed_kernel,
+)
+from tdjax._cross_entropy.losses import Terms, losses_of
+from tdjax._cross_entropy.sizes import Sizes
+
+ONE_PER_ROW: dict[str, Any] = {
+    "mode": "drop",
+    "unique_indices": True,
+    "indices_are_sorted": True,
+}
+
+
+class Rows(NamedTuple):
+    """`(rows, ...)` each: what is needed of some steps to compute gradients.
+
+    Either the weights and the labels' class weights, of a weighted loss, or the sums of
+    a forward pass and the cotangents of its statistics.
+    """
+
+    hidden: Any
+    labels: Any
+    weights: Any = None
+    label_weights: Any = None
+    sums: Any = None
+    cotangents: Any = None
+
+
+def gradients_of(
+    head: Head,
+    sizes: Sizes,
+    on_cpu: bool,
+    vocabulary: Vocabulary,
+    rows: Rows,
+    terms: Terms | None = None,
+) -> tuple[Any, Any]:
+    """`((d_params, d_hidden), statistics)` of a weighted loss, or of cotangents.
+
+    Weights and cotangents are first scaled to at most 1. The tiny weights of a mean
+    over many steps would make half-precision `d_logits` of small probabilities vanish.
+    Float16 gradients stay float32 here, so that loss scaling can still save small ones.
+    """
+    params, hidden, steps = vocabulary.params, rows.hidden, rows.labels.shape[0]
+    largest, rows = _scaled_to_one(rows)
+    carried = params
+    if on_cpu and is_half(params):
+        carried = in_both_layouts(params)
+    names = ["kernel" if "kernel" in carried else "embedding", "bias"]
+    wide = at_least_float32(hidden.dtype)
+    zeros = {n: jnp.zeros_like(carried[n], dtype=wide) for n in names if n in carried}
+
+    def add_chunk(carry, chunk):
+        d_params, carried = carry
+        rows, hidden_t = chunk
+        words = vocabulary._replace(params=carried)
+        d_params, *of_rows = _add_gradients(
+            head, sizes, words, d_params, rows, hidden_t, terms
+        )
+        return (d_params, carried), of_rows
+
+    chunks = in_chunks(rows, sizes.rows)
+    hidden_t = jnp.swapaxes(chunks.hidden, 1, 2) if "kernel" in zeros else None
+    # Under a second derivative, store no chunk's logits either.
+    body = jax.checkpoint(add_chunk, prevent_cse=False)
+    (d_params, _), of_rows = jax.lax.scan(body, (zeros, carried), (chunks, hidden_t))
+    d_hidden, statistics = jax.tree.map(lambda x: join_chunks(x, steps), of_rows)
+    if "embedding" in params and "kernel" in d_params:
+        d_params["embedding"] = d_params.pop("kernel").T
+
+    def unscale(gradient, x):
+        keep_wide = x.dtype == jnp.float16
+        return (largest * gradient).astype(gradient.dtype if keep_wide else x.dtype)
+
+    d_params = jax.tree.map(unscale, d_params, params)
+    return (d_params, unscale(d_hidden, hidden)), statistics
+
+
+def _scaled_to_one(rows: Rows) -> tuple[Any, Rows]:
+    """`(largest, rows)`: weights or cotangents divided by the largest of them."""
+    given = rows.weights, rows.cotangents
+    sizes = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(given)]
+    largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, sizes))
+    largest = jnp.where(largest > 0, largest, 1)
+    weights, cotangents = jax.tree.map(lambda x: x / largest, given)
+    return largest, rows._replace(weights=weights, cotangents=cotangents)
+
+
+def _add_gradients(
+    head: Head, sizes: Sizes, vocabulary: Vocabulary, d_params, rows: Rows, *others
+):
+    """Of one chunk of rows, `(d_params, d_hidden, statistics)`.
+
+    `d_params` is added to. `others` are the transpose of `hidden`, and the terms.
+    """
+    hidden, labels = rows.hidden, rows.labels
+    hidden_t, terms = others
+    words, size, sums = vocabulary.words, sizes.words, rows.sums
+
+    def exponentials_of(block: Block, sums: Sums):
+        return jnp.exp(block.logits - sums.shift[:, None])
+
+    if size >= words:
+        block = block_of(head, vocabulary, hidden, labels)
+        if sums is None:
+            exponentials, sums = sums_of_block(head, vocabulary, block)
+        else:
+            exponentials = exponentials_of(block, sums)
+        slopes, statistics = _slopes(head, rows, terms, sums)
+        d_logits, scale = _d_logits(
+            head, vocabulary, block, exponentials, sums, labels, slopes
+        )
+        product = _Product(hidden, hidden_t, d_logits, scale)
+        return *product.added(vocabulary.params, d_params, 0), statistics
+
+    if sums is None:
+        sums = sums_over_words(head, vocabulary, hidden, labels, size)
+    slopes, statistics = _slopes(head, rows, terms, sums)
+
+    def add_word_chunk(carry, start, count):
+        d_params, d_hidden = carry
+        local, chunk = labels - start, vocabulary.take(start, count)
+        block = block_of(head, chunk, hidden, local)
+        exponentials = exponentials_of(block, sums)
+        d_logits, scale = _d_logits(
+            head, chunk, block, exponentials, sums, local, slopes
+        )
+        product = _Product(hidden, hidden_t, d_logits, scale)
+        d_params, d_chunk = product.added(chunk.params, d_params, start)
+        return d_params, d_hidden + d_chunk
+
+    zeros = (d_params, jnp.zeros_like(hidden, dtype=sums.shift.dtype))
+    d_params, d_hidden = over_words(add_word_chunk, zeros, words, size)
+    return d_params, d_hidden, statistics
+
+
+class Slopes(NamedTuple):
+    """`(rows,)`: the coefficients of the gradient by the logits of a row.
+
+    With probabilities p, label y, class weights c and logits z it is
+    `p * (by_exp * exp_sum + by_spread * exp_sum * (z - shift)) + at_label * one_hot(y)
+    + by_mean * c`.
+    """
+
+    by_exp: Any
+    by_spread: Any
+    at_label: Any
+    by_mean: Any
+
+
+def _slopes(head: Head, rows: Rows, terms: Terms | None, sums: Sums):
+    """`(slopes, statistics)`; the latter only of a weighted loss."""
+    if terms is None:
+        sums = _with_filled_rows(sums, rows.cotangents)
+        statistics = sums.statistics(head.words)
+        return _slopes_of(head, rows.cotangents, statistics, sums), None
+    statistics = sums.statistics(head.words)
+    terms = terms._replace(label_weights=rows.label_weights)
+    smooth = statistics._replace(predictions=None)
+    pullback = jax.vjp(functools.partial(losses_of, terms), smooth)[1]
+    (cotangents,) = pullback(rows.weights)
+    return _slopes_of(head, cotangents, statistics, sums), statistics
+
+
+def _with_filled_rows(sums: Sums, cotangents: Statistics) -> Sums:
+    """A sum of 1 in the rows that only fill a chunk, in which all is 0."""
+    is_filling = sums.exp_sum == 0
+    for cotangent in jax.tree.leaves(cotangents):
+        is_filling &= cotangent == 0
+    return sums._replace(exp_sum=jnp.where(is_filling, 1, sums.exp_sum))
+
+
+def _slopes_of(head: Head, cotangents: Statistics, statistics, sums: Sums) -> Slopes:
+    by_softmax = cotangents.log_normalizers - cotangents.log_probs
+    by_spread = by_mean = None
+    if "entropies" in head.wants:
+        # The entropy's derivative is -p * (log p + entropy).
+        of_entropy = jnp.log(sums.exp_sum) - statistics.entropies
+        by_softmax += cotangents.entropies * of_entropy
+        by_spread = -cotangents.entropies / sums.exp_sum
+    if "logit_means" in head.wants:
+        by_mean = cotangents.logit_means / head.words
+    by_exp = by_softmax / sums.exp_sum
+    return Slopes(by_exp, by_spread, cotangents.log_probs, by_mean)
+
+
+def _d_logits(
+    head: Head, vocabulary: Vocabulary, block: Block, exponentials, sums: Sums,
+    labels, slopes: Slopes,
+):  # fmt: skip
+    """The gradient by the logits, as `(d_logits, scale)`: a scale per row, or None.
+
+    Plain cross-entropy leaves the division by the sums to the scale, which later
+    multiplies smaller arrays. Half-precision products round it, so they don't.
+    """
+    temperature, cap = vocabulary.temperature, head.logits_soft_cap
+    is_wide = not is_half(vocabulary.params)
+    if head.is_plain and is_wide and cap is None and temperature is None:
+        at_label = at_labels(exponentials, labels).add(-sums.exp_sum, **ONE_PER_ROW)
+        return at_label, slopes.by_exp
+    share = slopes.by_exp[:, None]
+    if slopes.by_spread is not None:
+        shifted = finite_or_zero(block.logits - sums.shift[:, None])
+        share = share + slopes.by_spread[:, None] * shifted
+    d_logits = exponentials * share
+    if slopes.by_mean is not None:
+        ones = jnp.ones((1, block.logits.shape[1]), d_logits.dtype)
+        class_weights = vocabulary.class_weights
+        by_class = ones if class_weights is None else class_weights[None, :]
+        d_logits = d_logits + slopes.by_mean[:, None] * by_class
+    at_label = slopes.at_label
+    if cap is not None:
+        slope = functools.partial(slope_of_cap, head, temperature)
+        d_logits = d_logits * slope(block.logits)
+        outside = jnp.isnan(block.label_logit)
+        at_label = at_label * slope(jnp.where(outside, 0, block.label_logit))
+    if temperature is not None:
+        d_logits, at_label = d_logits / temperature, at_label / temperature
+    return at_labels(d_logits, labels).add(at_label, **ONE_PER_ROW), None
+
+
+class _Product(NamedTuple):
+    """The operands of the gradients of one block."""
+
+    hidden: Any
+    hidden_t: Any
+    d_logits: Any
+    scale: Any
+
+    def added(self, params: Params, d_params: Params, start) -> tuple[Params, Any]:
+        """`(d_params, d_hidden)`, `d_params` added to from word `start` on."""
+        hidden, hidden_t, d_logits, scale = self
+        narrow, wide = d_logits.astype(hidden.dtype), d_logits.dtype
+        product = functools.partial(jnp.matmul, preferred_element_type=wide)
+        d_words = {}
+        if scale is not None:
+            hidden = hidden * scale[:, None]
+            hidden_t = None if hidden_t is None else hidden_t * scale[None, :]
+        if "kernel" in d_params:
+            d_words["kernel"] = product(hidden_t, narrow)
+        else:
+            d_words["embedding"] = product(narrow.T, hidden)
+        if "bias" in params:
+            d_words["bias"] = (
+                d_logits.sum(0) if scale is None else product(scale, d_logits)
+            )
+        d_params = {
+            name: add_at(x, d_words[name], start, AXIS_OF_WORDS[name])
+            for name, x in d_params.items()
+        }
+        d_hidden = times_transposed_kernel(narrow, params, wide)
+        return d_params, d_hidden if scale is None else d_hidden * scale[:, None]

@@ -1,0 +1,83 @@
+"""How many steps and words a block of logits has."""
+
+from typing import Any, NamedTuple
+
+LEAST_ROWS = 256  # Products of fewer rows are slow.
+
+
+class Sizes(NamedTuple):
+    """The rows and the words of a block: with gradients, and without."""
+
+    rows: int
+    words: int
+    forward_rows: int
+    forward_words: int
+
+
+class Chunks(NamedTuple):
+    """What the user says about blocks: steps, words, and bytes of logits."""
+
+    rows: int | None = None
+    words: int | None = None
+    most_bytes: int | None = None
+
+
+class Memory(NamedTuple):
+    """What suits a kind of device, in logits."""
+
+    little: int
+    in_cache: int
+    rows: int
+
+
+# On a CPU a block should not push the gradients out of its caches. Elsewhere it should
+# have thousands of rows, for the matrix units and to read the kernel less often.
+ON_CPU = Memory(little=2**23, in_cache=2**20, rows=512)
+ELSEWHERE = Memory(little=2**27, in_cache=2**26, rows=8192)
+
+
+def block_sizes(
+    steps: Any, features: int, words: int, chunks: Chunks, itemsize: int
+) -> tuple[Sizes, Sizes]:
+    """The sizes on a CPU, and those elsewhere; a logit takes `itemsize` bytes."""
+    most = None if chunks.most_bytes is None else max(chunks.most_bytes // itemsize, 1)
+    options = steps, features, words, chunks.rows, chunks.words, most
+    return _sizes_on(ON_CPU, *options), _sizes_on(ELSEWHERE, *options)
+
+
+def _sizes_on(
+    memory: Memory, steps: Any, features: int, words: int, rows, columns, most
+) -> Sizes:
+    """Small blocks cost more passes over the kernel's gradient, large ones memory.
+
+    A block may have a ninth of all logits, or `little`, or `most` if that is given.
+    Where that allows too few steps, the words go in chunks too, and the logits are
+    computed twice.
+    """
+    in_cache = memory.in_cache if most is None else min(memory.in_cache, most)
+    little = memory.little if most is None else most
+    if rows is None and not isinstance(steps, int):
+        rows = min(512, max(little // (columns or words), 1))
+    elif rows is None:
+        bound = little // words
+        if most is None:
+            bound = max(bound, -(-steps // 9))
+        rows = min(max(memory.rows, features), bound)
+        if columns is None and bound < min(LEAST_ROWS, steps):
+            columns = max(in_cache // 1024, 128)
+        if columns is not None:
+            rows = max(min(1024, little // columns), 1)
+    forward_rows = _even(steps, min(1024, max(little // 128, 1)))
+    forward_words = max(in_cache // forward_rows, 128)
+    if columns is not None:
+        forward_words = min(forward_words, columns)
+    return Sizes(_even(steps, rows), columns or words, forward_rows, forward_words)
+
+
+def _even(steps: Any, size: int) -> int:
+    """At most `size`, such that the last chunk needs the least padding."""
+    # A symbolic number of steps of `jax.export` can't be compared.
+    if not isinstance(steps, int):
+        return size
+    chunks = max(-(-steps // size), 1)
+    return max(-(-steps // chunks), 1)

@@ -1,0 +1,379 @@
+"""All options of the softmax head, alone and crossed, in float64, by the book."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tdjax
+from helpers import assert_trees_close, x64
+from softmax_by_the_book import cross_entropy, log_probs_and_entropies, valid_steps
+
+B, T, F, V = 2, 7, 4, 12
+TIGHT = 1e-12
+
+
+def make(layout="kernel", bias=True, words=V, dtype=np.float64):
+    rng = np.random.default_rng(0)
+    shape = {"kernel": (F, words), "embedding": (words, F)}[layout]
+    params = {layout: rng.normal(size=shape).astype(dtype)}
+    if bias:
+        params["bias"] = rng.normal(size=words).astype(dtype)
+    hidden = rng.normal(size=(B, T, F)).astype(dtype)
+    return params, hidden, rng.integers(0, words, (B, T))
+
+
+def some_weights(seed=1):
+    rng = np.random.default_rng(seed)
+    return rng.uniform(-0.5, 2, (B, T)) * rng.integers(0, 2, (B, T))
+
+
+def some_mask(seed=2):
+    return np.random.default_rng(seed).integers(0, 3, (B, T)) > 0
+
+
+ALONE = {
+    "nothing": {},
+    "mask": {"mask": some_mask()},
+    "weights": {"weights": some_weights()},
+    "class_weights": {"class_weights": np.arange(V) % 4 / 2},
+    "label_smoothing": {"label_smoothing": 0.3},
+    "z_loss": {"z_loss": 0.1},
+    "logits_soft_cap": {"logits_soft_cap": 2.0},
+    "ignore_class": {"ignore_class": 3},
+    "all": {
+        "mask": some_mask(), "weights": some_weights(), "ignore_class": 3,
+        "class_weights": np.arange(V) % 4 / 2, "label_smoothing": 0.3, "z_loss": 0.1,
+        "logits_soft_cap": 2.0,
+    },
+}  # fmt: skip
+BLOCKS = [
+    {}, {"chunk_size": 3}, {"chunk_size": 5, "vocab_chunk_size": 5},
+    {"vocab_chunk_size": 1}, {"max_logits_bytes": 100},
+]  # fmt: skip
+
+
+def differentiated(loss, params, hidden, labels, arrays, static):
+    """Values and gradients by params, hidden, and the float arrays."""
+    floats = {n: x for n, x in arrays.items() if n != "mask"}
+    rest = {n: x for n, x in arrays.items() if n not in floats}
+    cotangents = np.random.default_rng(9).normal(size=labels.shape)
+
+    def total(params, hidden, floats):
+        value = loss(params, hidden, labels, **floats, **rest, **static)
+        return jnp.sum(jnp.where(value.ndim, cotangents, 1.0) * value)
+
+    value = jax.jit(functools.partial(loss, **rest, **static))
+    gradients = jax.jit(jax.grad(total, (0, 1, 2)))(params, hidden, floats)
+    return value(params, hidden, labels, **floats), gradients
+
+
+def assert_by_the_book(layout, bias, options, reduction, blocks, traced):
+    params, hidden, labels = make(layout, bias)
+    options = dict(options, reduction=reduction)
+    is_array = lambda name, x: (
+        isinstance(x, np.ndarray) or (traced and name in ("label_smoothing", "z_loss"))
+    )
+    arrays = {n: jnp.asarray(x) for n, x in options.items() if is_array(n, x)}
+    static = {n: x for n, x in options.items() if n not in arrays}
+    book = lambda *args, **options: cross_entropy(*args, **options)[0]
+    with x64():
+        arrays = {n: jnp.asarray(options[n]) for n in arrays}
+        want = differentiated(book, params, hidden, labels, arrays, static)
+        got = differentiated(
+            tdjax.linear_cross_entropy, params, hidden, labels, arrays,
+            {**static, **blocks},
+        )  # fmt: skip
+        # Class weights are constants, as in PyTorch.
+        for _, gradients in (got, want):
+            of_classes = gradients[2].pop("class_weights", None)
+        assert_trees_close(got, want, TIGHT, TIGHT)
+        of_classes = jax.grad(
+            lambda w: tdjax.linear_cross_entropy(
+                params, hidden, labels, class_weights=w
+            )
+        )(jnp.ones(V))
+        assert not np.any(of_classes)
+
+
+@pytest.mark.parametrize("layout", ["kernel", "embedding"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("name", ALONE)
+def test_each_option_alone_and_all_together(name, reduction, layout):
+    blocks = BLOCKS[(len(name) + len(reduction)) % len(BLOCKS)]
+    assert_by_the_book(layout, True, ALONE[name], reduction, blocks, True)
+
+
+options = st.fixed_dictionaries(
+    {},
+    optional={
+        "mask": st.integers(0, 9).map(some_mask),
+        "weights": st.integers(0, 9).map(some_weights),
+        "class_weights": st.just(np.arange(V) % 4 / 2),
+        "label_smoothing": st.sampled_from([0.0, 0.2, 1.0]),
+        "z_loss": st.sampled_from([0.0, 0.1]),
+        "logits_soft_cap": st.just(2.0),
+        "ignore_class": st.just(3),
+    },
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["kernel", "embedding"]), st.booleans(), options,
+    st.sampled_from(["mean", "sum", "none"]), st.sampled_from(BLOCKS), st.booleans(),
+)  # fmt: skip
+def test_all_options_crossed(layout, bias, options, reduction, blocks, traced):
+    assert_by_the_book(layout, bias, options, reduction, blocks, traced)
+
+
+# What else it knows
+
+
+@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", ["nothing", "mask", "all"])
+def test_aux(name, reduction, blocks):
+    params, hidden, labels = make()
+    given = {**ALONE[name], "reduction": reduction}
+    with x64():
+        want = jax.jit(functools.partial(cross_entropy, **given))(
+            params, hidden, labels
+        )
+        loss = functools.partial(
+            tdjax.linear_cross_entropy, has_aux=True, **given, **blocks
+        )
+        got = jax.jit(loss)(params, hidden, labels)
+        assert_trees_close((got[0], tuple(got[1])), want, TIGHT, TIGHT)
+        assert got[1].predictions.dtype == jnp.int32
+        assert got[1].correct.dtype == bool
+        total = lambda p, loss: jnp.sum(loss(p, hidden, labels)[0])
+        aux = jax.grad(lambda p: sum(jnp.sum(x) for x in loss(p, hidden, labels)[1]))
+        assert not any(np.any(x) for x in jax.tree.leaves(aux(params)))
+        with_aux = jax.value_and_grad(
+            lambda p: (lambda a: (jnp.sum(a[0]), a[1]))(loss(p, hidden, labels)),
+            has_aux=True,
+        )
+        (_, known), gradient = jax.jit(with_aux)(params)
+        book = jax.grad(lambda p: total(p, functools.partial(cross_entropy, **given)))
+        assert_trees_close(gradient, book(params), TIGHT, TIGHT)
+        assert_trees_close(tuple(known), want[1], TIGHT, TIGHT)
+
+
+@pytest.mark.parametrize("words", [1, 7, 12, 36, 97])
+@pytest.mark.parametrize("blocks", [{}, {"vocab_chunk_size": 5}], ids=str)
+def test_equally_likely_words_predict_the_first(words, blocks):
+    params, hidden, labels = make(words=words, bias=False)
+    params = {"kernel": np.round(params["kernel"])}
+    hidden = np.round(hidden)
+    loss = functools.partial(tdjax.linear_cross_entropy, has_aux=True, **blocks)
+    _, aux = jax.jit(loss)(params, hidden, labels)
+    want = (hidden @ params["kernel"]).argmax(-1)
+    np.testing.assert_array_equal(aux.predictions, want)
+    np.testing.assert_array_equal(aux.correct, want == labels)
+
+
+# Weights
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_nan_is_hidden_where_the_weight_is_zero(reduction):
+    params, hidden, labels = make(dtype=np.float32)
+    weights = some_weights().astype(np.float32)
+    bad = np.where((weights == 0)[..., None], np.nan, hidden)
+    wrong = np.where(weights == 0, -5, labels)
+
+    def run(hidden, labels):
+        loss = lambda params, hidden, weights: jnp.sum(
+            tdjax.linear_cross_entropy(
+                params, hidden, labels, weights=weights, reduction=reduction
+            )
+        )
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(params, hidden, weights)
+
+    assert_trees_close(run(bad, wrong), run(hidden, labels), 0, 0)
+
+
+def test_weights_of_zero_and_one_are_a_mask():
+    params, hidden, labels = make(dtype=np.float32)
+    mask = some_mask()
+    loss = functools.partial(tdjax.linear_cross_entropy, params, hidden, labels)
+    assert loss(weights=mask.astype(np.float32)) == loss(mask=mask)
+
+
+def test_a_padded_vocabulary_is_smoothed_over_the_words_of_weight_one():
+    """Words that the bias bans have class weight 0, and no share of the smoothing."""
+    params, hidden, labels = make()
+    banned = np.arange(V) >= 9
+    params["bias"] = np.where(banned, -np.inf, params["bias"])
+    given = {"class_weights": 1.0 - banned, "label_smoothing": 0.3}
+    with x64():
+        loss = jax.value_and_grad(
+            functools.partial(tdjax.linear_cross_entropy, labels=labels % 9, **given)
+        )
+        value, gradient = jax.jit(loss)(params, hidden)
+        few = {name: x[..., :9] for name, x in params.items()}
+        log_probs = jax.nn.log_softmax(hidden @ few["kernel"] + few["bias"])
+        plain = -np.take_along_axis(log_probs, labels[..., None] % 9, -1).mean()
+        want = 0.7 * plain - 0.3 * log_probs.sum(-1).mean() / V
+        np.testing.assert_allclose(value, want, TIGHT)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
+        assert not np.any(gradient["kernel"][:, 9:])
+
+
+# Packing
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("capacity", [10, 13, B * T, 100])
+def test_packed_steps_give_the_same(capacity, reduction):
+    params, hidden, labels = make()
+    given = {**ALONE["all"], "reduction": reduction, "has_aux": True}
+    count = valid_steps(labels, given["mask"], given["weights"], 3).sum()
+    assert 0 < count <= capacity
+    bad = np.where(given["mask"][..., None], hidden, np.nan)
+
+    def run(hidden, **capacity):
+        def total(params, hidden, weights):
+            options = {**given, "weights": weights, **capacity}
+            loss, aux = tdjax.linear_cross_entropy(params, hidden, labels, **options)
+            return jnp.sum(loss), (loss, tuple(aux))
+
+        grad = jax.value_and_grad(total, (0, 1, 2), has_aux=True)
+        return jax.jit(grad)(params, hidden, given["weights"])
+
+    with x64():
+        got, want = run(bad, capacity=capacity), run(hidden)
+        assert_trees_close(got, want, TIGHT, TIGHT)
+        masked = {n: given[n] for n in ("mask", "logits_soft_cap", "ignore_class")}
+        packed = tdjax.linear_log_probs(
+            params, bad, labels, capacity=capacity, **masked
+        )
+        plain = tdjax.linear_log_probs(params, hidden, labels, **masked)
+        assert_trees_close(packed, plain, TIGHT, TIGHT)
+
+
+def test_steps_beyond_the_capacity_are_nan():
+    params, hidden, labels = make(dtype=np.float32)
+    mask, capacity = some_mask(), 5
+    beyond = mask & (np.cumsum(mask).reshape(mask.shape) > capacity)
+
+    def run(reduction, mask):
+        loss = lambda params, hidden: tdjax.linear_cross_entropy(
+            params, hidden, labels, mask=mask, capacity=capacity, has_aux=True,
+            reduction=reduction,
+        )  # fmt: skip
+        gradient = jax.grad(lambda *args: jnp.sum(loss(*args)[0]))
+        return *loss(params, hidden), gradient(params, hidden)
+
+    losses, aux, gradient = jax.jit(functools.partial(run, "none"))(mask)
+    np.testing.assert_array_equal(np.isnan(losses), beyond)
+    np.testing.assert_array_equal(np.isnan(aux.log_probs), beyond)
+    np.testing.assert_array_equal(aux.predictions == np.iinfo(np.int32).min, beyond)
+    assert not np.any(aux.correct[beyond])
+    assert np.isnan(gradient["kernel"]).all()
+    for reduction in ("mean", "sum"):
+        loss, _, gradient = jax.jit(functools.partial(run, reduction))(mask)
+        assert np.isnan(loss)
+        assert np.isnan(gradient["kernel"]).all()
+    with pytest.raises(ValueError, match=r"capacity=5 must be .* got \d+\."):
+        run("mean", mask)
+
+
+# Log-probabilities and entropies
+
+
+@pytest.mark.parametrize("layout", ["kernel", "embedding"])
+@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [
+        {}, {"temperature": 0.7}, {"logits_soft_cap": 2.0}, {"mask": some_mask()},
+        {"temperature": 1.5, "logits_soft_cap": 3.0, "mask": some_mask(),
+         "ignore_class": 3},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_log_probs_and_entropies(given, blocks, layout):
+    params, hidden, labels = make(layout)
+    rng = np.random.default_rng(5)
+    by_log_probs, by_entropies = rng.normal(size=(2, B, T))
+    temperature = given.get("temperature", 1.0)
+    rest = {n: x for n, x in given.items() if n != "temperature"}
+
+    def run(fun, **blocks):
+        def total(params, hidden, temperature):
+            options = {**rest, **blocks}
+            if "temperature" in given:
+                options["temperature"] = temperature
+            results = fun(params, hidden, labels, **options)
+            sums = jnp.sum(by_log_probs * results[0] + by_entropies * results[1])
+            return sums, tuple(results)
+
+        grad = jax.value_and_grad(total, (0, 1), has_aux=True)
+        return jax.jit(grad)(params, hidden, temperature)
+
+    with x64():
+        got = run(tdjax.linear_log_probs, **blocks)
+        want = run(log_probs_and_entropies)
+        assert_trees_close(got, want, TIGHT, TIGHT)
+
+
+def test_banned_words_have_no_share_in_entropies():
+    params, hidden, labels = make()
+    params["bias"][5:] = -np.inf
+    few = {name: x[..., :5] for name, x in params.items()}
+
+    def run(params):
+        fun = lambda params: jnp.sum(
+            tdjax.linear_log_probs(params, hidden, labels % 5).entropies
+        )
+        return jax.jit(jax.value_and_grad(fun))(params)
+
+    with x64():
+        got, want = run(params), run(few)
+        np.testing.assert_allclose(got[0], want[0], TIGHT)
+        np.testing.assert_allclose(got[1]["kernel"][:, :5], want[1]["kernel"], 1e-10)
+        assert not np.any(got[1]["kernel"][:, 5:])
+
+
+@pytest.mark.slow
+def test_second_derivatives():
+    params, hidden, labels = make()
+    given = {"class_weights": np.arange(V) % 4 / 2, "label_smoothing": 0.3}
+    given |= {"z_loss": 0.1, "logits_soft_cap": 2.0, "weights": some_weights()}
+
+    def of_loss(loss, hidden):
+        return loss(params, hidden, labels, **given)
+
+    def of_log_probs(fun, hidden):
+        log_probs, entropies = fun(params, hidden, labels, temperature=0.8)
+        return jnp.sum(log_probs**2 + 2 * entropies**2)
+
+    with x64():
+        book = lambda *args, **options: cross_entropy(*args, **options)[0]
+        for blocks in ({}, {"chunk_size": 3, "vocab_chunk_size": 5}):
+            for total, ours, reference in (
+                (of_loss, tdjax.linear_cross_entropy, book),
+                (of_log_probs, tdjax.linear_log_probs, log_probs_and_entropies),
+            ):
+                ours = functools.partial(ours, **blocks)
+                hessian = lambda fun, total=total: jax.jit(
+                    jax.hessian(functools.partial(total, fun))
+                )(hidden)
+                np.testing.assert_allclose(
+                    hessian(ours), hessian(reference), 1e-9, 1e-10
+                )
+                twice = lambda fun, total=total: jax.jit(
+                    jax.grad(
+                        lambda x: jnp.sum(
+                            jax.grad(functools.partial(total, fun))(x) ** 2
+                        )
+                    )
+                )(hidden)
+                np.testing.assert_allclose(twice(ours), twice(reference), 1e-9, 1e-10)
