@@ -63,7 +63,7 @@ if os.environ.get("KERAS_BACKEND") == "jax" and find_spec("keras"):
     __all__ += ["keras"]
 
 _ADAPTERS = ("keras", "linen", "nnx")
-_LAYERS = ("FlattenDense", "PerStepDense", "TimeDistributed")
+_LAYERS = ("CrossEntropyHead", "FlattenDense", "PerStepDense", "TimeDistributed")
 
 # Tracebacks, pickles and documentation name the place where users find a name.
 for _name in __all__:

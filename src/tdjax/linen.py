@@ -32,6 +32,7 @@ from tdjax._dense import (
     init_per_step_dense,
     per_step_dense,
 )
+from tdjax._linen_head import CrossEntropyHead
 from tdjax._linen_scopes import (
     adopt,
     call_layer,
@@ -46,7 +47,16 @@ from tdjax._tuning.autotune import Subject, tune
 from tdjax._tuning.result import Tuning
 from tdjax._tuning.settings import Settings
 
-__all__ = ["FlattenDense", "PerStepDense", "TimeDistributed", "autotune"]
+__all__ = [
+    "CrossEntropyHead",
+    "FlattenDense",
+    "PerStepDense",
+    "TimeDistributed",
+    "autotune",
+]
+
+# Tracebacks, pickles and documentation name the place where users find it.
+CrossEntropyHead.__module__ = __name__
 
 
 def __dir__() -> list[str]:

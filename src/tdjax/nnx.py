@@ -26,6 +26,7 @@ from tdjax._dense import (
     init_per_step_dense,
     per_step_dense,
 )
+from tdjax._nnx_head import CrossEntropyHead
 from tdjax._nnx_state import (
     changed,
     check_filter,
@@ -46,7 +47,16 @@ from tdjax._tuning.autotune import Subject, tune
 from tdjax._tuning.result import Tuning
 from tdjax._tuning.settings import Settings
 
-__all__ = ["FlattenDense", "PerStepDense", "TimeDistributed", "autotune"]
+__all__ = [
+    "CrossEntropyHead",
+    "FlattenDense",
+    "PerStepDense",
+    "TimeDistributed",
+    "autotune",
+]
+
+# Tracebacks, pickles and documentation name the place where users find it.
+CrossEntropyHead.__module__ = __name__
 
 
 def __dir__() -> list[str]:

@@ -249,6 +249,15 @@ def _d_logits(
     return at_labels(d_logits, labels).add(at_label, **ONE_PER_ROW), None
 
 
+def _sum_of_rows(d_logits, narrow, scale):
+    """`(words,)`: the sum over rows, as a product with a vector where that is exact."""
+    if narrow.dtype != d_logits.dtype:
+        return d_logits.sum(0)
+    if scale is None:
+        scale = jnp.ones(d_logits.shape[0], d_logits.dtype)
+    return jnp.matmul(scale, d_logits)
+
+
 class _Product(NamedTuple):
     """The operands of the gradients of one block."""
 
@@ -260,6 +269,7 @@ class _Product(NamedTuple):
     def added(self, params: Params, d_params: Params, start) -> tuple[Params, Any]:
         """`(d_params, d_hidden)`, `d_params` added to from word `start` on."""
         hidden, hidden_t, d_logits, scale = self
+        assert hidden_t is not None or "kernel" not in d_params
         narrow, wide = d_logits.astype(hidden.dtype), d_logits.dtype
         product = functools.partial(jnp.matmul, preferred_element_type=wide)
         d_words = {}
@@ -271,9 +281,7 @@ class _Product(NamedTuple):
         else:
             d_words["embedding"] = product(narrow.T, hidden)
         if "bias" in params:
-            d_words["bias"] = (
-                d_logits.sum(0) if scale is None else product(scale, d_logits)
-            )
+            d_words["bias"] = _sum_of_rows(d_logits, narrow, scale)
         d_params = {
             name: add_at(x, d_words[name], start, AXIS_OF_WORDS[name])
             for name, x in d_params.items()

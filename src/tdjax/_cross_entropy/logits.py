@@ -202,7 +202,10 @@ def sums_of_block(head: Head, vocabulary: Vocabulary, block: Block) -> tuple[Any
     everywhere = _largest_of_all(head, largest)
     shift = _finite(everywhere)
     exponentials = jnp.exp(block.logits - shift[:, None])
-    sums = Sums(shift, exponentials.sum(-1), block.label_logit)
+    exp_sum = exponentials.sum(-1)
+    # Else XLA computes the exponentials again for the gradient.
+    exponentials, exp_sum = jax.lax.optimization_barrier((exponentials, exp_sum))
+    sums = Sums(shift, exp_sum, block.label_logit)
     sums = _add_wanted(head, vocabulary, sums, block, exponentials)
     sums = sums._replace(prediction=prediction)
     return exponentials, _of_all_words(

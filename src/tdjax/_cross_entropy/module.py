@@ -1,0 +1,72 @@
+"""What the Linen and the NNX head share: logits, or with labels the loss."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tdjax._checks import describe, require_sizes
+from tdjax._cross_entropy.log_probs import linear_log_probs
+from tdjax._cross_entropy.loss import linear_cross_entropy
+from tdjax._dense import dense
+
+
+def require_vocabulary(vocabulary: Any, embed: type, module: type) -> None:
+    """Refuses what is neither a number of words nor the framework's `Embed`."""
+    if isinstance(vocabulary, module) and not isinstance(vocabulary, embed):
+        raise TypeError(
+            "vocabulary must be the number of words or an Embed, got a "
+            f"{type(vocabulary).__name__}."
+        )
+    if not isinstance(vocabulary, module):
+        require_sizes(vocabulary=vocabulary)
+
+
+def logits_or_loss(
+    params: Mapping[str, Any], hidden, labels, options: Mapping[str, Any]
+) -> Any:
+    """The logits of `hidden`, or given labels what `linear_cross_entropy` returns."""
+    if labels is not None:
+        return linear_cross_entropy(params, hidden, labels, **options)
+    given = {**options}
+    cap = given.pop("logits_soft_cap", None)
+    if given:
+        raise TypeError(
+            f"{', '.join(given)} are options of the loss, which needs labels: call "
+            "head(hidden, labels, ...)."
+        )
+    kernel = params["kernel"] if "kernel" in params else params["embedding"].T
+    logits = dense({**_bias_of(params), "kernel": kernel}, hidden)
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def log_probs_of(
+    params: Mapping[str, Any], hidden, labels, options: Mapping[str, Any]
+) -> Any:
+    """What `linear_log_probs` returns."""
+    return linear_log_probs(params, hidden, labels, **options)
+
+
+def _bias_of(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {"bias": params["bias"]} if "bias" in params else {}
+
+
+def promoted(params: Mapping[str, Any], hidden, dtype: Any) -> tuple[Any, Any]:
+    """`(params, hidden)` in the dtype of the computation, if one is given."""
+    if dtype is None:
+        dtype = jnp.result_type(hidden, *jax.tree.leaves(params))
+    cast = lambda x: jnp.asarray(x, dtype)
+    return jax.tree.map(cast, dict(params)), cast(hidden)
+
+
+def options_of(head: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a call, with the head's soft cap."""
+    if "logits_soft_cap" in options:
+        raise TypeError(
+            "logits_soft_cap is a field of the head, since it changes the logits too: "
+            f"got {describe(options['logits_soft_cap'])} in a call. Give it to "
+            f"{type(head).__name__}(...)."
+        )
+    cap = head.logits_soft_cap
+    return dict(options) if cap is None else {**options, "logits_soft_cap": cap}

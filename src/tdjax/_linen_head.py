@@ -1,0 +1,91 @@
+"""`tdjax.linen.CrossEntropyHead`."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from tdjax._checks import require_array
+from tdjax._cross_entropy.module import (
+    log_probs_of,
+    logits_or_loss,
+    options_of,
+    promoted,
+    require_vocabulary,
+)
+from tdjax._dense import Initializer, default_bias_init, default_kernel_init
+
+
+class CrossEntropyHead(nn.Module):
+    """The softmax head of a model: gives logits, or with labels the loss.
+
+    The parameters are those of `nn.Dense(vocabulary)`, with the same names, shapes and
+    initial values, so checkpoints fit both. With an `nn.Embed` as vocabulary, the head
+    is tied: its kernel is the embedding, and only a bias would be its own.
+
+    Attributes:
+      vocabulary: the number of words, or the `nn.Embed` of the model.
+      logits_soft_cap: as in `tdjax.linear_cross_entropy`.
+      use_bias: by default with a number of words, and not with an `nn.Embed`.
+      dtype, param_dtype, kernel_init, bias_init: as in `nn.Dense`.
+
+    Raises:
+      TypeError: if `vocabulary` is of another kind.
+      ValueError: if it is not positive.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, tdjax
+      >>> head = tdjax.linen.CrossEntropyHead(1000)
+      >>> hidden, labels = jnp.ones((2, 5, 8)), jnp.zeros((2, 5), int)
+      >>> variables = head.init(jax.random.key(0), hidden)
+      >>> head.apply(variables, hidden).shape
+      (2, 5, 1000)
+      >>> head.apply(variables, hidden, labels, z_loss=1e-4).shape
+      ()
+    """
+
+    vocabulary: int | nn.Embed
+    logits_soft_cap: float | None = None
+    use_bias: bool | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = default_kernel_init
+    bias_init: Initializer = default_bias_init
+
+    def __post_init__(self):
+        require_vocabulary(self.vocabulary, nn.Embed, nn.Module)
+        super().__post_init__()
+
+    def __call__(self, hidden, labels=None, **options):
+        """Logits, `(..., words)`; with labels what `tdjax.linear_cross_entropy` gives.
+
+        Args:
+          hidden: `(..., features)`.
+          labels: `(...)`, or None.
+          **options: those of `tdjax.linear_cross_entropy`, such as `mask`.
+        """
+        params, hidden = self._promoted(hidden)
+        return logits_or_loss(params, hidden, labels, options_of(self, options))
+
+    def log_probs(self, hidden, labels, **options):
+        """`(log_probs, entropies)`, as `tdjax.linear_log_probs` gives them."""
+        params, hidden = self._promoted(hidden)
+        return log_probs_of(params, hidden, labels, options_of(self, options))
+
+    def _promoted(self, hidden):
+        require_array("hidden", hidden, 1, "(..., features)")
+        return promoted(self._params(hidden.shape[-1]), hidden, self.dtype)
+
+    @nn.compact
+    def _params(self, features: int) -> dict[str, Any]:
+        embed, use_bias = self.vocabulary, self.use_bias
+        if isinstance(embed, nn.Embed):
+            words, params = embed.num_embeddings, {"embedding": embed.embedding}
+        else:
+            words, shape = embed, (features, embed)
+            kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+            params, use_bias = {"kernel": kernel}, use_bias is not False
+        if use_bias:
+            bias = self.param("bias", self.bias_init, (words,), self.param_dtype)
+            params["bias"] = bias
+        return params
