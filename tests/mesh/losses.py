@@ -1,7 +1,7 @@
 """The fused loss on 8 devices: run by `test_mesh.py`, which makes the devices
 
 Prints a JSON list: for each layout and each set of options the largest deviation from
-Optax on all logits, in float64 on one device, relative to the largest value; and for
+plain JAX on all logits, in float64 on one device, relative to the largest value; and for
 each layout what the gradient sends in float32.
 """
 
@@ -11,11 +11,11 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from benchmarks.collectives import collectives
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import softmax_by_the_book
 import tdjax
 
 BATCH, TIMESTEPS, FEATURES, WORDS = 8, 8, 16, 48
@@ -49,7 +49,16 @@ OPTIONS = {
     "chunks of words": {"vocab_chunk_size": 5, "chunk_size": 3, "mask": True},
     "everything": {
         "label_smoothing": 0.1, "z_loss": 0.01, "logits_soft_cap": 3.0, "mask": True,
-        "ignore_class": 7, "vocab_chunk_size": 4, "reduction": "sum",
+        "ignore_class": 7, "vocab_chunk_size": 4, "reduction": "sum", "weights": True,
+        "class_weights": True, "has_aux": True,
+    },
+    "weights": {"weights": True, "class_weights": True, "has_aux": True},
+    "tied": {"tied": True, "mask": True, "label_smoothing": 0.2},
+    "packed": {"mask": True, "capacity": 64, "reduction": "none", "has_aux": True},
+    "log_probs": {"log_probs": True, "mask": True, "temperature": 0.5},
+    "log_probs, tied": {
+        "log_probs": True, "tied": True, "logits_soft_cap": 2.0, "temperature": 2.0,
+        "chunk_size": 3, "vocab_chunk_size": 4,
     },
 }  # fmt: skip
 RNG = np.random.default_rng(0)
@@ -62,7 +71,15 @@ LABELS = RNG.integers(0, WORDS, (BATCH, TIMESTEPS))
 MASK = np.arange(TIMESTEPS) < np.array([8, 2, 0, 1, 3, 6, 1, 4])[:, None]
 
 
+WEIGHTS = RNG.uniform(0.5, 2, (BATCH, TIMESTEPS)) * (LABELS % 3 > 0)
+CLASS_WEIGHTS = np.arange(WORDS) % 4 / 2
+
+
 def inputs(options):
+    """`(head, hidden, labels, mask, weights, class weights)` and what options are left.
+
+    Masked steps have hidden NaN and labels outside the vocabulary.
+    """
     options = dict(options)
     mask = MASK if options.pop("mask", False) else None
     hidden = HIDDEN if mask is None else np.where(mask[..., None], HIDDEN, np.nan)
@@ -70,71 +87,103 @@ def inputs(options):
     labels = np.where(LABELS == 7, 7, labels)
     if mask is not None:
         labels = np.where(mask, labels, 999)
-    return hidden, labels.astype(np.int32), mask, options
+    weights = WEIGHTS if options.pop("weights", False) else None
+    class_weights = CLASS_WEIGHTS if options.pop("class_weights", False) else None
+    head = HEAD
+    if options.pop("tied", False):
+        head = {"embedding": HEAD["kernel"].T, "bias": HEAD["bias"]}
+    labels = labels.astype(np.int32)
+    return (head, hidden, labels, mask, weights, class_weights), options
 
 
-def plain(head, hidden, labels, mask, options):
-    """Optax, on all logits."""
-    valid = np.ones(labels.shape, bool) if mask is None else mask
-    valid = valid & (labels != options.get("ignore_class"))
-    hidden = jnp.where(valid[..., None], hidden, 0)
-    logits = hidden @ head["kernel"] + head["bias"]
-    if cap := options.get("logits_soft_cap"):
-        logits = cap * jnp.tanh(logits / cap)
-    one_hot = jax.nn.one_hot(np.where(valid, labels, 0), WORDS, dtype=logits.dtype)
-    smoothed = optax.smooth_labels(one_hot, options.get("label_smoothing", 0.0))
-    losses = optax.softmax_cross_entropy(logits, smoothed)
-    normalizer = jax.scipy.special.logsumexp(logits, axis=-1)
-    losses += options.get("z_loss", 0.0) * normalizer**2
-    losses = jnp.where(valid, losses, 0)
-    reduction = options.get("reduction", "mean")
-    if reduction == "none":
-        return losses
-    return losses.sum() / (valid.sum() if reduction == "mean" else 1)
+def function_of(module, options):
+    """`(function of arrays, whether it has weights)`, of tdjax or by the book."""
+    options = {**options}
+    if options.pop("log_probs", False):
+        return lambda head, hidden, labels, mask, *_: module.log_probs(
+            head, hidden, labels, mask=mask, **options
+        )
+    return lambda head, hidden, labels, mask, weights, class_weights: module.loss(
+        head, hidden, labels, mask=mask, weights=weights, class_weights=class_weights,
+        **options,
+    )  # fmt: skip
+
+
+class Ours:
+    loss = staticmethod(tdjax.linear_cross_entropy)
+    log_probs = staticmethod(tdjax.linear_log_probs)
+
+
+class ByTheBook:
+    log_probs = staticmethod(softmax_by_the_book.log_probs_and_entropies)
+
+    @staticmethod
+    def loss(*args, has_aux=False, **options):
+        loss, aux = softmax_by_the_book.cross_entropy(*args, **options)
+        return (loss, aux) if has_aux else loss
+
+
+def without(options, *names):
+    return {name: x for name, x in options.items() if name not in names}
+
+
+def total(results):
+    """A different weight for each result, so that no two gradients are mistaken."""
+    floats = [x for x in jax.tree.leaves(results) if x.dtype == np.float64]
+    return sum(map(scalar, floats))
 
 
 def scalar(losses):
-    """A different weight for each loss, so that no two gradients are mistaken."""
     return jnp.sum(losses * (1 + jnp.arange(losses.size).reshape(losses.shape)))
 
 
-def place(mesh, layout, head, hidden, labels, mask):
+def place(mesh, layout, head, hidden, labels, mask, weights=None, class_weights=None):
     steps, kernel = LAYOUTS[layout]
     kernel = [*kernel, None, None][:2]
-    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
-    specs = {"kernel": kernel, "bias": kernel[1:]}
-    head = {name: put(x, *specs[name]) for name, x in head.items()}
-    return head, *(
-        None if x is None else put(x, *steps) for x in (hidden, labels, mask)
+    put = lambda x, *spec: (
+        None if x is None else jax.device_put(x, NamedSharding(mesh, P(*spec)))
     )
+    specs = {"kernel": kernel, "embedding": kernel[::-1], "bias": kernel[1:]}
+    head = {name: put(x, *specs[name]) for name, x in head.items()}
+    of_steps = [put(x, *steps) for x in (hidden, labels, mask, weights)]
+    return head, *of_steps, put(class_weights, *kernel[1:])
 
 
 def deviation(got, expected):
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
-    return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
+    largest = lambda x: np.abs(x).max() or 1.0
+    return max(float(np.abs(a * 1.0 - b).max() / largest(b)) for a, b in pairs)
+
+
+def given_layout(layout, head, from_types):
+    if from_types:
+        return {}
+    steps, kernel = LAYOUTS[layout]
+    if "embedding" in head:
+        kernel = P(*[*kernel, None, None][1::-1])
+    return {"sharding": steps, "kernel_sharding": kernel}
 
 
 def run(mesh, layout, name, from_types):
-    hidden, labels, mask, options = inputs(OPTIONS[name])
-    placed = place(mesh, layout, HEAD, hidden, labels, mask)
-    given = (
-        {}
-        if from_types
-        else dict(zip(("sharding", "kernel_sharding"), LAYOUTS[layout]))
-    )
+    arrays, options = inputs(OPTIONS[name])
+    placed = place(mesh, layout, *arrays)
+    given = given_layout(layout, arrays[0], from_types)
+    ours = function_of(Ours, {**options, **given})
+    blocks = "chunk_size", "vocab_chunk_size", "capacity"
+    book = function_of(ByTheBook, without(options, *blocks))
+    # By the head, hidden and the weights of steps.
+    by = (0, 1) if arrays[4] is None else (0, 1, 4)
 
-    def loss(head, hidden, labels, mask):
-        return tdjax.linear_cross_entropy(
-            head, hidden, labels, mask=mask, **options, **given
+    def gradients(function):
+        # Aux has no gradient.
+        first = lambda *args: (
+            function(*args)[0] if "has_aux" in options else function(*args)
         )
+        return jax.jit(jax.grad(lambda *args: total(first(*args)), argnums=by))
 
-    grads = lambda f: jax.value_and_grad(lambda *a: scalar(f(*a)), argnums=(0, 1))
-    expected_loss = lambda head, hidden: plain(head, hidden, labels, mask, options)
     with jax.set_mesh(jax.make_mesh((1,), ("one",), devices=jax.devices()[:1])):
-        expected = jax.device_get(
-            (expected_loss(HEAD, hidden), jax.jit(grads(expected_loss))(HEAD, hidden))
-        )
-    got = jax.device_get((jax.jit(loss)(*placed), jax.jit(grads(loss))(*placed)))
+        expected = jax.device_get((book(*arrays), gradients(book)(*arrays)))
+    got = jax.device_get((jax.jit(ours)(*placed), gradients(ours)(*placed)))
     return deviation(got, expected)
 
 
@@ -142,12 +191,8 @@ def sent(mesh, layout, from_types):
     """`(collectives of the gradient, bytes of the head)`, in float32."""
     cast = lambda x: x.astype(np.float32)
     placed = place(mesh, layout, jax.tree.map(cast, HEAD), cast(HIDDEN), LABELS, MASK)
-    given = (
-        {}
-        if from_types
-        else dict(zip(("sharding", "kernel_sharding"), LAYOUTS[layout]))
-    )
-    loss = lambda head, hidden, labels, mask: tdjax.linear_cross_entropy(
+    given = given_layout(layout, HEAD, from_types)
+    loss = lambda head, hidden, labels, mask, *_: tdjax.linear_cross_entropy(
         head, hidden, labels, mask=mask, chunk_size=2, **given
     )
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))

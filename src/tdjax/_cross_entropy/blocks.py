@@ -152,8 +152,9 @@ def _all_sums(
     """The sums of every step."""
 
     def of_chunk(carry, rows):
+        (hidden, labels), size = rows, sizes.forward_words
         chunk = vocabulary._replace(params=carry)
-        return carry, sums_over_words(head, chunk, *rows, sizes.forward_words)
+        return carry, sums_over_words(head, chunk, hidden, labels, size)
 
     params = vocabulary.params
     if on_cpu and "embedding" in params and is_half(params):

@@ -204,9 +204,9 @@ def _require_number(name: str, value: Any, or_scalar: bool = False) -> None:
     is_number = isinstance(value, int | float | np.integer | np.floating)
     if is_number and not isinstance(value, bool):
         return
-    dtype = value.dtype if is_array(value) and not value.shape else bool
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", bool)
     is_real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
-    if or_scalar and is_real:
+    if or_scalar and shape == () and is_real:
         return
     wanted = "a number or a scalar array" if or_scalar else "a Python number"
     raise TypeError(f"{name} must be {wanted}, got {describe(value)}.")

@@ -262,21 +262,22 @@ class _Product(NamedTuple):
     """The operands of the gradients of one block."""
 
     hidden: Any
-    hidden_t: Any
+    hidden_t: Any  # None if no kernel of shape (features, words) needs it.
     d_logits: Any
     scale: Any
 
     def added(self, params: Params, d_params: Params, start) -> tuple[Params, Any]:
         """`(d_params, d_hidden)`, `d_params` added to from word `start` on."""
-        hidden, hidden_t, d_logits, scale = self
-        assert hidden_t is not None or "kernel" not in d_params
+        hidden, d_logits, scale = self.hidden, self.d_logits, self.scale
+        hidden_t: Any = self.hidden_t
         narrow, wide = d_logits.astype(hidden.dtype), d_logits.dtype
         product = functools.partial(jnp.matmul, preferred_element_type=wide)
         d_words = {}
         if scale is not None:
             hidden = hidden * scale[:, None]
-            hidden_t = None if hidden_t is None else hidden_t * scale[None, :]
         if "kernel" in d_params:
+            if scale is not None:
+                hidden_t = hidden_t * scale[None, :]
             d_words["kernel"] = product(hidden_t, narrow)
         else:
             d_words["embedding"] = product(narrow.T, hidden)

@@ -291,8 +291,9 @@ def head_of(
     word_axes: tuple[str, ...],
 ) -> Head:
     itemsize = steps.weights.dtype.itemsize
-    shape = *steps.hidden.shape, vocabulary.words
-    sizes = block_sizes(*shape, options.chunks, itemsize)
+    rows, features = steps.hidden.shape
+    chunks, words = options.chunks, vocabulary.words
+    sizes = block_sizes(rows, features, words, chunks, itemsize)
     cap, words = options.logits_soft_cap, options.words
     return Head(cap, words, word_axes, wants, is_plain, sizes)
 
