@@ -184,9 +184,9 @@ def packing(settings: Settings) -> Iterator[Task]:
 
 
 def loss(settings: Settings) -> Iterator[Task]:
-    """The fused softmax head and loss, beside Optax and PyTorch on all logits."""
+    """The fused softmax head and loss, beside its peers and its floor."""
     run = lambda case, of, settings: vocabularies.rows(case, of, settings.effort)
-    return _tasks(vocabularies.cases(settings.quick), run, settings)
+    return _tasks(vocabularies.cases(settings.quick), run, settings, vocabularies.OF)
 
 
 def on_mesh(settings: Settings) -> Iterator[Task]:

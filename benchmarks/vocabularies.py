@@ -1,6 +1,6 @@
-"""The loss over a large vocabulary: fused, beside Optax and PyTorch on all logits."""
+"""The loss over a large vocabulary: fused, beside its peers, and beside its floor."""
 
-import time
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +9,11 @@ import numpy as np
 
 import tdjax
 from benchmarks.candidate import Program
-from benchmarks.programs import Row, measure_programs
+from benchmarks.peers.torch_losses import TorchLoss
+from benchmarks.programs import Row, compiled, measure_programs
+
+OF = ("forward", "gradient", "gradient, 30 % valid", "gradient of log-probabilities")
+FLOOR = "three products, in chunks"
 
 
 class Vocabulary(NamedTuple):
@@ -34,38 +38,59 @@ def cases(quick: bool) -> list[Vocabulary]:
         Vocabulary(4096, 256, 8_000),
         Vocabulary(1024, 1024, 8_000),
         Vocabulary(1024, 256, 128_000),
+        Vocabulary(512, 256, 262_144),
         Vocabulary(2048, 256, 32_000, "bfloat16"),
     ]
     if jax.default_backend() != "cpu":
-        found.append(Vocabulary(8192, 2048, 128_000, "bfloat16"))
+        found.append(Vocabulary(8192, 4096, 128_256, "bfloat16"))
+        found.append(Vocabulary(32_768, 2560, 128_256, "bfloat16"))
     return found
 
 
 def rows(case: Vocabulary, of: str, effort) -> list[Row]:
+    args = _arguments(case)
+    about = {"case": case.name, "of": of, **case._asdict()}
+    tol = 2e-3 if case.dtype == "float32" else 5e-2
+    if of == OF[2]:
+        return measure_programs(about, _packed(args), args, effort, tol)
+    if of == OF[3]:
+        others = ("linear_cross_entropy",)
+        return measure_programs(about, _log_probs(), args, effort, tol, others=others)
+    programs: dict[str, Any] = {
+        "Optax, all logits": _by_optax,
+        "linear_cross_entropy": tdjax.linear_cross_entropy,
+        "linear_cross_entropy, again": tdjax.linear_cross_entropy,
+        "vocab_chunk_size=1024": functools.partial(
+            tdjax.linear_cross_entropy, chunk_size=1024, vocab_chunk_size=1024
+        ),
+        "all options": functools.partial(_with_all_options, case),
+    }
+    missing = []
+    if of == "gradient":
+        programs["scan over chunks, checkpointed"] = _by_scan
+        programs = {name: _gradient(loss) for name, loss in programs.items()}
+        programs["tied embedding"] = _tied(args)
+        programs[FLOOR] = _unchecked(_three_products, args)
+    for name, chunked in {"PyTorch": False, "PyTorch, chunked": True}.items():
+        try:
+            programs[name] = TorchLoss(args, of, chunked).program()
+        except (ImportError, NotImplementedError) as error:
+            missing.append({**about, "candidate": name, "missing": str(error)})
+    want = _in_float64(*args, gradient=of == "gradient")
+    others = ("all options", FLOOR)  # They compute something else.
+    return measure_programs(about, programs, args, effort, tol, want, others) + missing
+
+
+def _arguments(case: Vocabulary) -> tuple:
     keys = jax.random.split(jax.random.key(0), 3)
     hidden = jax.random.normal(keys[0], (case.steps, case.features), case.dtype)
     params = tdjax.init_dense(keys[1], case.features, case.words, dtype=case.dtype)
     labels = jax.random.randint(keys[2], (case.steps,), 0, case.words)
-    args = jax.block_until_ready((params, hidden, labels))
-    fused = tdjax.linear_cross_entropy
-    programs = {
-        "Optax, all logits": _program(_by_optax, of),
-        "linear_cross_entropy": _program(fused, of),
-        "vocab_chunk_size=1024": _program(
-            lambda *args: fused(*args, chunk_size=1024, vocab_chunk_size=1024), of
-        ),
-    }
-    missing, about = [], {"case": case.name, "of": of, **case._asdict()}
-    try:
-        programs["PyTorch"] = TorchLoss(args, of).program()
-    except (ImportError, NotImplementedError) as error:
-        missing = [{**about, "candidate": "PyTorch", "missing": str(error)}]
-    tol = 2e-3 if case.dtype == "float32" else 5e-2
-    return measure_programs(about, programs, args, effort, tol) + missing
+    return jax.block_until_ready((params, hidden, labels))
 
 
-def _program(loss, of: str):
-    return jax.value_and_grad(loss, (0, 1)) if of == "gradient" else loss
+def _gradient(loss):
+    return jax.value_and_grad(loss, (0, 1))
 
 
 def _by_optax(params, hidden, labels):
@@ -76,48 +101,117 @@ def _by_optax(params, hidden, labels):
     return losses.mean()
 
 
-class TorchLoss:
-    """`cross_entropy` of `linear`, eager, on the device that JAX is on."""
+def _by_scan(params, hidden, labels):
+    """The loss of a chunk at a time, computed again in the backward pass.
 
-    def __init__(self, args: tuple, of: str):
-        import torch
+    As MaxText does it (`num_vocab_tiling`), and others by hand. Eight chunks.
+    """
 
-        on_gpu = jax.default_backend() == "gpu"
-        if on_gpu and not torch.cuda.is_available():
-            raise NotImplementedError("this PyTorch has no CUDA")
-        self._torch, self._gradient = torch, of == "gradient"
-        self._wait = torch.cuda.synchronize if on_gpu else time.perf_counter
-        params, hidden, labels = args
-        put = lambda a: self._from_jax(a).to("cuda" if on_gpu else "cpu")
-        self._args = [put(a) for a in (hidden, params["kernel"].T, params["bias"])]
-        self._labels = put(labels)
-        for a in self._args:
-            a.requires_grad_(self._gradient)
+    def add_chunk(total, rows):
+        return total + _by_optax(params, *rows), None
 
-    def _from_jax(self, a):
-        if jnp.issubdtype(a.dtype, jnp.integer):
-            return self._torch.from_numpy(np.array(a, np.int64))
-        tensor = self._torch.from_numpy(np.array(a.astype(jnp.float32)))
-        return tensor.to(getattr(self._torch, a.dtype.name)).contiguous()
+    chunks = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), (hidden, labels))
+    return jax.lax.scan(jax.checkpoint(add_chunk), 0.0, chunks)[0] / 8
 
-    def program(self) -> Program:
-        return Program(self.call, self.results, None, None)
 
-    def call(self) -> list[Any]:
-        functional = self._torch.nn.functional
-        hidden, weight, bias = self._args
-        logits = functional.linear(hidden, weight, bias).float()
-        loss = functional.cross_entropy(logits, self._labels)
-        out = [loss.detach()]
-        if self._gradient:
-            out += self._torch.autograd.grad(loss, self._args)
-        self._wait()
-        return out
+def _with_all_options(case: Vocabulary, params, hidden, labels):
+    weights = jnp.full(case.steps, 0.7)
+    loss, aux = tdjax.linear_cross_entropy(
+        params, hidden, labels, weights=weights, label_smoothing=0.1, z_loss=1e-4,
+        class_weights=jnp.full(case.words, 0.9), logits_soft_cap=30.0, has_aux=True,
+    )  # fmt: skip
+    return loss + 0 * (jnp.mean(aux.correct) + jnp.mean(aux.log_probs))
 
-    def results(self, out) -> list[np.ndarray]:
-        """In the order of JAX's leaves: loss, bias, kernel, hidden."""
-        arrays = [a.float().cpu().numpy() for a in out]
-        if not self._gradient:
-            return arrays
-        loss, hidden, weight, bias = arrays
-        return [loss, bias, weight.T, hidden]
+
+def _three_products(params, hidden, labels):
+    """What no gradient can leave out: logits, and two products with their gradient.
+
+    In chunks of 512 steps, with the logits in place of their gradient.
+    """
+    kernel = params["kernel"]
+    product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+
+    def add_chunk(d_kernel, rows):
+        logits = product(rows, kernel).astype(rows.dtype)
+        return d_kernel + product(logits.T, rows), product(logits, kernel.T)
+
+    chunks = hidden.reshape(-1, min(512, hidden.shape[0]), hidden.shape[1])
+    zeros = jnp.zeros(kernel.shape[::-1], jnp.float32)
+    d_kernel, d_hidden = jax.lax.scan(add_chunk, zeros, chunks)
+    cast = lambda x, like: x.reshape(like.shape).astype(like.dtype)
+    return cast(d_kernel.T, kernel), cast(d_hidden, hidden)
+
+
+def _unchecked(fun, args: tuple) -> Program:
+    return compiled(fun, args)._replace(results=lambda out: [])
+
+
+def _tied(args: tuple) -> Program:
+    params, *rest = args
+    tied = {"embedding": params["kernel"].T.copy(), "bias": params["bias"]}
+    program = compiled(_gradient(tdjax.linear_cross_entropy), (tied, *rest))
+
+    def results(out):
+        loss, bias, embedding, hidden = program.results(out)
+        return [loss, bias, embedding.T, hidden]
+
+    return program._replace(results=results)
+
+
+def _packed(args: tuple) -> dict[str, Any]:
+    """The loss of a batch that is 30 % valid."""
+    steps = args[2].shape[0]
+    mask = jax.random.permutation(jax.random.key(3), jnp.arange(steps) < 0.3 * steps)
+    count = int(mask.sum())
+    loss = functools.partial(tdjax.linear_cross_entropy, mask=mask)
+    again = {"padded": loss, "padded, again": loss}
+    packed = functools.partial(loss, capacity=count)
+    return {n: _gradient(f) for n, f in {**again, "packed": packed}.items()}
+
+
+def _log_probs() -> dict[str, Any]:
+    """Log-probabilities and entropies, as policy gradients need them."""
+
+    def plain(params, hidden, labels):
+        logits = (hidden @ params["kernel"] + params["bias"]).astype(jnp.float32)
+        log_probs = jax.nn.log_softmax(logits)
+        entropies = -(jnp.exp(log_probs) * log_probs).sum(-1)
+        return log_probs[jnp.arange(labels.size), labels], entropies
+
+    def total(fun, *args):
+        log_probs, entropies = fun(*args)
+        return jnp.mean(log_probs) + 0.01 * jnp.mean(entropies)
+
+    ours = functools.partial(total, tdjax.linear_log_probs)
+    programs = {
+        "plain JAX, all logits": functools.partial(total, plain),
+        "linear_log_probs": ours,
+        "linear_log_probs, again": ours,
+        "linear_cross_entropy": tdjax.linear_cross_entropy,
+    }
+    return {name: _gradient(fun) for name, fun in programs.items()}
+
+
+def _in_float64(params, hidden, labels, gradient: bool) -> list[np.ndarray]:
+    """Loss, and gradients by bias, kernel and hidden, by NumPy."""
+    wide = lambda x: np.asarray(jnp.asarray(x, jnp.float32), np.float64)
+    kernel, bias, hidden = wide(params["kernel"]), wide(params["bias"]), wide(hidden)
+    labels, steps = np.asarray(labels), len(hidden)
+    loss, d_kernel, d_bias = 0.0, np.zeros_like(kernel), np.zeros_like(bias)
+    d_hidden = np.zeros_like(hidden)
+    for start in range(0, steps, 256):
+        rows = slice(start, start + 256)
+        logits = hidden[rows] @ kernel + bias
+        logits -= logits.max(-1, keepdims=True)
+        at_labels = np.arange(len(logits)), labels[rows]
+        exponentials = np.exp(logits)
+        sums = exponentials.sum(-1)
+        loss += (np.log(sums) - logits[at_labels]).sum() / steps
+        if gradient:
+            exponentials /= sums[:, None]
+            exponentials[at_labels] -= 1
+            exponentials /= steps
+            d_kernel += hidden[rows].T @ exponentials
+            d_bias += exponentials.sum(0)
+            d_hidden[rows] = exponentials @ kernel.T
+    return [np.asarray(loss), d_bias, d_kernel, d_hidden][: 4 if gradient else 1]
