@@ -186,7 +186,10 @@ def packing(settings: Settings) -> Iterator[Task]:
 def loss(settings: Settings) -> Iterator[Task]:
     """The fused softmax head and loss, beside its peers and its floor."""
     run = lambda case, of, settings: vocabularies.rows(case, of, settings.effort)
-    return _tasks(vocabularies.cases(settings.quick), run, settings, vocabularies.OF)
+    listing, more = vocabularies.cases, vocabularies.more_cases
+    yield from _tasks(listing(settings.quick), run, settings, vocabularies.LOSS)
+    of = vocabularies.PACKED, vocabularies.LOG_PROBS
+    yield from _tasks(more(settings.quick), run, settings, of)
 
 
 def on_mesh(settings: Settings) -> Iterator[Task]:

@@ -12,7 +12,8 @@ from benchmarks.candidate import Program
 from benchmarks.peers.torch_losses import TorchLoss
 from benchmarks.programs import Row, compiled, measure_programs
 
-OF = ("forward", "gradient", "gradient, 30 % valid", "gradient of log-probabilities")
+LOSS = ("forward", "gradient")
+PACKED, LOG_PROBS = "gradient, 30 % valid", "gradient of log-probabilities"
 FLOOR = "three products, in chunks"
 
 
@@ -47,13 +48,20 @@ def cases(quick: bool) -> list[Vocabulary]:
     return found
 
 
+def more_cases(quick: bool) -> list[Vocabulary]:
+    """For packed batches, and for log-probabilities and entropies."""
+    if quick:
+        return cases(quick)
+    return [Vocabulary(2048, 256, 32_000), Vocabulary(512, 256, 262_144)]
+
+
 def rows(case: Vocabulary, of: str, effort) -> list[Row]:
     args = _arguments(case)
     about = {"case": case.name, "of": of, **case._asdict()}
     tol = 2e-3 if case.dtype == "float32" else 5e-2
-    if of == OF[2]:
+    if of == PACKED:
         return measure_programs(about, _packed(args), args, effort, tol)
-    if of == OF[3]:
+    if of == LOG_PROBS:
         others = ("linear_cross_entropy",)
         return measure_programs(about, _log_probs(), args, effort, tol, others=others)
     programs: dict[str, Any] = {

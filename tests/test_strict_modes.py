@@ -121,25 +121,51 @@ def test_every_lowering_with_a_mask_and_its_gradient(mode, dtype, options):
         {},
         {"chunk_size": 3, "vocab_chunk_size": 2, "label_smoothing": 0.1},
         {"z_loss": 1e-2, "logits_soft_cap": 5.0, "vocab_chunk_size": 3},
+        {"weights": True, "class_weights": True, "capacity": 8, "label_smoothing": 0.1},
     ],
     ids=str,
 )
 def test_the_loss_and_its_gradient(mode, dtype, options, reduction):
     labels = jnp.asarray([[0, 1, 2, 6], [3, -100, 0, 0], [5, -100, 4, 1]])
 
+    weights = {"weights": normal(2, B, T) ** 2, "class_weights": normal(3, V) ** 2}
+    options = {**options, **{n: x for n, x in weights.items() if n in options}}
+
     def run(params, hidden, labels, mask):
         def loss(params, hidden):
-            losses = tdjax.linear_cross_entropy(
+            losses, aux = tdjax.linear_cross_entropy(
                 params, hidden, labels, mask=mask, ignore_class=-100,
-                reduction=reduction, **options,
+                reduction=reduction, has_aux=True, **options,
             )  # fmt: skip
-            return jnp.sum(losses), losses
+            return jnp.sum(losses), (losses, aux)
 
         return jax.grad(loss, (0, 1), has_aux=True)(params, hidden)
 
     params = tdjax.init_dense(jax.random.key(0), F, V, dtype=dtype)
     params["bias"] = normal(1, V, dtype=dtype)
     check(mode, run, params, normal(0, B, T, F, dtype=dtype), labels, MASK)
+
+
+@modes_and_dtypes
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.5, "chunk_size": 3, "vocab_chunk_size": 2, "capacity": 8}],
+    ids=str,
+)
+def test_log_probs_and_their_gradient(mode, dtype, options):
+    labels = jnp.asarray([[0, 1, 2, 6], [3, -100, 0, 0], [5, -100, 4, 1]])
+
+    def run(params, hidden, labels, mask):
+        def total(params, hidden):
+            results = tdjax.linear_log_probs(
+                params, hidden, labels, mask=mask, ignore_class=-100, **options
+            )
+            return jnp.sum(results.log_probs * results.entropies), results
+
+        return jax.grad(total, (0, 1), has_aux=True)(params, hidden)
+
+    embedding = {"embedding": normal(1, V, F, dtype=dtype)}
+    check(mode, run, embedding, normal(0, B, T, F, dtype=dtype), labels, MASK)
 
 
 class Block(nn.Module):

@@ -114,6 +114,18 @@ def test_half_a_million_logits_fit_the_budget():
         assert max(4 * a * b for a, b in blocks) <= most
 
 
+@pytest.mark.parametrize("logits_soft_cap", [None, 5.0])
+@pytest.mark.parametrize("chunk_size", [16, 64])
+def test_the_memory_is_that_of_the_formula_in_the_docs(chunk_size, logits_soft_cap):
+    head, hidden = make("kernel", "float32", words=20_000)
+    blocks = {"chunk_size": chunk_size, "logits_soft_cap": logits_soft_cap}
+    loss = functools.partial(loss_of, **blocks)
+    program = jax.jit(jax.grad(loss, (0, 1))).lower(head, hidden).compile()
+    arrays = 2 if logits_soft_cap is None else 3
+    formula = 4 * (arrays * chunk_size * 20_000 + 3 * STEPS * FEATURES)
+    assert program.memory_analysis().temp_size_in_bytes < 1.2 * formula
+
+
 def test_schedules_do_not_compile_again():
     head, hidden = make("kernel", "float32")
     calls = []
