@@ -108,6 +108,21 @@ def test_each_option_alone_and_all_together(name, reduction, layout):
     assert_by_the_book(layout, True, ALONE[name], reduction, blocks, True)
 
 
+@pytest.fixture
+def as_elsewhere(monkeypatch):
+    """Runs on the CPU what is compiled for accelerators."""
+    elsewhere = lambda *args, default, **platforms: default(*args)
+    monkeypatch.setattr(jax.lax, "platform_dependent", elsewhere)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("layout", ["kernel", "embedding"])
+@pytest.mark.parametrize("name", ["nothing", "label_smoothing", "all"])
+def test_what_accelerators_run(name, layout, reduction, as_elsewhere):
+    blocks = BLOCKS[2] if reduction == "none" else BLOCKS[1]
+    assert_by_the_book(layout, True, ALONE[name], reduction, blocks, True)
+
+
 options = st.fixed_dictionaries(
     {},
     optional={

@@ -45,7 +45,6 @@ from tdjax._cross_entropy.logits import (
     sums_over_words,
 )
 from tdjax._cross_entropy.losses import Terms, losses_of
-from tdjax._cross_entropy.sizes import Sizes
 
 # The statistics of every step
 
@@ -133,23 +132,18 @@ def _empty(x):
 
 
 def _by_platform(run: Callable, head: Head, *arrays):
-    """`run(head, sizes, on_cpu, *arrays)` for the platform that is compiled for."""
-    on_cpu, elsewhere = head.sizes
-    vocabulary: Vocabulary = arrays[0]
-    here = functools.partial(run, head, on_cpu, True)
-    there = functools.partial(run, head, elsewhere, False)
-    if on_cpu == elsewhere and not is_half(vocabulary.params):
-        return here(*arrays)
-    return jax.lax.platform_dependent(*arrays, cpu=here, default=there)
+    """`run(head, *arrays)` for the platform that is compiled for."""
+    on_cpu = functools.partial(run, head)
+    elsewhere = functools.partial(run, head._replace(on_cpu=False))
+    return jax.lax.platform_dependent(*arrays, cpu=on_cpu, default=elsewhere)
 
 
 # Without gradients
 
 
-def _all_sums(
-    head: Head, sizes: Sizes, on_cpu: bool, vocabulary: Vocabulary, hidden, labels
-) -> Sums:
+def _all_sums(head: Head, vocabulary: Vocabulary, hidden, labels) -> Sums:
     """The sums of every step."""
+    sizes = head.block
 
     def of_chunk(carry, rows):
         (hidden, labels), size = rows, sizes.forward_words
@@ -157,7 +151,7 @@ def _all_sums(
         return carry, sums_over_words(head, chunk, hidden, labels, size)
 
     params = vocabulary.params
-    if on_cpu and "embedding" in params and is_half(params):
+    if head.on_cpu and "embedding" in params and is_half(params):
         params = in_both_layouts(params)
     chunks = in_chunks((hidden, labels), sizes.forward_rows)
     _, sums = jax.lax.scan(of_chunk, params, chunks)

@@ -33,7 +33,6 @@ from tdjax._cross_entropy.logits import (
     times_transposed_kernel,
 )
 from tdjax._cross_entropy.losses import Terms, losses_of
-from tdjax._cross_entropy.sizes import Sizes
 
 ONE_PER_ROW: dict[str, Any] = {
     "mode": "drop",
@@ -58,12 +57,7 @@ class Rows(NamedTuple):
 
 
 def gradients_of(
-    head: Head,
-    sizes: Sizes,
-    on_cpu: bool,
-    vocabulary: Vocabulary,
-    rows: Rows,
-    terms: Terms | None = None,
+    head: Head, vocabulary: Vocabulary, rows: Rows, terms: Terms | None = None
 ) -> tuple[Any, Any]:
     """`((d_params, d_hidden), statistics)` of a weighted loss, or of cotangents.
 
@@ -74,7 +68,7 @@ def gradients_of(
     params, hidden, steps = vocabulary.params, rows.hidden, rows.labels.shape[0]
     largest, rows = _scaled_to_one(rows)
     carried = params
-    if on_cpu and is_half(params):
+    if head.on_cpu and is_half(params):
         carried = in_both_layouts(params)
     names = ["kernel" if "kernel" in carried else "embedding", "bias"]
     wide = at_least_float32(hidden.dtype)
@@ -85,11 +79,11 @@ def gradients_of(
         rows, hidden_t = chunk
         words = vocabulary._replace(params=carried)
         d_params, *of_rows = _add_gradients(
-            head, sizes, words, d_params, rows, hidden_t, terms
+            head, words, d_params, rows, hidden_t, terms
         )
         return (d_params, carried), of_rows
 
-    chunks = in_chunks(rows, sizes.rows)
+    chunks = in_chunks(rows, head.block.rows)
     hidden_t = jnp.swapaxes(chunks.hidden, 1, 2) if "kernel" in zeros else None
     # Under a second derivative, store no chunk's logits either.
     body = jax.checkpoint(add_chunk, prevent_cse=False)
@@ -116,16 +110,14 @@ def _scaled_to_one(rows: Rows) -> tuple[Any, Rows]:
     return largest, rows._replace(weights=weights, cotangents=cotangents)
 
 
-def _add_gradients(
-    head: Head, sizes: Sizes, vocabulary: Vocabulary, d_params, rows: Rows, *others
-):
+def _add_gradients(head: Head, vocabulary: Vocabulary, d_params, rows: Rows, *others):
     """Of one chunk of rows, `(d_params, d_hidden, statistics)`.
 
     `d_params` is added to. `others` are the transpose of `hidden`, and the terms.
     """
     hidden, labels = rows.hidden, rows.labels
     hidden_t, terms = others
-    words, size, sums = vocabulary.words, sizes.words, rows.sums
+    words, size, sums = vocabulary.words, head.block.words, rows.sums
 
     def exponentials_of(block: Block, sums: Sums):
         return jnp.exp(block.logits - sums.shift[:, None])
@@ -220,14 +212,14 @@ def _d_logits(
 ):  # fmt: skip
     """The gradient by the logits, as `(d_logits, scale)`: a scale per row, or None.
 
-    Plain cross-entropy leaves the division by the sums to the scale, which later
-    multiplies smaller arrays. Half-precision products round it, so they don't.
+    Plain cross-entropy on a CPU leaves the division by the sums to the scale, which
+    later multiplies smaller arrays. Half-precision products round it, so they don't.
     """
     temperature, cap = vocabulary.temperature, head.logits_soft_cap
-    is_wide = not is_half(vocabulary.params)
+    is_wide = head.on_cpu and not is_half(vocabulary.params)
     if head.is_plain and is_wide and cap is None and temperature is None:
-        at_label = at_labels(exponentials, labels).add(-sums.exp_sum, **ONE_PER_ROW)
-        return at_label, slopes.by_exp
+        at_label = -sums.exp_sum
+        return _added_at_labels(head, exponentials, labels, at_label), slopes.by_exp
     share = slopes.by_exp[:, None]
     if slopes.by_spread is not None:
         shifted = finite_or_zero(block.logits - sums.shift[:, None])
@@ -246,7 +238,16 @@ def _d_logits(
         at_label = at_label * slope(jnp.where(outside, 0, block.label_logit))
     if temperature is not None:
         d_logits, at_label = d_logits / temperature, at_label / temperature
-    return at_labels(d_logits, labels).add(at_label, **ONE_PER_ROW), None
+    return _added_at_labels(head, d_logits, labels, at_label), None
+
+
+def _added_at_labels(head: Head, d_logits, labels, at_label):
+    """With a number added at each row's label, if that is among the words."""
+    if head.on_cpu:
+        return at_labels(d_logits, labels).add(at_label, **ONE_PER_ROW)
+    # Elsewhere this becomes a part of the pass that computes `d_logits`.
+    column = jnp.arange(d_logits.shape[1], dtype=labels.dtype)[None, :]
+    return d_logits + jnp.where(column == labels[:, None], at_label[:, None], 0)
 
 
 def _sum_of_rows(d_logits, narrow, scale):

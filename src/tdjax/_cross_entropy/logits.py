@@ -37,6 +37,9 @@ class Head(NamedTuple):
         "logit_means", "entropies", "predictions".
       is_plain: whether only the log-probabilities have gradients.
       sizes: the sizes of the blocks on a CPU, and those elsewhere.
+      on_cpu: whether this is compiled for a CPU. There, XLA runs one pass over a block
+        after the other, so that what is computed is kept. Elsewhere it is cheaper to
+        compute an exponential again than to store it.
     """
 
     logits_soft_cap: float | None
@@ -45,6 +48,12 @@ class Head(NamedTuple):
     wants: frozenset[str]
     is_plain: bool
     sizes: tuple[Sizes, Sizes]
+    on_cpu: bool = True
+
+    @property
+    def block(self) -> Sizes:
+        """The sizes of the blocks."""
+        return self.sizes[0] if self.on_cpu else self.sizes[1]
 
 
 class Vocabulary(NamedTuple):
@@ -152,8 +161,10 @@ def block_of(head: Head, vocabulary: Vocabulary, hidden, labels) -> Block:
     label_logit = at_labels(products, labels).get(mode="fill", fill_value=0)
     bias = params.get("bias")
     if bias is not None:
-        # Reading the labels' logits first lets the bias be added in place.
-        products, label_logit = jax.lax.optimization_barrier((products, label_logit))
+        if head.on_cpu:
+            # Reading the labels' logits first lets the bias be added in place.
+            both = products, label_logit
+            products, label_logit = jax.lax.optimization_barrier(both)
         label_logit = label_logit + bias.at[labels].get(mode="clip")
         products = products + bias[None, :]
     finish = functools.partial(_finish, head, vocabulary.temperature)
@@ -203,8 +214,10 @@ def sums_of_block(head: Head, vocabulary: Vocabulary, block: Block) -> tuple[Any
     shift = _finite(everywhere)
     exponentials = jnp.exp(block.logits - shift[:, None])
     exp_sum = exponentials.sum(-1)
-    # Else XLA computes the exponentials again for the gradient.
-    exponentials, exp_sum = jax.lax.optimization_barrier((exponentials, exp_sum))
+    if head.on_cpu:
+        # Else XLA computes the exponentials again for the gradient.
+        both = exponentials, exp_sum
+        exponentials, exp_sum = jax.lax.optimization_barrier(both)
     sums = Sums(shift, exp_sum, block.label_logit)
     sums = _add_wanted(head, vocabulary, sums, block, exponentials)
     sums = sums._replace(prediction=prediction)
