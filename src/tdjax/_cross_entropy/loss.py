@@ -132,7 +132,8 @@ def linear_cross_entropy(
       has_aux: whether to return `(loss, aux)` with the log-probabilities, predictions
         and so on of each step (docs/loss.md#what-else-it-knows).
       chunk_size: steps per block. By default, or `"auto"`, a block holds at most a
-        ninth of all logits, or 32 MB on a CPU and 512 MB elsewhere if that is more.
+        ninth of all logits, or 32 MB, or 256 steps if these are at most 128 MB (an
+        eighth, 512 MB, 1024 steps and 1 GB on accelerators).
       vocab_chunk_size: words per block; all by default, except for vocabularies so
         large that a block would have fewer than 256 steps. Chunks of words make the
         gradient compute the logits twice.

@@ -23,17 +23,29 @@ class Chunks(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What suits a kind of device, in logits."""
+    """What suits a kind of device.
+
+    Attributes:
+      little: logits that a block may have at any rate.
+      share: a block may have as many logits as all steps divided by this.
+      enough_rows: so many rows a block may have, if it has not more logits than `much`.
+      rows: it need not have more rows than this.
+      in_cache: logits of a block without gradients, or with words in chunks.
+    """
 
     little: int
-    in_cache: int
+    share: int
+    enough_rows: int
+    much: int
     rows: int
+    in_cache: int
 
 
 # On a CPU a block should not push the gradients out of its caches. Elsewhere it should
-# have thousands of rows, for the matrix units and to read the kernel less often.
-ON_CPU = Memory(little=2**23, in_cache=2**20, rows=512)
-ELSEWHERE = Memory(little=2**27, in_cache=2**26, rows=8192)
+# have thousands of rows, for the matrix units and to read the kernel less often, and
+# split powers of two evenly.
+ON_CPU = Memory(2**23, 9, LEAST_ROWS, 2**25, 512, 2**20)
+ELSEWHERE = Memory(2**27, 8, 1024, 2**28, 8192, 2**26)
 
 
 def block_sizes(
@@ -50,9 +62,9 @@ def _sizes_on(
 ) -> Sizes:
     """Small blocks cost more passes over the kernel's gradient, large ones memory.
 
-    A block may have a ninth of all logits, or `little`, or `most` if that is given.
-    Where that allows too few steps, the words go in chunks too, and the logits are
-    computed twice.
+    A block may have as many logits as `memory` says, or `most` if that is given. Where
+    that allows too few steps, the words go in chunks too, and the logits are computed
+    twice.
     """
     in_cache = memory.in_cache if most is None else min(memory.in_cache, most)
     little = memory.little if most is None else most
@@ -61,7 +73,8 @@ def _sizes_on(
     elif rows is None:
         bound = little // words
         if most is None:
-            bound = max(bound, -(-steps // 9))
+            enough = min(memory.enough_rows, memory.much // words)
+            bound = max(bound, enough, -(-steps // memory.share))
         rows = min(max(memory.rows, features), bound)
         if columns is None and bound < min(LEAST_ROWS, steps):
             columns = max(in_cache // 1024, 128)
