@@ -81,6 +81,8 @@ def rows(case: Vocabulary, of: str, effort) -> list[Row]:
         programs[FLOOR] = _unchecked(_three_products, args)
     for name, chunked in {"PyTorch": False, "PyTorch, chunked": True}.items():
         try:
+            if chunked and case.words > 128_000:
+                raise NotImplementedError("it takes half a minute")
             programs[name] = TorchLoss(args, of, chunked).program()
         except (ImportError, NotImplementedError) as error:
             missing.append({**about, "candidate": name, "missing": str(error)})

@@ -61,15 +61,16 @@ def gradients_of(
 ) -> tuple[Any, Any]:
     """`((d_params, d_hidden), statistics)` of a weighted loss, or of cotangents.
 
-    Weights and cotangents are first scaled to at most 1. The tiny weights of a mean
-    over many steps would make half-precision `d_logits` of small probabilities vanish.
-    Float16 gradients stay float32 here, so that loss scaling can still save small ones.
+    In half precision, weights and cotangents are first scaled to at most 1. The tiny
+    weights of a mean over many steps would make `d_logits` of small probabilities
+    vanish. Float16 gradients stay float32 here, so that loss scaling can still save
+    small ones.
     """
     params, hidden, steps = vocabulary.params, rows.hidden, rows.labels.shape[0]
-    largest, rows = _scaled_to_one(rows)
-    carried = params
-    if head.on_cpu and is_half(params):
-        carried = in_both_layouts(params)
+    carried, largest = params, None
+    if is_half(params):
+        largest, rows = _scaled_to_one(rows)
+        carried = in_both_layouts(params) if head.on_cpu else params
     names = ["kernel" if "kernel" in carried else "embedding", "bias"]
     wide = at_least_float32(hidden.dtype)
     zeros = {n: jnp.zeros_like(carried[n], dtype=wide) for n in names if n in carried}
@@ -93,8 +94,8 @@ def gradients_of(
         d_params["embedding"] = d_params.pop("kernel").T
 
     def unscale(gradient, x):
-        keep_wide = x.dtype == jnp.float16
-        return (largest * gradient).astype(gradient.dtype if keep_wide else x.dtype)
+        gradient = gradient if largest is None else largest * gradient
+        return gradient if x.dtype == jnp.float16 else gradient.astype(x.dtype)
 
     d_params = jax.tree.map(unscale, d_params, params)
     return (d_params, unscale(d_hidden, hidden)), statistics
