@@ -134,7 +134,7 @@ def _add_gradients(head: Head, vocabulary: Vocabulary, d_params, rows: Rows, *ot
             head, vocabulary, block, exponentials, sums, labels, slopes
         )
         product = _Product(hidden, hidden_t, d_logits, scale)
-        return *product.added(vocabulary.params, d_params, 0), statistics
+        return *product.added(head, vocabulary.params, d_params, 0), statistics
 
     if sums is None:
         sums = sums_over_words(head, vocabulary, hidden, labels, size)
@@ -149,7 +149,7 @@ def _add_gradients(head: Head, vocabulary: Vocabulary, d_params, rows: Rows, *ot
             head, chunk, block, exponentials, sums, local, slopes
         )
         product = _Product(hidden, hidden_t, d_logits, scale)
-        d_params, d_chunk = product.added(chunk.params, d_params, start)
+        d_params, d_chunk = product.added(head, chunk.params, d_params, start)
         return d_params, d_hidden + d_chunk
 
     zeros = (d_params, jnp.zeros_like(hidden, dtype=sums.shift.dtype))
@@ -251,13 +251,18 @@ def _added_at_labels(head: Head, d_logits, labels, at_label):
     return d_logits + jnp.where(column == labels[:, None], at_label[:, None], 0)
 
 
-def _sum_of_rows(d_logits, narrow, scale):
-    """`(words,)`: the sum over rows, as a product with a vector where that is exact."""
-    if narrow.dtype != d_logits.dtype:
+def _sum_of_rows(head: Head, d_logits, scale, is_half: bool):
+    """`(words,)`: the sum over rows, each times its scale."""
+    if not is_half:
+        if scale is None:
+            scale = jnp.ones(d_logits.shape[0], d_logits.dtype)
+        return jnp.matmul(scale, d_logits)
+    if not head.on_cpu:
         return d_logits.sum(0)
-    if scale is None:
-        scale = jnp.ones(d_logits.shape[0], d_logits.dtype)
-    return jnp.matmul(scale, d_logits)
+    # Half-precision programs have no products of float32, and on a CPU XLA's own sum
+    # takes as long as the products of the gradient.
+    add = lambda total, row: (total + row, None)
+    return jax.lax.scan(add, jnp.zeros_like(d_logits[0]), d_logits)[0]
 
 
 class _Product(NamedTuple):
@@ -268,7 +273,9 @@ class _Product(NamedTuple):
     d_logits: Any
     scale: Any
 
-    def added(self, params: Params, d_params: Params, start) -> tuple[Params, Any]:
+    def added(
+        self, head: Head, params: Params, d_params: Params, start
+    ) -> tuple[Params, Any]:
         """`(d_params, d_hidden)`, `d_params` added to from word `start` on."""
         hidden, d_logits, scale = self.hidden, self.d_logits, self.scale
         hidden_t: Any = self.hidden_t
@@ -284,7 +291,8 @@ class _Product(NamedTuple):
         else:
             d_words["embedding"] = product(narrow.T, hidden)
         if "bias" in params:
-            d_words["bias"] = _sum_of_rows(d_logits, narrow, scale)
+            is_half = narrow.dtype != wide
+            d_words["bias"] = _sum_of_rows(head, d_logits, scale, is_half)
         d_params = {
             name: add_at(x, d_words[name], start, AXIS_OF_WORDS[name])
             for name, x in d_params.items()
