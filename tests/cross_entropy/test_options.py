@@ -1,6 +1,7 @@
 """All options of the softmax head, alone and crossed, in float64, by the book."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -100,9 +101,22 @@ def assert_by_the_book(layout, bias, options, reduction, blocks, traced):
         assert not np.any(of_classes)
 
 
-@pytest.mark.parametrize("layout", ["kernel", "embedding"])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("name", ALONE)
+REDUCTIONS, LAYOUTS = ["mean", "sum", "none"], ["kernel", "embedding"]
+CASES = [*itertools.product(ALONE, REDUCTIONS, LAYOUTS)]
+
+
+def some_quick(cases, step, count):
+    """The cases as parameters; every `step`-th is quick, `count` of them, others slow."""
+    quick = [(step * i) % len(cases) for i in range(count)]
+    return [
+        case if i in quick else pytest.param(*case, marks=pytest.mark.slow)
+        for i, case in enumerate(cases)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "reduction", "layout"), some_quick(CASES, 7, len(ALONE))
+)
 def test_each_option_alone_and_all_together(name, reduction, layout):
     blocks = BLOCKS[(len(name) + len(reduction)) % len(BLOCKS)]
     assert_by_the_book(layout, True, ALONE[name], reduction, blocks, True)
@@ -115,9 +129,12 @@ def as_elsewhere(monkeypatch):
     monkeypatch.setattr(jax.lax, "platform_dependent", elsewhere)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("layout", ["kernel", "embedding"])
-@pytest.mark.parametrize("name", ["nothing", "label_smoothing", "all"])
+@pytest.mark.parametrize(
+    ("name", "layout", "reduction"),
+    some_quick(
+        [*itertools.product(["nothing", "all"], LAYOUTS, ["mean", "none"])], 3, 3
+    ),
+)
 def test_what_accelerators_run(name, layout, reduction, as_elsewhere):
     blocks = BLOCKS[2] if reduction == "none" else BLOCKS[1]
     assert_by_the_book(layout, True, ALONE[name], reduction, blocks, True)
@@ -150,9 +167,12 @@ def test_all_options_crossed(layout, bias, options, reduction, blocks, traced):
 # What else it knows
 
 
-@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("name", ["nothing", "mask", "all"])
+@pytest.mark.parametrize(
+    ("name", "reduction", "blocks"),
+    some_quick(
+        [*itertools.product(["nothing", "mask", "all"], ["mean", "none"], BLOCKS)], 7, 5
+    ),
+)
 def test_aux(name, reduction, blocks):
     params, hidden, labels = make()
     given = {**ALONE[name], "reduction": reduction}
@@ -180,7 +200,7 @@ def test_aux(name, reduction, blocks):
         assert_trees_close(tuple(known), want[1], TIGHT, TIGHT)
 
 
-@pytest.mark.parametrize("words", [1, 7, 12, 36, 97])
+@pytest.mark.parametrize("words", [1, 12, 97])
 @pytest.mark.parametrize("blocks", [{}, {"vocab_chunk_size": 5}], ids=str)
 def test_equally_likely_words_predict_the_first(words, blocks):
     params, hidden, labels = make(words=words, bias=False)
@@ -241,11 +261,68 @@ def test_a_padded_vocabulary_is_smoothed_over_the_words_of_weight_one():
         assert not np.any(gradient["kernel"][:, 9:])
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_label_outside_the_vocabulary_is_nan_with_class_weights(reduction):
+    params, hidden, labels = make(dtype=np.float32)
+    labels[1, 2] = V
+    weights = np.ones(V, np.float32)
+    loss = functools.partial(
+        tdjax.linear_cross_entropy, class_weights=weights, reduction=reduction
+    )
+    got = jax.jit(loss)(params, hidden, labels)
+    where = np.arange(B * T).reshape(B, T) == T + 2
+    np.testing.assert_array_equal(np.isnan(got), where if got.ndim else True)
+
+
+def test_masked_labels_that_are_banned_leave_the_weights_gradient():
+    params, hidden, labels = make()
+    params["bias"][0] = -np.inf
+    mask, labels = some_mask(), np.maximum(labels, 1)
+    with x64():
+        grad = lambda loss: jax.jit(
+            jax.grad(lambda w: loss(params, hidden, labels, mask=mask, weights=w))
+        )(np.ones((B, T)))
+        book = lambda *args, **options: cross_entropy(*args, **options)[0]
+        got = grad(tdjax.linear_cross_entropy)
+        few = {name: x[..., 1:] for name, x in params.items()}
+        want = jax.grad(lambda w: book(few, hidden, labels - 1, mask=mask, weights=w))(
+            np.ones((B, T))
+        )
+        np.testing.assert_allclose(got, want, TIGHT, TIGHT)
+
+
+@pytest.mark.parametrize("blocks", [{}, {"vocab_chunk_size": 5}], ids=str)
+def test_smoothing_keeps_its_digits_at_large_logits(blocks):
+    params, hidden, labels = make(dtype=np.float32)
+    loss = functools.partial(
+        tdjax.linear_cross_entropy, hidden=hidden, labels=labels, label_smoothing=0.5,
+        **blocks,
+    )  # fmt: skip
+    far = {**params, "bias": np.full(V, 1e5, np.float32)}
+    near = {**params, "bias": np.zeros(V, np.float32)}
+    # The logits themselves are rounded to 1e5 times 6e-8.
+    np.testing.assert_allclose(loss(far), loss(near), atol=5e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e5])
+def test_class_weights_do_not_leave_the_range_of_float16(scale):
+    params, hidden, labels = make(dtype=np.float16)
+    grad = lambda weights: jax.grad(
+        lambda params: tdjax.linear_cross_entropy(
+            params, hidden, labels, class_weights=weights, label_smoothing=0.1
+        )
+    )(params)["kernel"].astype(np.float32)
+    got, want = grad(jnp.full(V, scale)), grad(jnp.ones(V))
+    np.testing.assert_allclose(got, want, 2e-3, 2e-4)
+
+
 # Packing
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("capacity", [10, 13, B * T, 100])
+@pytest.mark.parametrize(
+    "capacity", [10, pytest.param(13, marks=pytest.mark.slow), 100]
+)
 def test_packed_steps_give_the_same(capacity, reduction):
     params, hidden, labels = make()
     given = {**ALONE["all"], "reduction": reduction, "has_aux": True}
@@ -303,19 +380,25 @@ def test_steps_beyond_the_capacity_are_nan():
 # Log-probabilities and entropies
 
 
-@pytest.mark.parametrize("layout", ["kernel", "embedding"])
-@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+OF_LOG_PROBS = {
+    "nothing": {},
+    "temperature": {"temperature": 0.7},
+    "logits_soft_cap": {"logits_soft_cap": 2.0},
+    "mask": {"mask": some_mask()},
+    "all": {
+        "temperature": 1.5, "logits_soft_cap": 3.0, "mask": some_mask(),
+        "ignore_class": 3,
+    },
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "given",
-    [
-        {}, {"temperature": 0.7}, {"logits_soft_cap": 2.0}, {"mask": some_mask()},
-        {"temperature": 1.5, "logits_soft_cap": 3.0, "mask": some_mask(),
-         "ignore_class": 3},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_log_probs_and_entropies(given, blocks, layout):
+    ("name", "blocks", "layout"),
+    some_quick([*itertools.product(OF_LOG_PROBS, BLOCKS, LAYOUTS)], 11, 6),
+)
+def test_log_probs_and_entropies(name, blocks, layout):
     params, hidden, labels = make(layout)
+    given = OF_LOG_PROBS[name]
     rng = np.random.default_rng(5)
     by_log_probs, by_entropies = rng.normal(size=(2, B, T))
     temperature = given.get("temperature", 1.0)

@@ -47,10 +47,19 @@ def lowered(fun, *args, platform="cpu"):
     return exported.mlir_module()
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize(
+    "platform",
+    ["cpu", "cuda", *(pytest.param(p, marks=pytest.mark.slow) for p in PLATFORMS[2:])],
+)
 @pytest.mark.parametrize("blocks", [{}, {"chunk_size": 8, "vocab_chunk_size": 32}])
-@pytest.mark.parametrize("layout", ["kernel", "embedding"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [
+        ("bfloat16", "kernel"),
+        ("float16", "embedding"),
+        pytest.param("bfloat16", "embedding", marks=pytest.mark.slow),
+    ],
+)
 def test_half_precision_products_are_summed_in_float32(dtype, layout, blocks, platform):
     args = make(layout, dtype)
     short = {"bfloat16": "bf16", "float16": "f16"}[dtype]

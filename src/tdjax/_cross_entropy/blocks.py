@@ -44,7 +44,7 @@ from tdjax._cross_entropy.logits import (
     is_half,
     sums_over_words,
 )
-from tdjax._cross_entropy.losses import Terms, losses_of
+from tdjax._cross_entropy.losses import Terms, weighted_losses
 
 # The statistics of every step
 
@@ -53,12 +53,12 @@ from tdjax._cross_entropy.losses import Terms, losses_of
 def statistics_of_steps(head: Head, vocabulary: Vocabulary, hidden, labels):
     """`Statistics` of every step; the backward pass computes the logits again."""
     sums = _by_platform(_all_sums, head, vocabulary, hidden, labels)
-    return sums.statistics(head.words)
+    return sums.statistics(head, vocabulary)
 
 
 def _statistics_forward(head, vocabulary, hidden, labels):
     sums = _by_platform(_all_sums, head, vocabulary, hidden, labels)
-    return sums.statistics(head.words), (vocabulary, hidden, labels, sums)
+    return sums.statistics(head, vocabulary), (vocabulary, hidden, labels, sums)
 
 
 def _statistics_backward(head, residuals, cotangents):
@@ -86,7 +86,7 @@ def weighted_loss(
     Only the first result has gradients.
     """
     sums = _by_platform(_all_sums, head, vocabulary, hidden, labels)
-    statistics = sums.statistics(head.words)
+    statistics = sums.statistics(head, vocabulary)
     return _weighted_sum(weights, terms, statistics), statistics
 
 
@@ -116,9 +116,7 @@ weighted_loss.defvjp(_weighted_loss_forward, _weighted_loss_backward)
 
 
 def _weighted_sum(weights, terms: Terms, statistics: Statistics):
-    losses = losses_of(terms, statistics)
-    # A masked step may have an infinite loss, where the bias bans its label.
-    return jnp.sum(jnp.where(weights == 0, 0, weights * losses))
+    return jnp.sum(weighted_losses(weights, terms, statistics))
 
 
 def _of_all_devices(head: Head, cotangents):

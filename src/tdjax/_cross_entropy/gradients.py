@@ -69,7 +69,7 @@ def gradients_of(
     params, hidden, steps = vocabulary.params, rows.hidden, rows.labels.shape[0]
     carried, largest = params, None
     if is_half(params):
-        largest, rows = _scaled_to_one(rows)
+        largest, rows = _scaled_to_one(rows, vocabulary.class_weights)
         carried = in_both_layouts(params) if head.on_cpu else params
     names = ["kernel" if "kernel" in carried else "embedding", "bias"]
     wide = at_least_float32(hidden.dtype)
@@ -101,11 +101,16 @@ def gradients_of(
     return (d_params, unscale(d_hidden, hidden)), statistics
 
 
-def _scaled_to_one(rows: Rows) -> tuple[Any, Rows]:
-    """`(largest, rows)`: weights or cotangents divided by the largest of them."""
+def _scaled_to_one(rows: Rows, class_weights) -> tuple[Any, Rows]:
+    """`(largest, rows)`: weights or cotangents divided by the largest of them.
+
+    With class weights, by the largest product.
+    """
     given = rows.weights, rows.cotangents
     sizes = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(given)]
     largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, sizes))
+    if class_weights is not None and rows.cotangents is None:
+        largest *= jnp.max(jnp.abs(class_weights))
     largest = jnp.where(largest > 0, largest, 1)
     weights, cotangents = jax.tree.map(lambda x: x / largest, given)
     return largest, rows._replace(weights=weights, cotangents=cotangents)
@@ -129,7 +134,7 @@ def _add_gradients(head: Head, vocabulary: Vocabulary, d_params, rows: Rows, *ot
             exponentials, sums = sums_of_block(head, vocabulary, block)
         else:
             exponentials = exponentials_of(block, sums)
-        slopes, statistics = _slopes(head, rows, terms, sums)
+        slopes, statistics = _slopes(head, vocabulary, rows, terms, sums)
         d_logits, scale = _d_logits(
             head, vocabulary, block, exponentials, sums, labels, slopes
         )
@@ -138,7 +143,7 @@ def _add_gradients(head: Head, vocabulary: Vocabulary, d_params, rows: Rows, *ot
 
     if sums is None:
         sums = sums_over_words(head, vocabulary, hidden, labels, size)
-    slopes, statistics = _slopes(head, rows, terms, sums)
+    slopes, statistics = _slopes(head, vocabulary, rows, terms, sums)
 
     def add_word_chunk(carry, start, count):
         d_params, d_hidden = carry
@@ -171,18 +176,20 @@ class Slopes(NamedTuple):
     by_mean: Any
 
 
-def _slopes(head: Head, rows: Rows, terms: Terms | None, sums: Sums):
+def _slopes(
+    head: Head, vocabulary: Vocabulary, rows: Rows, terms: Terms | None, sums: Sums
+):
     """`(slopes, statistics)`; the latter only of a weighted loss."""
     if terms is None:
         sums = _with_filled_rows(sums, rows.cotangents)
-        statistics = sums.statistics(head.words)
-        return _slopes_of(head, rows.cotangents, statistics, sums), None
-    statistics = sums.statistics(head.words)
+        statistics = sums.statistics(head, vocabulary)
+        return _slopes_of(head, vocabulary, rows.cotangents, statistics, sums), None
+    statistics = sums.statistics(head, vocabulary)
     terms = terms._replace(label_weights=rows.label_weights)
     smooth = statistics._replace(predictions=None)
     pullback = jax.vjp(functools.partial(losses_of, terms), smooth)[1]
     (cotangents,) = pullback(rows.weights)
-    return _slopes_of(head, cotangents, statistics, sums), statistics
+    return _slopes_of(head, vocabulary, cotangents, statistics, sums), statistics
 
 
 def _with_filled_rows(sums: Sums, cotangents: Statistics) -> Sums:
@@ -193,7 +200,9 @@ def _with_filled_rows(sums: Sums, cotangents: Statistics) -> Sums:
     return sums._replace(exp_sum=jnp.where(is_filling, 1, sums.exp_sum))
 
 
-def _slopes_of(head: Head, cotangents: Statistics, statistics, sums: Sums) -> Slopes:
+def _slopes_of(
+    head: Head, vocabulary: Vocabulary, cotangents: Statistics, statistics, sums: Sums
+) -> Slopes:
     by_softmax = cotangents.log_normalizers - cotangents.log_probs
     by_spread = by_mean = None
     if "entropies" in head.wants:
@@ -201,8 +210,9 @@ def _slopes_of(head: Head, cotangents: Statistics, statistics, sums: Sums) -> Sl
         of_entropy = jnp.log(sums.exp_sum) - statistics.entropies
         by_softmax += cotangents.entropies * of_entropy
         by_spread = -cotangents.entropies / sums.exp_sum
-    if "logit_means" in head.wants:
-        by_mean = cotangents.logit_means / head.words
+    if "mean_log_probs" in head.wants:
+        by_softmax -= vocabulary.mean_weight * cotangents.mean_log_probs
+        by_mean = cotangents.mean_log_probs / head.words
     by_exp = by_softmax / sums.exp_sum
     return Slopes(by_exp, by_spread, cotangents.log_probs, by_mean)
 

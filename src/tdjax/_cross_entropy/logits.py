@@ -34,7 +34,7 @@ class Head(NamedTuple):
       words: those of all devices.
       word_axes: the mesh axes that split the words.
       wants: which statistics are asked for beside log-probabilities and normalizers:
-        "logit_means", "entropies", "predictions".
+        "mean_log_probs", "entropies", "predictions".
       is_plain: whether only the log-probabilities have gradients.
       sizes: the sizes of the blocks on a CPU, and those elsewhere.
       on_cpu: whether this is compiled for a CPU. There, XLA runs one pass over a block
@@ -62,13 +62,21 @@ class Vocabulary(NamedTuple):
     Attributes:
       params: `{"kernel": (features, words)}` or `{"embedding": (words, features)}`, or
         both, and maybe `"bias": (words,)`.
-      class_weights: `(words,)` or None; they weigh the sums of logits.
+      class_weights: `(words,)` or None; they weigh the mean of log-probabilities.
+      mean_weight: `()`, the mean of the class weights over the words of all devices.
       temperature: `()` or None; divides the logits.
     """
 
     params: Params
     class_weights: Any = None
+    mean_weight: Any = 1.0
     temperature: Any = None
+
+    @property
+    def weight_sum(self):
+        """The sum of the class weights of these words."""
+        weights = self.class_weights
+        return float(self.words) if weights is None else jnp.sum(weights)
 
     @property
     def words(self) -> int:
@@ -85,7 +93,7 @@ class Vocabulary(NamedTuple):
             for name, x in arrays.items()
         }
         class_weights = taken.pop("class_weights")
-        return Vocabulary(taken, class_weights, self.temperature)
+        return self._replace(params=taken, class_weights=class_weights)
 
 
 class Block(NamedTuple):
@@ -105,9 +113,10 @@ class Sums(NamedTuple):
       shift: the largest logit, or 0 if every word is banned.
       exp_sum: the sum of `exp(logit - shift)`.
       label_logit: NaN until the label is among the words.
-      logit_sum: the sum of `class_weight * logit`, or None.
+      logit_sum: the sum of `class_weight * (logit - shift)`, or None.
       spread: the sum of `exp(logit - shift) * (logit - shift)`, or None.
       prediction: the first of the most likely words, or None.
+      weight_sum: `()`, the sum of the class weights so far, or None.
 
     Shift and sum are kept apart: at logits of 1e5 their combined log has lost the
     digits that tell a probability of 1/2 from one of 1/3.
@@ -119,18 +128,20 @@ class Sums(NamedTuple):
     logit_sum: Any = None
     spread: Any = None
     prediction: Any = None
+    weight_sum: Any = None
 
-    def statistics(self, words: int) -> "Statistics":
-        """Of a vocabulary of so many words."""
+    def statistics(self, head: Head, vocabulary: Vocabulary) -> "Statistics":
         log_sum = jnp.log(self.exp_sum)
-        mean = None if self.logit_sum is None else self.logit_sum / words
+        mean = None
+        if self.logit_sum is not None:
+            mean = self.logit_sum / head.words - vocabulary.mean_weight * log_sum
         entropy = None
         if self.spread is not None:
             entropy = log_sum - self.spread / self.exp_sum
         return Statistics(
             log_probs=(self.label_logit - self.shift) - log_sum,
             log_normalizers=log_sum + self.shift,
-            logit_means=mean,
+            mean_log_probs=mean,
             entropies=entropy,
             predictions=self.prediction,
         )
@@ -142,14 +153,14 @@ class Statistics(NamedTuple):
     Attributes:
       log_probs: of the labels.
       log_normalizers: the log of the softmax's denominator.
-      logit_means: over all words, the logits times their class weights.
+      mean_log_probs: the mean over all words of `class_weight * log_prob`.
       entropies: of the words' distribution, in nats.
       predictions: the most likely words, int32.
     """
 
     log_probs: Any
     log_normalizers: Any
-    logit_means: Any = None
+    mean_log_probs: Any = None
     entropies: Any = None
     predictions: Any = None
 
@@ -251,9 +262,10 @@ def sums_over_words(
 
     zeros = jnp.zeros_like(labels, dtype=at_least_float32(hidden.dtype))
     optional = {
-        "logit_sum": zeros if "logit_means" in head.wants else None,
+        "logit_sum": zeros if "mean_log_probs" in head.wants else None,
         "spread": zeros if "entropies" in head.wants else None,
         "prediction": labels * 0 if "predictions" in head.wants else None,
+        "weight_sum": jnp.sum(zeros) if "mean_log_probs" in head.wants else None,
     }
     # A label outside the vocabulary leaves NaN.
     start = zeros - jnp.inf, Sums(zeros, zeros, zeros + jnp.nan, **optional)
@@ -303,20 +315,30 @@ def _shifted(sums: Sums, largest, shift) -> Sums:
     spread = sums.spread
     if spread is not None:
         spread = ratio * (spread + (sums.shift - shift) * sums.exp_sum)
-    return sums._replace(shift=shift, exp_sum=ratio * sums.exp_sum, spread=spread)
+    logit_sum = sums.logit_sum
+    if logit_sum is not None:
+        logit_sum = logit_sum + (sums.shift - shift) * sums.weight_sum
+    exp_sum = ratio * sums.exp_sum
+    return sums._replace(
+        shift=shift, exp_sum=exp_sum, spread=spread, logit_sum=logit_sum
+    )
 
 
 def _add_wanted(head: Head, vocabulary, sums: Sums, block: Block, exponentials) -> Sums:
     """Adds the block's logits, and its spread, where they are asked for."""
-    logit_sum, spread = sums.logit_sum, sums.spread
-    if "logit_means" in head.wants:
-        of_block = weighed(vocabulary.class_weights, block.logits).sum(-1)
+    if not head.wants & {"mean_log_probs", "entropies"}:
+        return sums
+    logit_sum, spread, weight_sum = sums.logit_sum, sums.spread, sums.weight_sum
+    shifted = block.logits - sums.shift[:, None]
+    if "mean_log_probs" in head.wants:
+        of_block = weighed(vocabulary.class_weights, shifted).sum(-1)
         logit_sum = of_block if logit_sum is None else logit_sum + of_block
+        if weight_sum is not None:
+            weight_sum = weight_sum + vocabulary.weight_sum
     if "entropies" in head.wants:
-        shifted = block.logits - sums.shift[:, None]
         of_block = (exponentials * finite_or_zero(shifted)).sum(-1)
         spread = of_block if spread is None else spread + of_block
-    return sums._replace(logit_sum=logit_sum, spread=spread)
+    return sums._replace(logit_sum=logit_sum, spread=spread, weight_sum=weight_sum)
 
 
 def weighed(class_weights, logits):
@@ -344,7 +366,7 @@ def _of_all_words(head: Head, words: int, sums: Sums, largest, everywhere) -> Su
     """
     axes = head.word_axes
     if not axes:
-        return sums
+        return sums._replace(weight_sum=None)
     label_logit = jnp.where(jnp.isnan(sums.label_logit), 0, sums.label_logit)
     added = (sums.exp_sum, label_logit, sums.logit_sum, sums.spread)
     exp_sum, label_logit, logit_sum, spread = jax.lax.psum(added, axes)

@@ -32,7 +32,7 @@ from tdjax._cross_entropy.checks import (
 )
 from tdjax._cross_entropy.head import require_head, words_of
 from tdjax._cross_entropy.logits import Head, Statistics
-from tdjax._cross_entropy.losses import Terms, losses_of
+from tdjax._cross_entropy.losses import Terms, weighted_losses
 from tdjax._cross_entropy.mesh import layout_on_mesh
 from tdjax._cross_entropy.sizes import Chunks, block_sizes
 from tdjax._cross_entropy.steps import (
@@ -250,26 +250,26 @@ def _loss_of_steps(
     inputs, steps = vary_together((inputs, steps))
     wide = steps.weights.dtype
     vocabulary = vocabulary_of(inputs, wide)
-    labels, of_labels, mean_weight = steps.labels, None, jnp.ones((), wide)
+    labels, of_labels = steps.labels, None
     if word_axes:
         labels = labels - jax.lax.axis_index(word_axes) * vocabulary.words
     if vocabulary.class_weights is not None:
         of_labels = weights_of_labels(vocabulary.class_weights, labels, word_axes)
         mean_weight = jnp.sum(vocabulary.class_weights) / options.words
         mean_weight = jax.lax.psum(mean_weight, word_axes) if word_axes else mean_weight
+        vocabulary = vocabulary._replace(mean_weight=mean_weight)
     as_wide = lambda x: None if x is None else jnp.asarray(x, wide)
     scalars = {name: as_wide(x) for name, x in inputs.scalars.items()}
     smoothing, z_loss = scalars["label_smoothing"], scalars["z_loss"]
-    terms = Terms(of_labels, mean_weight, smoothing, z_loss)
-    wants = {"logit_means"} if smoothing is not None else set()
+    terms = Terms(of_labels, smoothing, z_loss)
+    wants = {"mean_log_probs"} if smoothing is not None else set()
     wants |= {"predictions"} if options.has_aux else set()
     is_plain = smoothing is None and z_loss is None
     head = head_of(options, steps, vocabulary, frozenset(wants), is_plain, word_axes)
     if options.reduction == "none":
         statistics: Any = statistics_of_steps(head, vocabulary, steps.hidden, labels)
-        losses = steps.weights * losses_of(terms, statistics)
-        # A masked step may have an infinite loss, where the bias bans its label.
-        loss = unflatten(steps, jnp.where(steps.weights == 0, 0, losses))
+        losses = weighted_losses(steps.weights, terms, statistics)
+        loss = unflatten(steps, losses)
     else:
         weights = steps.weights
         if options.reduction == "mean":

@@ -12,15 +12,19 @@ class Terms(NamedTuple):
 
     Attributes:
       label_weights: `(steps,)`, the class weights of the labels, or None.
-      mean_class_weight: `()`.
       label_smoothing: `()`, or None.
       z_loss: `()`, or None.
     """
 
     label_weights: Any
-    mean_class_weight: Any
     label_smoothing: Any
     z_loss: Any
+
+
+def weighted_losses(weights, terms: Terms, statistics: Statistics):
+    """The losses times the steps' weights."""
+    # A masked step may have an infinite loss, where the bias bans its label.
+    return weights * jnp.where(weights == 0, 0, losses_of(terms, statistics))
 
 
 def losses_of(terms: Terms, statistics: Statistics):
@@ -32,14 +36,14 @@ def losses_of(terms: Terms, statistics: Statistics):
     """
     losses = -statistics.log_probs
     if terms.label_weights is not None:
-        # A word of weight 0 may be banned, with an infinite loss.
+        # A word of weight 0 may be banned, with an infinite loss. NaN stays.
         weights = terms.label_weights
-        losses = jnp.where(weights == 0, 0, weights * losses)
+        is_nothing = (weights == 0) & jnp.isposinf(losses)
+        losses = weights * jnp.where(is_nothing, 0, losses)
     normalizers = statistics.log_normalizers
     if terms.label_smoothing is not None:
-        spread = terms.mean_class_weight * normalizers - statistics.logit_means
         share = terms.label_smoothing
-        losses = (1 - share) * losses + share * spread
+        losses = (1 - share) * losses - share * statistics.mean_log_probs
     if terms.z_loss is not None:
         losses = losses + terms.z_loss * normalizers**2
     return losses

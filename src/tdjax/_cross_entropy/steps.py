@@ -129,8 +129,9 @@ def vocabulary_of(inputs: Inputs, wide: Any) -> Vocabulary:
     """The head's arrays; class weights and temperature have no gradient."""
     still = lambda x: None if x is None else jax.lax.stop_gradient(x).astype(wide)
     return Vocabulary(
-        inputs.params, still(inputs.class_weights), still(inputs.scalars["temperature"])
-    )
+        inputs.params, still(inputs.class_weights), jnp.ones((), wide),
+        still(inputs.scalars["temperature"]),
+    )  # fmt: skip
 
 
 def weights_of_labels(class_weights, labels, word_axes: tuple[str, ...]) -> Any:
