@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tdjax
-from helpers import assert_trees_close, x64
+from helpers import assert_trees_close, quick_compile, x64
 from softmax_by_the_book import cross_entropy, log_probs_and_entropies, valid_steps
 
 B, T, F, V = 2, 7, 4, 12
@@ -68,9 +68,11 @@ def differentiated(loss, params, hidden, labels, arrays, static):
         value = loss(params, hidden, labels, **floats, **rest, **static)
         return jnp.sum(jnp.where(value.ndim, cotangents, 1.0) * value)
 
-    value = jax.jit(functools.partial(loss, **rest, **static))
-    gradients = jax.jit(jax.grad(total, (0, 1, 2)))(params, hidden, floats)
-    return value(params, hidden, labels, **floats), gradients
+    value = lambda params, hidden, floats: loss(
+        params, hidden, labels, **floats, **rest, **static
+    )
+    both = lambda *args: (value(*args), jax.grad(total, (0, 1, 2))(*args))
+    return quick_compile(both, params, hidden, floats)
 
 
 def assert_by_the_book(layout, bias, options, reduction, blocks, traced):
@@ -176,28 +178,29 @@ def test_all_options_crossed(layout, bias, options, reduction, blocks, traced):
 def test_aux(name, reduction, blocks):
     params, hidden, labels = make()
     given = {**ALONE[name], "reduction": reduction}
+    loss = functools.partial(
+        tdjax.linear_cross_entropy, hidden=hidden, labels=labels, has_aux=True, **given,
+        **blocks,
+    )  # fmt: skip
+    book = functools.partial(cross_entropy, hidden=hidden, labels=labels, **given)
+
+    def with_gradient(loss):
+        def total(params):
+            value, aux = loss(params)
+            return jnp.sum(value), (value, tuple(aux))
+
+        return jax.value_and_grad(total, has_aux=True)
+
+    of_aux = jax.grad(lambda params: sum(jnp.sum(x) for x in loss(params)[1]))
+    both = lambda params: (loss(params), with_gradient(loss)(params), of_aux(params))
     with x64():
-        want = jax.jit(functools.partial(cross_entropy, **given))(
-            params, hidden, labels
-        )
-        loss = functools.partial(
-            tdjax.linear_cross_entropy, has_aux=True, **given, **blocks
-        )
-        got = jax.jit(loss)(params, hidden, labels)
-        assert_trees_close((got[0], tuple(got[1])), want, TIGHT, TIGHT)
-        assert got[1].predictions.dtype == jnp.int32
-        assert got[1].correct.dtype == bool
-        total = lambda p, loss: jnp.sum(loss(p, hidden, labels)[0])
-        aux = jax.grad(lambda p: sum(jnp.sum(x) for x in loss(p, hidden, labels)[1]))
-        assert not any(np.any(x) for x in jax.tree.leaves(aux(params)))
-        with_aux = jax.value_and_grad(
-            lambda p: (lambda a: (jnp.sum(a[0]), a[1]))(loss(p, hidden, labels)),
-            has_aux=True,
-        )
-        (_, known), gradient = jax.jit(with_aux)(params)
-        book = jax.grad(lambda p: total(p, functools.partial(cross_entropy, **given)))
-        assert_trees_close(gradient, book(params), TIGHT, TIGHT)
-        assert_trees_close(tuple(known), want[1], TIGHT, TIGHT)
+        want = quick_compile(with_gradient(book), params)
+        alone, got, nothing = quick_compile(both, params)
+        assert_trees_close(got, want, TIGHT, TIGHT)
+        assert_trees_close((alone[0], tuple(alone[1])), want[0][1], TIGHT, TIGHT)
+    assert alone[1].predictions.dtype == jnp.int32
+    assert alone[1].correct.dtype == bool
+    assert not any(np.any(x) for x in jax.tree.leaves(nothing))
 
 
 @pytest.mark.parametrize("words", [1, 12, 97])
@@ -229,7 +232,9 @@ def test_nan_is_hidden_where_the_weight_is_zero(reduction):
                 params, hidden, labels, weights=weights, reduction=reduction
             )
         )
-        return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(params, hidden, weights)
+        return quick_compile(
+            jax.value_and_grad(loss, (0, 1, 2)), params, hidden, weights
+        )
 
     assert_trees_close(run(bad, wrong), run(hidden, labels), 0, 0)
 
@@ -337,7 +342,7 @@ def test_packed_steps_give_the_same(capacity, reduction):
             return jnp.sum(loss), (loss, tuple(aux))
 
         grad = jax.value_and_grad(total, (0, 1, 2), has_aux=True)
-        return jax.jit(grad)(params, hidden, given["weights"])
+        return quick_compile(grad, params, hidden, given["weights"])
 
     with x64():
         got, want = run(bad, capacity=capacity), run(hidden)
@@ -414,7 +419,7 @@ def test_log_probs_and_entropies(name, blocks, layout):
             return sums, tuple(results)
 
         grad = jax.value_and_grad(total, (0, 1), has_aux=True)
-        return jax.jit(grad)(params, hidden, temperature)
+        return quick_compile(grad, params, hidden, temperature)
 
     with x64():
         got = run(tdjax.linear_log_probs, **blocks)
