@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tdjax
-from helpers import assert_trees_close, integers, normal, x64
+from helpers import assert_trees_close, integers, normal, quick_compile, x64
 
 B, T, F, V = 2, 9, 4, 7
 OPTIONS = [
@@ -66,7 +66,7 @@ def value_and_gradients(loss, params, hidden, labels, **options):
     def total(params, hidden):
         return jnp.sum(weights * loss(params, hidden, labels, **options))
 
-    return jax.jit(jax.value_and_grad(total, (0, 1)))(params, hidden)
+    return quick_compile(jax.value_and_grad(total, (0, 1)), params, hidden)
 
 
 def assert_as_optax(params, hidden, labels, tolerance, *many_sizes, **options):
@@ -87,6 +87,7 @@ def assert_as_optax(params, hidden, labels, tolerance, *many_sizes, **options):
 # Agreement
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_in_float64_it_is_optax_to_the_last_digits(options, reduction):
