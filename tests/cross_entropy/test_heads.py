@@ -178,6 +178,9 @@ def test_boxed_linen_params_are_a_head(key):
          TypeError, "logits_soft_cap is a field"),
         (lambda: tdjax.linear_cross_entropy(nnx.LoRALinear(F, V, lora_rank=2, rngs=nnx.Rngs(0)), HIDDEN, LABELS),
          TypeError, "got a LoRALinear, whose logits may be others"),
+        (lambda: tdjax.linear_cross_entropy(
+            nnx.Linear(F, V, dot_general=lambda *a, **k: 0, rngs=nnx.Rngs(0)), HIDDEN, LABELS),
+         TypeError, "with JAX's own dot_general"),
     ],
 )  # fmt: skip
 def test_errors(user_errors, make, error, message):

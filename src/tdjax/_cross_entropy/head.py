@@ -95,6 +95,15 @@ def _params_of_module(module: Any) -> tuple[dict[str, Any], Any]:
             f"arrays; got a {kind.__name__}, whose logits may be others. Pass "
             "{'kernel': ..., 'bias': ...} with what its logits are made of."
         )
+    own = getattr(module, "dot_general", jax.lax.dot_general)
+    if own is not jax.lax.dot_general or getattr(
+        module, "preferred_element_type", None
+    ):
+        raise TypeError(
+            f"params must be an nnx.{kind.__name__} with JAX's own dot_general and "
+            "without preferred_element_type, since the loss has its own products. Pass "
+            "its state to ignore them."
+        )
     return {name: getattr(module, name) for name in names}, module.dtype
 
 
