@@ -68,7 +68,7 @@ def _statistics_backward(head, residuals, cotangents):
     gradients = _by_platform(gradients_of, head, vocabulary, rows)[0]
     like = vocabulary.params, hidden
     d_params, d_hidden = jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, like)
-    return Vocabulary(d_params), d_hidden, None
+    return _cotangent(d_params), d_hidden, None
 
 
 statistics_of_steps.defvjp(_statistics_forward, _statistics_backward)
@@ -109,7 +109,7 @@ def _weighted_loss_backward(head, residuals, cotangents):
     d_params, d_hidden = jax.tree.map(scale, gradients, like)
     of_steps = functools.partial(_weighted_sum, statistics=statistics)
     d_weights, d_terms = jax.vjp(of_steps, weights, terms)[1](cotangent)
-    return Vocabulary(d_params), d_hidden, None, d_weights, d_terms
+    return _cotangent(d_params), d_hidden, None, d_weights, d_terms
 
 
 weighted_loss.defvjp(_weighted_loss_forward, _weighted_loss_backward)
@@ -117,6 +117,11 @@ weighted_loss.defvjp(_weighted_loss_forward, _weighted_loss_backward)
 
 def _weighted_sum(weights, terms: Terms, statistics: Statistics):
     return jnp.sum(weighted_losses(weights, terms, statistics))
+
+
+def _cotangent(d_params) -> Vocabulary:
+    """Only the params have a gradient."""
+    return Vocabulary(d_params, class_weights=None, mean_weight=None, temperature=None)
 
 
 def _of_all_devices(head: Head, cotangents):

@@ -166,7 +166,8 @@ def require_capacity(
             f"capacity={capacity} needs something that says which steps are valid: "
             "mask, weights or ignore_class."
         )
-    if not all(x is None or is_concrete(x) for x in (labels, mask, weights)):
+    needed = [mask, weights] if ignore_class is None else [labels, mask, weights]
+    if not all(x is None or is_concrete(x) for x in needed):
         return capacity, None
     valid = np.ones(labels.shape, bool) if mask is None else np.array(mask)
     if weights is not None:

@@ -68,9 +68,9 @@ class Vocabulary(NamedTuple):
     """
 
     params: Params
-    class_weights: Any = None
-    mean_weight: Any = 1.0
-    temperature: Any = None
+    class_weights: Any
+    mean_weight: Any
+    temperature: Any
 
     @property
     def weight_sum(self):

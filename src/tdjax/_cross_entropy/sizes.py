@@ -75,7 +75,7 @@ def _sizes_on(
         if most is None:
             enough = min(memory.enough_rows, memory.much // words)
             bound = max(bound, enough, -(-steps // memory.share))
-        rows = min(max(memory.rows, features), bound)
+        rows = max(min(max(memory.rows, features), bound), 1)
         if columns is None and bound < min(LEAST_ROWS, steps):
             columns = max(in_cache // 1024, 128)
         if columns is not None:
