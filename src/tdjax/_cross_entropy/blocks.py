@@ -150,12 +150,14 @@ def _all_sums(head: Head, vocabulary: Vocabulary, hidden, labels) -> Sums:
 
     def of_chunk(carry, rows):
         (hidden, labels), size = rows, sizes.forward_words
-        chunk = vocabulary._replace(params=carry)
+        chunk = vocabulary._replace(params=carry or vocabulary.params)
         return carry, sums_over_words(head, chunk, hidden, labels, size)
 
-    params = vocabulary.params
+    params, carried = vocabulary.params, {}
     if head.on_cpu and "embedding" in params and is_half(params):
-        params = in_both_layouts(params)
+        carried = in_both_layouts(params)
     chunks = in_chunks((hidden, labels), sizes.forward_rows)
-    _, sums = jax.lax.scan(of_chunk, params, chunks)
+    # Under a second derivative, store no chunk's logits.
+    body = jax.checkpoint(of_chunk, prevent_cse=False)
+    _, sums = jax.lax.scan(body, carried, chunks)
     return jax.tree.map(lambda x: join_chunks(x, labels.shape[0]), sums)

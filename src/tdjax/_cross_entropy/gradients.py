@@ -67,18 +67,19 @@ def gradients_of(
     small ones.
     """
     params, hidden, steps = vocabulary.params, rows.hidden, rows.labels.shape[0]
-    carried, largest = params, None
+    carried, largest = {}, None
     if is_half(params):
         largest, rows = _scaled_to_one(rows, vocabulary.class_weights)
-        carried = in_both_layouts(params) if head.on_cpu else params
-    names = ["kernel" if "kernel" in carried else "embedding", "bias"]
+        carried = in_both_layouts(params) if head.on_cpu else {}
+    used = carried or params
+    names = ["kernel" if "kernel" in used else "embedding", "bias"]
     wide = at_least_float32(hidden.dtype)
-    zeros = {n: jnp.zeros_like(carried[n], dtype=wide) for n in names if n in carried}
+    zeros = {n: jnp.zeros_like(used[n], dtype=wide) for n in names if n in used}
 
     def add_chunk(carry, chunk):
         d_params, carried = carry
         rows, hidden_t = chunk
-        words = vocabulary._replace(params=carried)
+        words = vocabulary._replace(params=carried or params)
         d_params, *of_rows = _add_gradients(
             head, words, d_params, rows, hidden_t, terms
         )
