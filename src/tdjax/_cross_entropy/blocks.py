@@ -40,11 +40,13 @@ from tdjax._cross_entropy.logits import (
     Statistics,
     Sums,
     Vocabulary,
-    in_both_layouts,
-    is_half,
     sums_over_words,
 )
 from tdjax._cross_entropy.losses import Terms, weighted_losses
+from tdjax._cross_entropy.products import (
+    in_both_layouts,
+    is_half,
+)
 
 # The statistics of every step
 

@@ -15,24 +15,26 @@ import jax.numpy as jnp
 from tdjax._checks import at_least_float32
 from tdjax._cross_entropy.chunks import add_at, in_chunks, join_chunks, over_words
 from tdjax._cross_entropy.logits import (
-    AXIS_OF_WORDS,
     Block,
     Head,
-    Params,
     Statistics,
     Sums,
     Vocabulary,
     at_labels,
     block_of,
     finite_or_zero,
-    in_both_layouts,
-    is_half,
     slope_of_cap,
     sums_of_block,
     sums_over_words,
-    times_transposed_kernel,
 )
 from tdjax._cross_entropy.losses import Terms, losses_of
+from tdjax._cross_entropy.products import (
+    AXIS_OF_WORDS,
+    Params,
+    in_both_layouts,
+    is_half,
+    times_transposed_kernel,
+)
 
 ONE_PER_ROW: dict[str, Any] = {
     "mode": "drop",
@@ -238,10 +240,10 @@ def _d_logits(
         share = share + slopes.by_spread[:, None] * shifted
     d_logits = exponentials * share
     if slopes.by_mean is not None:
-        ones = jnp.ones((1, block.logits.shape[1]), d_logits.dtype)
-        class_weights = vocabulary.class_weights
-        by_class = ones if class_weights is None else class_weights[None, :]
-        d_logits = d_logits + slopes.by_mean[:, None] * by_class
+        by_mean = slopes.by_mean[:, None]
+        if vocabulary.class_weights is not None:
+            by_mean = by_mean * vocabulary.class_weights[None, :]
+        d_logits = d_logits + by_mean
     at_label = slopes.at_label
     if cap is not None:
         slope = functools.partial(slope_of_cap, head, temperature)

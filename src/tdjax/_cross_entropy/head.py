@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from tdjax._checks import adapter_of, at_least_float32, describe, require_array
+from tdjax._cross_entropy.products import weight_name
 
 LAYOUTS = {"kernel": "(features, words)", "embedding": "(words, features)"}
 _WANTED = (
@@ -124,7 +125,7 @@ def _path_to(params: Mapping[str, Any]) -> str:
 
 def words_of(params: dict[str, Any]) -> int:
     """The size of the vocabulary."""
-    name = "kernel" if "kernel" in params else "embedding"
+    name = weight_name(params)
     return _sizes(name, params[name])[1]
 
 

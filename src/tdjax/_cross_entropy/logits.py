@@ -2,7 +2,7 @@
 
 A block has the shape `(rows, words)`, and its rows are steps. Of each row a few numbers
 are enough for losses, log-probabilities, entropies and predictions: its `Statistics`.
-They come from the row's sums of exponentials and the like (`Sums`), which words in
+They come from the row's sums over its words (`Sums`), which words in
 chunks add up with a running maximum (Milakov and Gimelshein 2018,
 https://arxiv.org/abs/1805.02867), and which devices that split the words add up by one
 `psum` (`of_all_words`).
@@ -20,10 +20,13 @@ import jax.numpy as jnp
 
 from tdjax._checks import at_least_float32
 from tdjax._cross_entropy.chunks import over_words, slice_axis
+from tdjax._cross_entropy.products import (
+    AXIS_OF_WORDS,
+    Params,
+    times_kernel,
+    weight_name,
+)
 from tdjax._cross_entropy.sizes import Sizes
-
-Params = dict[str, Any]
-AXIS_OF_WORDS = {"kernel": 1, "embedding": 0, "bias": 0, "class_weights": 0}
 
 
 class Head(NamedTuple):
@@ -80,7 +83,7 @@ class Vocabulary(NamedTuple):
 
     @property
     def words(self) -> int:
-        name = "kernel" if "kernel" in self.params else "embedding"
+        name = weight_name(self.params)
         return self.params[name].shape[AXIS_OF_WORDS[name]]
 
     def take(self, start, count: int) -> "Vocabulary":
@@ -168,7 +171,7 @@ class Statistics(NamedTuple):
 def block_of(head: Head, vocabulary: Vocabulary, hidden, labels) -> Block:
     """The logits of all words of `vocabulary`; `labels` count from its first word."""
     params = vocabulary.params
-    products = _times_kernel(hidden, params)
+    products = times_kernel(hidden, params)
     label_logit = at_labels(products, labels).get(mode="fill", fill_value=0)
     bias = params.get("bias")
     if bias is not None:
@@ -182,26 +185,6 @@ def block_of(head: Head, vocabulary: Vocabulary, hidden, labels) -> Block:
     # After the cap, whose derivative at NaN would be NaN.
     inside = (labels >= 0) & (labels < products.shape[1])
     return Block(finish(products), jnp.where(inside, finish(label_logit), jnp.nan))
-
-
-def _times_kernel(hidden, params: Params):
-    wide = at_least_float32(hidden.dtype)
-    if "kernel" in params:
-        return jnp.matmul(hidden, params["kernel"], preferred_element_type=wide)
-    contract = (((1,), (1,)), ((), ()))
-    return jax.lax.dot_general(
-        hidden, params["embedding"], contract, preferred_element_type=wide
-    )
-
-
-def times_transposed_kernel(d_logits, params: Params, wide):
-    """`(rows, words)` -> `(rows, features)`."""
-    if "embedding" in params:
-        return jnp.matmul(d_logits, params["embedding"], preferred_element_type=wide)
-    contract = (((1,), (1,)), ((), ()))
-    return jax.lax.dot_general(
-        d_logits, params["kernel"], contract, preferred_element_type=wide
-    )
 
 
 def _finish(head: Head, temperature, logits):
@@ -388,15 +371,3 @@ def at_labels(x, labels):
     # Negative indices would count from the end.
     columns = jnp.where(labels < 0, x.shape[1], labels)
     return x.at[jnp.arange(x.shape[0]), columns]
-
-
-def is_half(params: Params) -> bool:
-    """Whether the kernel is narrower than float32."""
-    kernel: Any = params.get("kernel", params.get("embedding"))
-    return jnp.finfo(kernel.dtype).bits < 32
-
-
-def in_both_layouts(params: Params) -> Params:
-    """With the kernel and its transpose: as a loop's carry, XLA keeps both."""
-    transposed = {"kernel": "embedding", "embedding": "kernel"}
-    return {**params, **{transposed[n]: x.T for n, x in params.items() if n != "bias"}}

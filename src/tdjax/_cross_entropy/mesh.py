@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from tdjax._checks import is_array
 from tdjax._cross_entropy.head import LAYOUTS
+from tdjax._cross_entropy.products import weight_name
 from tdjax._cross_entropy.steps import Inputs
 from tdjax._mesh import (
     check_sizes,
@@ -157,7 +158,7 @@ def layout_on_mesh(
     of_steps = inputs.hidden, inputs.labels, inputs.mask, inputs.weights
     arrays = [x for x in jax.tree.leaves((of_steps, inputs)) if is_array(x)]
     rank = inputs.labels.ndim
-    name = "kernel" if "kernel" in inputs.params else "embedding"
+    name = weight_name(inputs.params)
     steps: list[Any] = [None] * rank
     kernel: list[Any] = [None, None]
     if sharding is not None:
