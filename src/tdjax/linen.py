@@ -22,6 +22,7 @@ from tdjax._checks import (
     require_array,
     require_layer,
 )
+from tdjax._cross_entropy.linen_head import CrossEntropyHead
 from tdjax._dense import (
     Initializer,
     default_bias_init,
@@ -32,7 +33,6 @@ from tdjax._dense import (
     init_per_step_dense,
     per_step_dense,
 )
-from tdjax._linen_head import CrossEntropyHead
 from tdjax._linen_scopes import (
     adopt,
     call_layer,

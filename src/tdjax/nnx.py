@@ -18,6 +18,7 @@ from tdjax._checks import (
     require_layer,
     require_sizes,
 )
+from tdjax._cross_entropy.nnx_head import CrossEntropyHead
 from tdjax._dense import (
     Initializer,
     default_bias_init,
@@ -26,7 +27,6 @@ from tdjax._dense import (
     init_per_step_dense,
     per_step_dense,
 )
-from tdjax._nnx_head import CrossEntropyHead
 from tdjax._nnx_state import (
     changed,
     check_filter,
