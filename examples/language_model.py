@@ -51,8 +51,8 @@ class LanguageModel(nn.Module):
 
 
 def tied_head(params):
-    """The output layer: the transposed embedding, and a bias."""
-    return {"kernel": params["embed"]["embedding"].T, "bias": params["bias"]}
+    """The output layer: the embedding, and a bias."""
+    return {"embedding": params["embed"]["embedding"], "bias": params["bias"]}
 
 
 def mean_loss(model, params, ids, dropout_key=None, head=None):
@@ -67,7 +67,7 @@ def compare_gradients(model, params, ids):
     gradient = lambda argnums: jax.jit(jax.grad(mean_loss, argnums), static_argnums=0)
     tied = gradient(1)(model, params, ids)["embed"]["embedding"]
     rest, head = gradient((1, 4))(model, params, ids, None, tied_head(params))
-    uses = rest["embed"]["embedding"], head["kernel"].T
+    uses = rest["embed"]["embedding"], head["embedding"]
     norms = [np.linalg.norm(x) for x in (*uses, tied, tied - sum(uses))]
     print("gradient of the table: {:.3f} as embedding, {:.3f} as head,".format(*norms))
     print("{:.3f} tied, which differs by {:.0e} from their sum".format(*norms[2:]))
@@ -127,8 +127,8 @@ def write(model, params, key, prompts, temperature):
 
     def step(state, key):
         carry, hidden = state
-        logits = tdjax.dense(tied_head(params), hidden[:, -1]) / temperature
-        ids = jax.random.categorical(key, logits)
+        logits = hidden[:, -1] @ params["embed"]["embedding"].T + params["bias"]
+        ids = jax.random.categorical(key, logits / temperature)
         return model.apply({"params": params}, ids[:, None], carry), ids
 
     keys = jax.random.split(key, WRITTEN)

@@ -69,7 +69,10 @@ def require_sizes(optional: bool = False, **values: Any) -> list[Any]:
         if optional and value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
-            raise TypeError(f"{name} must be a positive int, got {describe(value)}.")
+            hint = " It sets shapes, so an array won't do." if is_array(value) else ""
+            raise TypeError(
+                f"{name} must be a positive int, got {describe(value)}.{hint}"
+            )
         if value < 1:
             raise ValueError(f"{name} must be a positive int, got {value}.")
     return [None if value is None else int(value) for value in values.values()]

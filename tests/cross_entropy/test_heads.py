@@ -31,7 +31,7 @@ class TiedLinen(nn.Module):
     def setup(self):
         self.embed = nn.Embed(V, F)
         self.head = tdjax.linen.CrossEntropyHead(
-            self.embed, self.logits_soft_cap, self.use_bias
+            self.embed, logits_soft_cap=self.logits_soft_cap, use_bias=self.use_bias
         )
 
     def __call__(self, tokens, labels=None, **options):
@@ -134,6 +134,19 @@ def test_the_soft_cap_of_a_head_is_in_logits_and_loss(key):
         np.testing.assert_allclose(loss, by_optax(module(LABELS)), 1e-5)
 
 
+def test_a_tied_head_computes_in_the_dtype_of_its_embedding(key):
+    """Options that are None are as good as not given."""
+    embed = nnx.Embed(V, F, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    logits = tdjax.nnx.CrossEntropyHead(F, embed)(HIDDEN, mask=None)
+    assert_trees_equal(logits, embed.attend(HIDDEN))
+    wide = tdjax.nnx.CrossEntropyHead(F, embed, dtype=jnp.float32)(HIDDEN)
+    assert (logits.dtype, wide.dtype) == (jnp.bfloat16, jnp.float32)
+    shared = nn.Embed(V, F, dtype=jnp.bfloat16)
+    head = tdjax.linen.CrossEntropyHead(shared)
+    logits = head.apply(head.init(key, HIDDEN), HIDDEN, None, mask=None)
+    assert logits.dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize("kind", ["Linear", "Embed"])
 def test_nnx_modules_and_their_states_are_heads(kind):
     made = {
@@ -173,14 +186,21 @@ def test_boxed_linen_params_are_a_head(key):
         (lambda: tdjax.nnx.CrossEntropyHead(5, nnx.Embed(V, F, rngs=nnx.Rngs(0))), ValueError,
          "in_features must be 4, .* got 5"),
         (lambda: tdjax.nnx.CrossEntropyHead(F, V, rngs=nnx.Rngs(0))(HIDDEN, z_loss=0.1), TypeError,
-         "z_loss are options of the loss"),
+         "labels must be given with z_loss"),
+        (lambda: tdjax.linen.CrossEntropyHead(8, 50), TypeError, "positional"),
+        (lambda: tdjax.linear_cross_entropy(
+            tdjax.nnx.CrossEntropyHead(F, V, rngs=nnx.Rngs(0)), HIDDEN, LABELS),
+         TypeError, r"Call it instead: head\(hidden, labels\)"),
         (lambda: tdjax.nnx.CrossEntropyHead(F, V, rngs=nnx.Rngs(0))(HIDDEN, LABELS, logits_soft_cap=2.0),
          TypeError, "logits_soft_cap is a field"),
         (lambda: tdjax.linear_cross_entropy(nnx.LoRALinear(F, V, lora_rank=2, rngs=nnx.Rngs(0)), HIDDEN, LABELS),
          TypeError, "got a LoRALinear, whose logits may be others"),
         (lambda: tdjax.linear_cross_entropy(
             nnx.Linear(F, V, dot_general=lambda *a, **k: 0, rngs=nnx.Rngs(0)), HIDDEN, LABELS),
-         TypeError, "with JAX's own dot_general"),
+         TypeError, "without dot_general of its own"),
+        (lambda: tdjax.linear_cross_entropy(
+            nnx.Embed(V, F, promote_dtype=lambda args, **_: args, rngs=nnx.Rngs(0)), HIDDEN, LABELS),
+         TypeError, "without promote_dtype of its own"),
     ],
 )  # fmt: skip
 def test_errors(user_errors, make, error, message):

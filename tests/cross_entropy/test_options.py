@@ -267,6 +267,22 @@ def test_a_padded_vocabulary_is_smoothed_over_the_words_of_weight_one():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_schedule_of_smoothing_may_be_at_zero_with_banned_words(reduction):
+    params, hidden, labels = make(dtype=np.float32)
+    params["bias"][9:] = -np.inf
+    loss = functools.partial(
+        tdjax.linear_cross_entropy,
+        hidden=hidden,
+        labels=labels % 9,
+        reduction=reduction,
+    )
+    total = lambda params, share: jnp.sum(loss(params, label_smoothing=share))
+    got = jax.jit(jax.value_and_grad(total))(params, 0.0)
+    want = jax.value_and_grad(functools.partial(total, share=0.0))(params)
+    assert_trees_close(got, want, 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_label_outside_the_vocabulary_is_nan_with_class_weights(reduction):
     params, hidden, labels = make(dtype=np.float32)
     labels[1, 2] = V
@@ -321,7 +337,48 @@ def test_class_weights_do_not_leave_the_range_of_float16(scale):
     np.testing.assert_allclose(got, want, 2e-3, 2e-4)
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e6])
+def test_temperatures_do_not_leave_the_range_of_float16(temperature):
+    """Their gradients are those of other logits, divided by the temperature."""
+    params, hidden, labels = make(dtype=np.float16)
+    wide = jax.tree.map(lambda x: x.astype(np.float32), (params, hidden))
+
+    def gradient(hidden, params):
+        total = lambda hidden: (
+            1e-3 * temperature
+            * tdjax.linear_log_probs(
+                params, hidden, labels, temperature=temperature
+            ).log_probs.sum()
+        )  # fmt: skip
+        return jax.grad(total)(hidden).astype(np.float32)
+
+    got, want = gradient(hidden, params), gradient(*wide[::-1])
+    np.testing.assert_allclose(got, want, 5e-3, 5e-6)
+
+
 # Packing
+
+
+@pytest.mark.parametrize("blocks", [{}, {"max_logits_bytes": 1000}], ids=str)
+def test_batches_without_steps(blocks):
+    params, hidden, labels = make(dtype=np.float32)
+    loss = functools.partial(tdjax.linear_cross_entropy, reduction="sum", **blocks)
+    gradient = jax.jit(jax.grad(loss))(params, hidden[:0], labels[:0])
+    assert not any(np.any(x) for x in jax.tree.leaves(gradient))
+
+
+def test_a_mask_that_is_known_under_jit_is_checked():
+    params, hidden, labels = make(dtype=np.float32)
+    mask = jnp.asarray(some_mask())
+    packed = lambda capacity: jax.jit(
+        lambda hidden: tdjax.linear_cross_entropy(
+            params, hidden, labels, mask=mask, capacity=capacity
+        )
+    )(hidden)
+    want = tdjax.linear_cross_entropy(params, hidden, labels, mask=mask)
+    np.testing.assert_allclose(packed(int(mask.sum())), want, 1e-6)
+    with pytest.raises(ValueError, match="capacity=2 must be at least"):
+        packed(2)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

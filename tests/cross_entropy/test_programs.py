@@ -10,6 +10,7 @@ import pytest
 
 import tdjax
 from helpers import normal
+from tdjax._cross_entropy.sizes import Chunks, block_sizes
 
 STEPS, FEATURES, WORDS = 64, 16, 96
 LABELS = jnp.asarray(np.arange(STEPS) % WORDS)
@@ -133,6 +134,29 @@ def test_the_memory_is_that_of_the_formula_in_the_docs(chunk_size, logits_soft_c
     arrays = 2 if logits_soft_cap is None else 3
     formula = 4 * (arrays * chunk_size * 20_000 + 3 * STEPS * FEATURES)
     assert program.memory_analysis().temp_size_in_bytes < 1.2 * formula
+
+
+def test_a_symbolic_number_of_steps_keeps_the_budget():
+    (steps,) = jax.export.symbolic_shape("steps")
+    budget = Chunks(most_bytes=2**20)
+    for sizes in block_sizes(steps, FEATURES, 100_000, budget, 4):
+        assert 4 * sizes.rows * sizes.words <= 2**20
+        assert 4 * sizes.forward_rows * sizes.forward_words <= 2**20
+        assert sizes.rows >= 256
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_derivatives_keep_no_logits_of_other_chunks(reduction):
+    head, hidden = make("kernel", "float32", words=4096)
+
+    def slope(head, hidden):
+        loss = functools.partial(loss_of, reduction=reduction, max_logits_bytes=2**16)
+        gradient = jax.grad(lambda hidden: jnp.sum(loss(head, hidden)))(hidden)
+        return jnp.sum(gradient**2)
+
+    program = jax.jit(jax.grad(slope, (0, 1))).lower(head, hidden).compile()
+    all_logits = 4 * STEPS * 4096
+    assert program.memory_analysis().temp_size_in_bytes < all_logits
 
 
 def test_schedules_do_not_compile_again():

@@ -73,6 +73,17 @@ def the_gradient_may_be_taken_inside(mesh):
     return close(got, on_one_device(with_gradients(expected), HEAD, HIDDEN)[1], 1e-12)
 
 
+def class_weights_inside(mesh):
+    weights = np.arange(WORDS) % 4 / 2
+    body = lambda *args: loss_of_all(*args, class_weights=weights, label_smoothing=0.1)
+    want = lambda head, hidden: cross_entropy(
+        head, hidden, LABELS, mask=MASK, class_weights=weights, label_smoothing=0.1
+    )[0]
+    want = on_one_device(with_gradients(want), HEAD, HIDDEN)
+    got = jax.jit(with_gradients(inside(mesh, body, check_vma=True)))(*placed(mesh))
+    return close(got, want, 1e-12)
+
+
 def losses_and_masked_mean_inside(mesh):
     def body(head, hidden, labels, mask):
         losses = tdjax.linear_cross_entropy(
@@ -257,6 +268,7 @@ def bad_calls(mesh):
 FACTS = (
     axis_name_is_the_mean_of_all_devices,
     the_gradient_may_be_taken_inside,
+    class_weights_inside,
     losses_and_masked_mean_inside,
     a_mean_of_means_would_be_another_number,
     second_derivatives,

@@ -201,13 +201,23 @@ def sent(mesh, layout, from_types):
     return collectives(compiled.as_text()), list(map(str, shardings))
 
 
-def main(kind, which="some", *layouts):
-    """`which`: "some" sets of options for each layout, "all", or those of "types"."""
+FEW = {
+    "batch and time": "packed",
+    "words": "weights",
+    "batch, features (FSDP)": "log_probs, tied",
+    "batch, features and words": "everything",
+}
+
+
+def main(kind, which="few"):
+    """`which`: one set of options for a "few" layouts; all layouts with "some" sets of
+    options, or "all", or with those of "types"."""
     mesh = jax.make_mesh((4, 2), ("data", "seq"), axis_types=(AxisType[kind],) * 2)
     names, rows = [*OPTIONS], []
     with jax.set_mesh(mesh):
-        for i, layout in enumerate(layouts or LAYOUTS):
+        for i, layout in enumerate(FEW if which == "few" else LAYOUTS):
             chosen = names if which == "all" else [names[i % len(names)], "everything"]
+            chosen = [FEW[layout]] if which == "few" else chosen
             from_types = which == "types"
             deviations = {name: run(mesh, layout, name, from_types) for name in chosen}
             operations, shardings = sent(mesh, layout, from_types)

@@ -70,11 +70,22 @@ def check_weights(weights: Any, labels: Any) -> None:
         hint = " Pass it as mask." if weights.dtype == jnp.bool_ else ""
         raise TypeError(f"weights must be of floats, got {describe(weights)}.{hint}")
     if weights.shape != labels.shape:
+        fits = _broadcasts(weights.shape, labels.shape)
+        hint = "For a weight of each word pass class_weights."
+        if fits or weights.shape == labels.shape[: weights.ndim]:
+            axes = "" if fits else "[..., None]"
+            hint = f"Pass jnp.broadcast_to(weights{axes}, labels.shape)."
         raise ValueError(
             "weights must have the shape of labels, got "
-            f"{describe(weights)} for labels {describe(labels)}. For a weight of each "
-            "word pass class_weights."
+            f"{describe(weights)} for labels {describe(labels)}. {hint}"
         )
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    try:
+        return np.broadcast_shapes(shape, to) == to
+    except ValueError:
+        return False
 
 
 def check_class_weights(class_weights: Any, words: int) -> None:

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 
 def over_words(body, carry, words: int, size: int):
     """Runs `body(carry, start, count)` over the vocabulary, a shorter chunk last."""
-    whole = words // size
+    whole, rest = divmod(words, size)
     if whole:
-        carry = jax.lax.fori_loop(0, whole, lambda i, c: body(c, i * size, size), carry)
-    rest = words - whole * size
+        # Under a second derivative, store no chunk's logits.
+        of_chunk = lambda i, carry: body(carry, i * size, size)
+        of_chunk = jax.checkpoint(of_chunk, prevent_cse=False)
+        carry = jax.lax.fori_loop(0, whole, of_chunk, carry)
     return body(carry, whole * size, rest) if rest else carry
 
 

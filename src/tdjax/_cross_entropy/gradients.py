@@ -72,7 +72,8 @@ def gradients_of(
     carried, largest = {}, None
     if is_half(params):
         largest, rows = _scaled_to_one(rows, vocabulary.class_weights)
-        carried = in_both_layouts(params) if head.on_cpu else {}
+        is_whole = head.block.words >= vocabulary.words
+        carried = in_both_layouts(params) if head.on_cpu and is_whole else {}
     used = carried or params
     names = ["kernel" if "kernel" in used else "embedding", "bias"]
     wide = at_least_float32(hidden.dtype)
@@ -96,8 +97,12 @@ def gradients_of(
     if "embedding" in params and "kernel" in d_params:
         d_params["embedding"] = d_params.pop("kernel").T
 
+    factors = [1 / vocabulary.temperature] if vocabulary.temperature is not None else []
+    factors += [] if largest is None else [largest]
+
     def unscale(gradient, x):
-        gradient = gradient if largest is None else largest * gradient
+        for factor in factors:
+            gradient = factor * gradient
         return gradient if x.dtype == jnp.float16 else gradient.astype(x.dtype)
 
     d_params = jax.tree.map(unscale, d_params, params)
@@ -226,12 +231,14 @@ def _d_logits(
 ):  # fmt: skip
     """The gradient by the logits, as `(d_logits, scale)`: a scale per row, or None.
 
+    It is that by the logits after the temperature.
+
     Plain cross-entropy on a CPU leaves the division by the sums to the scale, which
     later multiplies smaller arrays. Half-precision products round it, so they don't.
     """
     temperature, cap = vocabulary.temperature, head.logits_soft_cap
     is_wide = head.on_cpu and not is_half(vocabulary.params)
-    if head.is_plain and is_wide and cap is None and temperature is None:
+    if head.is_plain and is_wide and cap is None:
         at_label = -sums.exp_sum
         return _added_at_labels(head, exponentials, labels, at_label), slopes.by_exp
     share = slopes.by_exp[:, None]
@@ -250,8 +257,6 @@ def _d_logits(
         d_logits = d_logits * slope(block.logits)
         outside = jnp.isnan(block.label_logit)
         at_label = at_label * slope(jnp.where(outside, 0, block.label_logit))
-    if temperature is not None:
-        d_logits, at_label = d_logits / temperature, at_label / temperature
     return _added_at_labels(head, d_logits, labels, at_label), None
 
 

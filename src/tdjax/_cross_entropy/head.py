@@ -56,13 +56,9 @@ def _arrays_of(params: Any) -> tuple[dict[str, Any], Any]:
     dtype = None
     if not isinstance(params, Mapping):
         params, dtype = _params_of_module(params)
-    if "params" in params and not LAYOUTS.keys() & params.keys():
-        raise ValueError(
-            f"{_WANTED}{sorted(params)}. Pass the head's own part: {_path_to(params)}."
-        )
     names = {*map(str, params)}
     if len(names & LAYOUTS.keys()) != 1 or names - LAYOUTS.keys() - {"bias"}:
-        raise ValueError(f"{_WANTED}{sorted(names)}.")
+        raise ValueError(f"{_WANTED}{sorted(names)}.{_hint(params, names)}")
     arrays = {name: _unboxed(params[name]) for name in sorted(names, reverse=True)}
     if arrays.get("bias", 0) is None:
         del arrays["bias"]
@@ -84,6 +80,7 @@ def _params_of_module(module: Any) -> tuple[dict[str, Any], Any]:
             f"'bias'; got {describe(module)}."
         )
     from flax import nnx
+    from flax.nnx.nn import dtypes
 
     kind = type(module)
     if isinstance(module, nnx.Linear) and kind.__call__ is nnx.Linear.__call__:
@@ -91,19 +88,25 @@ def _params_of_module(module: Any) -> tuple[dict[str, Any], Any]:
     elif isinstance(module, nnx.Embed) and kind.attend is nnx.Embed.attend:
         names = ("embedding",)
     else:
+        hint = (
+            "Call it instead: head(hidden, labels)."
+            if kind.__module__.startswith("tdjax.")
+            else "Pass {'kernel': ..., 'bias': ...} with what its logits are made of."
+        )
         raise TypeError(
             "params must be an nnx.Linear, an nnx.Embed, their state, or a dict of "
-            f"arrays; got a {kind.__name__}, whose logits may be others. Pass "
-            "{'kernel': ..., 'bias': ...} with what its logits are made of."
+            f"arrays; got a {kind.__name__}, whose logits may be others. {hint}"
         )
-    own = getattr(module, "dot_general", jax.lax.dot_general)
-    if own is not jax.lax.dot_general or getattr(
-        module, "preferred_element_type", None
-    ):
+    usual = {
+        "dot_general": jax.lax.dot_general,
+        "preferred_element_type": None,
+        "promote_dtype": dtypes.promote_dtype,
+    }
+    own = [n for n, x in usual.items() if getattr(module, n, x) is not x]
+    if own:
         raise TypeError(
-            f"params must be an nnx.{kind.__name__} with JAX's own dot_general and "
-            "without preferred_element_type, since the loss has its own products. Pass "
-            "its state to ignore them."
+            f"params must be an nnx.{kind.__name__} without {' and '.join(own)} of its "
+            "own, since the loss has its own products. Pass its state to ignore them."
         )
     return {name: getattr(module, name) for name in names}, module.dtype
 
@@ -115,12 +118,17 @@ def _unboxed(x: Any) -> Any:
     return x.unbox() if hasattr(x, "unbox") else x
 
 
-def _path_to(params: Mapping[str, Any]) -> str:
-    """An example of where the head's dict is, like `params['params']['Dense_0']`."""
+def _hint(params: Mapping[str, Any], names: set[str]) -> str:
+    """What to write instead of these names."""
+    if LAYOUTS.keys() <= names:
+        return " Give one of them, not both."
+    if "weight" in names:
+        return " PyTorch's weight, of shape (words, features), is the 'embedding' here."
     for path, _ in jax.tree_util.tree_leaves_with_path(params):
         if path[-1] in [jax.tree_util.DictKey(name) for name in LAYOUTS]:
-            return f"params{jax.tree_util.keystr(path[:-1])}"
-    return "params['params']"
+            where = f"params{jax.tree_util.keystr(path[:-1])}"
+            return f" Pass the head's own part, such as {where}."
+    return ""
 
 
 def words_of(params: dict[str, Any]) -> int:
@@ -141,7 +149,8 @@ def _check_features(name: str, weight: Any, hidden: Any) -> None:
     is_transposed = hidden.shape[-1] == words != features
     other = "embedding" if name == "kernel" else "kernel"
     hint = (
-        f" The {name} looks transposed: pass {name}.T, or name it '{other}'."
+        f" If the {name} is transposed, name it '{other}'; if hidden are the logits "
+        "already, pass what the head gets."
         if is_transposed
         else ""
     )

@@ -1,5 +1,6 @@
 """`tdjax.linen.CrossEntropyHead`."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -27,7 +28,9 @@ class CrossEntropyHead(nn.Module):
       vocabulary: the number of words, or the `nn.Embed` of the model.
       logits_soft_cap: as in `tdjax.linear_cross_entropy`.
       use_bias: by default with a number of words, and not with an `nn.Embed`.
-      dtype, param_dtype, kernel_init, bias_init: as in `nn.Dense`.
+      dtype: that of the computation, as in `nn.Dense`; by default that of the
+        `nn.Embed`, if there is one.
+      param_dtype, kernel_init, bias_init: as in `nn.Dense`.
 
     Raises:
       TypeError: if `vocabulary` is of another kind.
@@ -45,6 +48,7 @@ class CrossEntropyHead(nn.Module):
     """
 
     vocabulary: int | nn.Embed
+    _: dataclasses.KW_ONLY
     logits_soft_cap: float | None = None
     use_bias: bool | None = None
     dtype: Any = None
@@ -74,7 +78,10 @@ class CrossEntropyHead(nn.Module):
 
     def _promoted(self, hidden):
         require_array("hidden", hidden, 1, "(..., features)")
-        return promoted(self._params(hidden.shape[-1]), hidden, self.dtype)
+        dtype = self.dtype
+        if dtype is None and isinstance(self.vocabulary, nn.Embed):
+            dtype = self.vocabulary.dtype
+        return promoted(self._params(hidden.shape[-1]), hidden, dtype)
 
     @nn.compact
     def _params(self, features: int) -> dict[str, Any]:

@@ -117,8 +117,9 @@ def linear_cross_entropy(
       class_weights: `(words,)`, floats: each word's weight in the cross-entropy, in its
         smoothing too, as in PyTorch. Without a gradient.
       reduction: `"mean"` over the valid steps (0 if there are none), or with weights
-        their sum divided by that of `weights * class_weights[labels]`; `"sum"`; or
-        `"none"` for the loss of each step, whose gradient computes the logits again.
+        their sum divided by that of `weights * class_weights[labels]` (if it is not 0);
+        `"sum"`; or `"none"` for the loss of each step, whose gradient computes the
+        logits again.
       label_smoothing: from 0 to 1, the share of each label's probability that is
         spread over all words, as in `optax.smooth_labels`. It may be a scalar that is
         only known at run time, such as a schedule's.
@@ -131,14 +132,15 @@ def linear_cross_entropy(
         loss is NaN; with `"none"`, the losses beyond the capacity.
       has_aux: whether to return `(loss, aux)` with the log-probabilities, predictions
         and so on of each step (docs/loss.md#what-else-it-knows).
-      chunk_size: steps per block. By default, or `"auto"`, a block holds at most a
-        ninth of all logits, or 32 MB, or 256 steps if these are at most 128 MB (an
-        eighth, 512 MB, 1024 steps and 1 GB on accelerators).
+      chunk_size: steps per block. By default, or `"auto"`, as many as the largest of
+        these has: a ninth of all logits, 32 MB of them, 256 steps if these are at most
+        128 MB (on accelerators an eighth, 512 MB, 1024 steps, 1 GB). But not more than
+        512 (8192), or than there are features.
       vocab_chunk_size: words per block; all by default, except for vocabularies so
         large that a block would have fewer than 256 steps. Chunks of words make the
         gradient compute the logits twice.
       max_logits_bytes: the most bytes that the logits of a block may take, in place of
-        both chunk sizes.
+        both chunk sizes. No block has fewer than 128 words.
       sharding: `P(batch, time)`, the mesh axes that split the axes of `labels`, on the
         mesh in context (`jax.set_mesh`). Each device computes the losses of its own
         steps. `capacity` and the sizes of blocks are those of one device. By default it

@@ -42,8 +42,10 @@ def losses_of(terms: Terms, statistics: Statistics):
         losses = weights * jnp.where(is_nothing, 0, losses)
     normalizers = statistics.log_normalizers
     if terms.label_smoothing is not None:
-        share = terms.label_smoothing
-        losses = (1 - share) * losses - share * statistics.mean_log_probs
+        share, mean = terms.label_smoothing, statistics.mean_log_probs
+        # A share of 0 of a banned word, whose log-probability is infinite, is 0.
+        mean = jnp.where((share == 0) & jnp.isneginf(mean), 0, mean)
+        losses = (1 - share) * losses - share * mean
     if terms.z_loss is not None:
         losses = losses + terms.z_loss * normalizers**2
     return losses

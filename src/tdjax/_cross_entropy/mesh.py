@@ -32,7 +32,8 @@ from tdjax._mesh import (
 )
 
 PADDING = (
-    "Pad steps with a mask, and words with a bias of -inf (not if labels are smoothed)"
+    "Pad steps with a mask, and words with a bias of -inf (and a class weight of 0, if "
+    "labels are smoothed)"
 )
 
 

@@ -29,12 +29,13 @@ def logits_or_loss(
     """The logits of `hidden`, or given labels what `linear_cross_entropy` returns."""
     if labels is not None:
         return linear_cross_entropy(params, hidden, labels, **options)
-    given = {**options}
-    cap = given.pop("logits_soft_cap", None)
+    cap = options.get("logits_soft_cap")
+    given = [name for name, x in options.items() if x is not None]
+    given = [name for name in given if name != "logits_soft_cap"]
     if given:
         raise TypeError(
-            f"{', '.join(given)} are options of the loss, which needs labels: call "
-            "head(hidden, labels, ...)."
+            f"labels must be given with {', '.join(given)}, since without labels the "
+            "head returns logits: call head(hidden, labels, ...)."
         )
     kernel = params["kernel"] if "kernel" in params else params["embedding"].T
     logits = dense({**_bias_of(params), "kernel": kernel}, hidden)

@@ -28,8 +28,10 @@ class CrossEntropyHead(nnx.Module):
       vocabulary: the number of words, or the `nnx.Embed` of the model.
       logits_soft_cap: as in `tdjax.linear_cross_entropy`.
       use_bias: by default with a number of words, and not with an `nnx.Embed`.
-      dtype, param_dtype, kernel_init, bias_init, rngs: as in `nnx.Linear`; `rngs` may
-        be left out if the head has no parameters of its own.
+      dtype: that of the computation, as in `nnx.Linear`; by default that of the
+        `nnx.Embed`, if there is one.
+      param_dtype, kernel_init, bias_init, rngs: as in `nnx.Linear`; `rngs` may be left
+        out if the head has no parameters of its own.
 
     Raises:
       TypeError: if `vocabulary` is of another kind.
@@ -59,10 +61,11 @@ class CrossEntropyHead(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         (in_features,) = require_sizes(in_features=in_features)
-        self.in_features, self.dtype = in_features, dtype
+        self.in_features = in_features
         self.logits_soft_cap = logits_soft_cap
         require_vocabulary(vocabulary, nnx.Embed, nnx.Module)
         is_tied = isinstance(vocabulary, nnx.Embed)
+        self.dtype = dtype
         if isinstance(vocabulary, nnx.Embed):
             if vocabulary.features != in_features:
                 raise ValueError(
@@ -71,6 +74,7 @@ class CrossEntropyHead(nnx.Module):
                 )
             words = vocabulary.num_embeddings
             self.embed = vocabulary
+            self.dtype = vocabulary.dtype if dtype is None else dtype
         else:
             words = int(vocabulary)
             key = _require_rngs(rngs).params()

@@ -68,15 +68,16 @@ def _sizes_on(
     """
     in_cache = memory.in_cache if most is None else min(memory.in_cache, most)
     little = memory.little if most is None else most
-    if rows is None and not isinstance(steps, int):
-        rows = min(512, max(little // (columns or words), 1))
-    elif rows is None:
+    if rows is None:
+        # A symbolic number of steps of `jax.export` can't be compared.
+        known = steps if isinstance(steps, int) else None
         bound = little // words
         if most is None:
             enough = min(memory.enough_rows, memory.much // words)
-            bound = max(bound, enough, -(-steps // memory.share))
+            bound = max(bound, enough, -(-(known or 0) // memory.share))
         rows = max(min(max(memory.rows, features), bound), 1)
-        if columns is None and bound < min(LEAST_ROWS, steps):
+        least = LEAST_ROWS if known is None else min(LEAST_ROWS, known)
+        if columns is None and bound < least:
             columns = max(in_cache // 1024, 128)
         if columns is not None:
             rows = max(min(1024, little // columns), 1)
@@ -89,7 +90,6 @@ def _sizes_on(
 
 def _even(steps: Any, size: int) -> int:
     """At most `size`, such that the last chunk needs the least padding."""
-    # A symbolic number of steps of `jax.export` can't be compared.
     if not isinstance(steps, int):
         return size
     chunks = max(-(-steps // size), 1)
