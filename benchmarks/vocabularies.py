@@ -52,7 +52,7 @@ def more_cases(quick: bool) -> list[Vocabulary]:
     """For packed batches, and for log-probabilities and entropies."""
     if quick:
         return cases(quick)
-    return [Vocabulary(2048, 256, 32_000), Vocabulary(512, 256, 262_144)]
+    return [Vocabulary(8192, 256, 32_000), Vocabulary(512, 256, 262_144)]
 
 
 def rows(case: Vocabulary, of: str, effort) -> list[Row]:

@@ -53,7 +53,11 @@ modes = pytest.mark.parametrize("mode", MODES)
 # Operation by operation, one dtype has to do.
 modes_and_dtypes = pytest.mark.parametrize(
     ("mode", "dtype"),
-    [(mode, dtype) for mode in ("dtype", "rank") for dtype in DTYPES]
+    [
+        pytest.param(mode, dtype, marks=pytest.mark.slow if dtype == "float16" else ())
+        for mode in ("dtype", "rank")
+        for dtype in DTYPES
+    ]
     + [("nans", "float32")],
 )
 
@@ -114,14 +118,18 @@ def test_every_lowering_with_a_mask_and_its_gradient(mode, dtype, options):
 
 
 @modes_and_dtypes
-@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(
-    "options",
+    ("options", "reduction"),
     [
-        {},
-        {"chunk_size": 3, "vocab_chunk_size": 2, "label_smoothing": 0.1},
-        {"z_loss": 1e-2, "logits_soft_cap": 5.0, "vocab_chunk_size": 3},
-        {"weights": True, "class_weights": True, "capacity": 8, "label_smoothing": 0.1},
+        pytest.param(options, reduction, marks=() if quick else pytest.mark.slow)
+        for options, quick_reduction in (
+            ({}, "mean"),
+            ({"chunk_size": 3, "vocab_chunk_size": 2, "label_smoothing": 0.1}, "none"),
+            ({"z_loss": 1e-2, "logits_soft_cap": 5.0, "vocab_chunk_size": 3}, "mean"),
+            ({"weights": True, "class_weights": True, "capacity": 8}, "none"),
+        )
+        for reduction in ("mean", "none")
+        for quick in [reduction == quick_reduction]
     ],
     ids=str,
 )

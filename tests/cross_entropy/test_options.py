@@ -325,7 +325,7 @@ def test_smoothing_keeps_its_digits_at_large_logits(blocks):
     np.testing.assert_allclose(loss(far), loss(near), atol=5e-3)
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1e5])
+@pytest.mark.parametrize("scale", [pytest.param(1e-6, marks=pytest.mark.slow), 1e5])
 def test_class_weights_do_not_leave_the_range_of_float16(scale):
     params, hidden, labels = make(dtype=np.float16)
     grad = lambda weights: jax.grad(
@@ -381,9 +381,9 @@ def test_a_mask_that_is_known_under_jit_is_checked():
         packed(2)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(
-    "capacity", [10, pytest.param(13, marks=pytest.mark.slow), 100]
+    ("reduction", "capacity"),
+    some_quick([*itertools.product(["mean", "sum", "none"], [10, 13, 100])], 4, 3),
 )
 def test_packed_steps_give_the_same(capacity, reduction):
     params, hidden, labels = make()

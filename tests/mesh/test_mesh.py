@@ -130,7 +130,7 @@ def check_facts(found, size, errors):
         assert re.search(pattern, message), message
 
 
-@pytest.mark.parametrize("kind", kinds((), IN_MESH_STEP))
+@pytest.mark.parametrize("kind", kinds(IN_MESH_STEP, IN_MESH_STEP))
 def test_facts(kind):
     check_facts(run_on_devices("facts.py", kind), 31, ERRORS)
 
@@ -156,7 +156,7 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize("kind", kinds((), IN_MESH_STEP))
+@pytest.mark.parametrize("kind", kinds(IN_MESH_STEP, IN_MESH_STEP))
 def test_facts_of_the_loss(kind):
     check_facts(run_on_devices("loss_facts.py", kind), 13, ERRORS_OF_THE_LOSS)
 
