@@ -55,9 +55,19 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
 def require_array(name: str, value: Any, min_rank: int, layout: str) -> None:
     """Refuses what is not an array of at least `min_rank` axes."""
     if not is_array(value):
-        raise TypeError(f"{name} must be an array {layout}, got {describe(value)}.")
+        is_list = isinstance(value, list | tuple)
+        hint = f" Pass jnp.asarray({name})." if is_list else ""
+        raise TypeError(
+            f"{name} must be an array {layout}, got {describe(value)}.{hint}"
+        )
     if value.ndim < min_rank:
         raise ValueError(f"{name} must have shape {layout}, got {describe(value)}.")
+
+
+NOT_STATIC = (
+    "It must be known when the program is built: under jax.jit close over it, or name "
+    "it in static_argnames."
+)
 
 
 def require_sizes(optional: bool = False, **values: Any) -> list[Any]:
@@ -69,7 +79,7 @@ def require_sizes(optional: bool = False, **values: Any) -> list[Any]:
         if optional and value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
-            hint = " It sets shapes, so an array won't do." if is_array(value) else ""
+            hint = f" {NOT_STATIC}" if is_array(value) else ""
             raise TypeError(
                 f"{name} must be a positive int, got {describe(value)}.{hint}"
             )

@@ -141,10 +141,33 @@ def test_a_tied_head_computes_in_the_dtype_of_its_embedding(key):
     assert_trees_equal(logits, embed.attend(HIDDEN))
     wide = tdjax.nnx.CrossEntropyHead(F, embed, dtype=jnp.float32)(HIDDEN)
     assert (logits.dtype, wide.dtype) == (jnp.bfloat16, jnp.float32)
+    head = tdjax.nnx.CrossEntropyHead(F, embed)
+    given = head(HIDDEN, LABELS, z_loss=None, reduction=None, logits_soft_cap=None)
+    assert_trees_equal(given, head(HIDDEN, LABELS))
     shared = nn.Embed(V, F, dtype=jnp.bfloat16)
     head = tdjax.linen.CrossEntropyHead(shared)
     logits = head.apply(head.init(key, HIDDEN), HIDDEN, None, mask=None)
     assert logits.dtype == jnp.bfloat16
+
+
+def test_the_bias_of_a_head_in_half_precision_is_not_rounded():
+    layer = nnx.Linear(F, V, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    layer.bias[...] = 100 + normal(5, V)
+    head = tdjax.nnx.CrossEntropyHead(F, V, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    head.kernel[...], head.bias[...] = layer.kernel[...], layer.bias[...]
+    assert_trees_equal(head(HIDDEN), layer(HIDDEN))
+    want = tdjax.linear_cross_entropy(layer, HIDDEN, LABELS)
+    np.testing.assert_array_equal(head(HIDDEN, LABELS), want)
+
+
+class ScaledLinen(nn.Embed):
+    def attend(self, query):
+        return super().attend(query) / 10
+
+
+class ScaledNNX(nnx.Embed):
+    def attend(self, query):
+        return super().attend(query) / 10
 
 
 @pytest.mark.parametrize("kind", ["Linear", "Embed"])
@@ -188,6 +211,8 @@ def test_boxed_linen_params_are_a_head(key):
         (lambda: tdjax.nnx.CrossEntropyHead(F, V, rngs=nnx.Rngs(0))(HIDDEN, z_loss=0.1), TypeError,
          "labels must be given with z_loss"),
         (lambda: tdjax.linen.CrossEntropyHead(8, 50), TypeError, "positional"),
+        (lambda: tdjax.linen.CrossEntropyHead(ScaledLinen(V, F)), TypeError, "own attend, got a ScaledLinen"),
+        (lambda: tdjax.nnx.CrossEntropyHead(F, ScaledNNX(V, F, rngs=nnx.Rngs(0))), TypeError, "own attend, got a ScaledNNX"),
         (lambda: tdjax.linear_cross_entropy(
             tdjax.nnx.CrossEntropyHead(F, V, rngs=nnx.Rngs(0)), HIDDEN, LABELS),
          TypeError, r"Call it instead: head\(hidden, labels\)"),

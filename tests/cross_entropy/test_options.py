@@ -337,6 +337,55 @@ def test_class_weights_do_not_leave_the_range_of_float16(scale):
     np.testing.assert_allclose(got, want, 2e-3, 2e-4)
 
 
+def in_float16_and_32(gradient, *args):
+    """Gradients by float16 arrays, and by the same in float32."""
+    wide = jax.tree.map(lambda x: x.astype(np.float32), args)
+    as_wide = lambda tree: jax.tree.map(lambda x: x.astype(np.float32), tree)
+    return as_wide(quick_compile(gradient, *args)), quick_compile(gradient, *wide)
+
+
+@pytest.mark.parametrize(
+    "blocks", [{}, {"chunk_size": 5, "vocab_chunk_size": 5}], ids=str
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_heavy_word_leaves_the_other_gradients_in_float16(layout, blocks):
+    params, hidden, labels = make(layout, dtype=np.float16)
+    weights = np.where(np.arange(V) == V - 1, 1e8, 1).astype(np.float32)
+    loss = lambda params, hidden: (
+        1e3
+        * tdjax.linear_cross_entropy(
+            params, hidden, labels % (V - 1), class_weights=weights, **blocks
+        )
+    )
+    got, want = in_float16_and_32(jax.grad(loss, (0, 1)), params, hidden)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        np.testing.assert_allclose(a, b, 2e-2, 2e-3 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_light_steps_beside_a_heavy_one_keep_their_gradient_in_float16(layout):
+    params, hidden, labels = make(layout, dtype=np.float16)
+    weights = np.where(np.arange(B * T) == 3, 1e7, 1).reshape(B, T)
+    weights = jnp.asarray(weights, jnp.float32)
+    loss = lambda hidden, params: tdjax.linear_cross_entropy(
+        params, hidden, labels, weights=weights, reduction="sum"
+    )
+    got, want = in_float16_and_32(jax.grad(loss), hidden, params)
+    light = np.asarray(weights == 1)
+    scale = np.abs(want[light]).max()
+    np.testing.assert_allclose(got[light], want[light], 5e-3, 2e-3 * scale)
+
+
+def test_a_large_z_loss_does_not_leave_the_range_of_float16():
+    params, hidden, labels = make(dtype=np.float16)
+    loss = lambda params, hidden: (
+        1e-4 * tdjax.linear_cross_entropy(params, 4 * hidden, labels, z_loss=3e4)
+    )
+    got, want = in_float16_and_32(jax.grad(loss, (0, 1)), params, hidden)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        np.testing.assert_allclose(a, b, 2e-2, 2e-3 * np.abs(b).max())
+
+
 @pytest.mark.parametrize("temperature", [1e-6, 1e6])
 def test_temperatures_do_not_leave_the_range_of_float16(temperature):
     """Their gradients are those of other logits, divided by the temperature."""

@@ -145,6 +145,15 @@ def test_a_symbolic_number_of_steps_keeps_the_budget():
         assert sizes.rows >= 256
 
 
+def test_only_steps_may_be_symbolic():
+    (words,) = jax.export.symbolic_shape("words")
+    shapes = (FEATURES, words), (STEPS, FEATURES)
+    kernel, hidden = (jax.ShapeDtypeStruct(shape, "float32") for shape in shapes)
+    loss = jax.jit(lambda kernel, hidden: loss_of({"kernel": kernel}, hidden))
+    with pytest.raises(ValueError, match=r"sizes that are known, got .*words"):
+        jax.export.export(loss)(kernel, hidden)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_second_derivatives_keep_no_logits_of_other_chunks(reduction):
     head, hidden = make("kernel", "float32", words=4096)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tdjax._checks import (
+    NOT_STATIC,
     describe,
     is_array,
     is_concrete,
@@ -30,8 +31,8 @@ def forward_mode_refused(name: str):
             raise
         raise TypeError(
             f"{name} has no forward-mode derivative (jax.jvp, jax.jacfwd, "
-            "jax.linearize). Use jax.grad, jax.vjp or jax.jacrev; for second "
-            "derivatives jax.hessian works too."
+            "jax.linearize). Use jax.grad, jax.vjp or jax.jacrev. Second derivatives "
+            "work: jax.hessian, or jax.jvp of a gradient."
         ) from error
 
 
@@ -42,6 +43,10 @@ def check_steps(hidden: Any, labels: Any, mask: Any, words: int) -> None:
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels must be integers, got {describe(labels)}.{hint}")
     if labels.shape != hidden.shape[:-1]:
+        if labels.shape == (*hidden.shape[:-1], 1):
+            hint = " Pass labels[..., 0]."
+        elif labels.ndim == 2 and labels.shape[::-1] == hidden.shape[:-1]:
+            hint = " The labels look transposed: pass labels.T."
         raise ValueError(
             "labels must have the shape of hidden without its features, got "
             f"{describe(labels)} for hidden {describe(hidden)}.{hint}"
@@ -221,7 +226,8 @@ def _require_number(name: str, value: Any, or_scalar: bool = False) -> None:
     if or_scalar and shape == () and is_real:
         return
     wanted = "a number or a scalar array" if or_scalar else "a Python number"
-    raise TypeError(f"{name} must be {wanted}, got {describe(value)}.")
+    hint = f" {NOT_STATIC}" if not or_scalar and is_array(value) else ""
+    raise TypeError(f"{name} must be {wanted}, got {describe(value)}.{hint}")
 
 
 def check_labels(labels, mask, weights, ignore_class: int | None, words: int) -> None:

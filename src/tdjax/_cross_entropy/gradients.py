@@ -63,17 +63,12 @@ def gradients_of(
 ) -> tuple[Any, Any]:
     """`((d_params, d_hidden), statistics)` of a weighted loss, or of cotangents.
 
-    In half precision, weights and cotangents are first scaled to at most 1. The tiny
-    weights of a mean over many steps would make `d_logits` of small probabilities
-    vanish. Float16 gradients stay float32 here, so that loss scaling can still save
-    small ones.
+    Float16 gradients stay float32 here, so that loss scaling can save small ones.
     """
     params, hidden, steps = vocabulary.params, rows.hidden, rows.labels.shape[0]
-    carried, largest = {}, None
-    if is_half(params):
-        largest, rows = _scaled_to_one(rows, vocabulary.class_weights)
-        is_whole = head.block.words >= vocabulary.words
-        carried = in_both_layouts(params) if head.on_cpu and is_whole else {}
+    is_whole, carried = head.block.words >= vocabulary.words, {}
+    if is_half(params) and head.on_cpu and is_whole:
+        carried = in_both_layouts(params)
     used = carried or params
     names = ["kernel" if "kernel" in used else "embedding", "bias"]
     wide = at_least_float32(hidden.dtype)
@@ -97,31 +92,14 @@ def gradients_of(
     if "embedding" in params and "kernel" in d_params:
         d_params["embedding"] = d_params.pop("kernel").T
 
-    factors = [1 / vocabulary.temperature] if vocabulary.temperature is not None else []
-    factors += [] if largest is None else [largest]
+    temperature = vocabulary.temperature
 
-    def unscale(gradient, x):
-        for factor in factors:
-            gradient = factor * gradient
+    def finish(gradient, x):
+        gradient = gradient if temperature is None else gradient / temperature
         return gradient if x.dtype == jnp.float16 else gradient.astype(x.dtype)
 
-    d_params = jax.tree.map(unscale, d_params, params)
-    return (d_params, unscale(d_hidden, hidden)), statistics
-
-
-def _scaled_to_one(rows: Rows, class_weights) -> tuple[Any, Rows]:
-    """`(largest, rows)`: weights or cotangents divided by the largest of them.
-
-    With class weights, by the largest product.
-    """
-    given = rows.weights, rows.cotangents
-    sizes = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(given)]
-    largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, sizes))
-    if class_weights is not None and rows.cotangents is None:
-        largest *= jnp.max(jnp.abs(class_weights))
-    largest = jnp.where(largest > 0, largest, 1)
-    weights, cotangents = jax.tree.map(lambda x: x / largest, given)
-    return largest, rows._replace(weights=weights, cotangents=cotangents)
+    d_params = jax.tree.map(finish, d_params, params)
+    return (d_params, finish(d_hidden, hidden)), statistics
 
 
 def _add_gradients(head: Head, vocabulary: Vocabulary, d_params, rows: Rows, *others):
@@ -143,7 +121,8 @@ def _add_gradients(head: Head, vocabulary: Vocabulary, d_params, rows: Rows, *ot
         else:
             exponentials = exponentials_of(block, sums)
         slopes, statistics = _slopes(head, vocabulary, rows, terms, sums)
-        d_logits, scale = _d_logits(
+        scale, slopes = _scaled(head, vocabulary, sums, slopes)
+        d_logits = _d_logits(
             head, vocabulary, block, exponentials, sums, labels, slopes
         )
         product = _Product(hidden, hidden_t, d_logits, scale)
@@ -152,15 +131,14 @@ def _add_gradients(head: Head, vocabulary: Vocabulary, d_params, rows: Rows, *ot
     if sums is None:
         sums = sums_over_words(head, vocabulary, hidden, labels, size)
     slopes, statistics = _slopes(head, vocabulary, rows, terms, sums)
+    scale, slopes = _scaled(head, vocabulary, sums, slopes)
 
     def add_word_chunk(carry, start, count):
         d_params, d_hidden = carry
         local, chunk = labels - start, vocabulary.take(start, count)
         block = block_of(head, chunk, hidden, local)
         exponentials = exponentials_of(block, sums)
-        d_logits, scale = _d_logits(
-            head, chunk, block, exponentials, sums, local, slopes
-        )
+        d_logits = _d_logits(head, chunk, block, exponentials, sums, local, slopes)
         product = _Product(hidden, hidden_t, d_logits, scale)
         d_params, d_chunk = product.added(head, chunk.params, d_params, start)
         return d_params, d_hidden + d_chunk
@@ -225,22 +203,45 @@ def _slopes_of(
     return Slopes(by_exp, by_spread, cotangents.log_probs, by_mean)
 
 
+def _scaled(
+    head: Head, vocabulary: Vocabulary, sums: Sums, slopes: Slopes
+) -> tuple[Any, Slopes]:
+    """`(scale, slopes / scale)`: a scale for each row, or None.
+
+    In half precision it brings each row of `d_logits` below 1, so that neither large
+    nor tiny weights leave the range of float16. Powers of two round nothing.
+
+    Plain cross-entropy on a CPU leaves the division by the sums to the scale, which
+    later multiplies smaller arrays.
+    """
+    if not is_half(vocabulary.params):
+        if not (head.is_plain and head.on_cpu and head.logits_soft_cap is None):
+            return None, slopes
+        # The other slope is 1.
+        return slopes.by_exp, slopes._replace(by_exp=None, at_label=-sums.exp_sum)
+    bound = jnp.abs(slopes.by_exp) * sums.exp_sum + jnp.abs(slopes.at_label)
+    if slopes.by_spread is not None:
+        # A probability p times its log is at most 0.4, and p is 1 at most.
+        bound += jnp.abs(slopes.by_spread) * sums.exp_sum * (1 + jnp.log(sums.exp_sum))
+    if slopes.by_mean is not None:
+        largest = 1.0
+        if vocabulary.class_weights is not None:
+            largest = jnp.max(jnp.abs(vocabulary.class_weights))
+        bound += jnp.abs(slopes.by_mean) * largest
+    _, exponent = jnp.frexp(jax.lax.stop_gradient(bound))
+    exponent = jnp.where(jnp.isfinite(bound), jnp.clip(exponent, -100, 100), 0)
+    scale = jnp.ldexp(jnp.ones_like(bound), exponent)
+    return scale, jax.tree.map(lambda x: x / scale, slopes)
+
+
 def _d_logits(
     head: Head, vocabulary: Vocabulary, block: Block, exponentials, sums: Sums,
     labels, slopes: Slopes,
 ):  # fmt: skip
-    """The gradient by the logits, as `(d_logits, scale)`: a scale per row, or None.
-
-    It is that by the logits after the temperature.
-
-    Plain cross-entropy on a CPU leaves the division by the sums to the scale, which
-    later multiplies smaller arrays. Half-precision products round it, so they don't.
-    """
+    """The gradient by the logits after the temperature, each row by its scale."""
     temperature, cap = vocabulary.temperature, head.logits_soft_cap
-    is_wide = head.on_cpu and not is_half(vocabulary.params)
-    if head.is_plain and is_wide and cap is None:
-        at_label = -sums.exp_sum
-        return _added_at_labels(head, exponentials, labels, at_label), slopes.by_exp
+    if slopes.by_exp is None:
+        return _added_at_labels(head, exponentials, labels, slopes.at_label)
     share = slopes.by_exp[:, None]
     if slopes.by_spread is not None:
         shifted = finite_or_zero(block.logits - sums.shift[:, None])
@@ -257,7 +258,7 @@ def _d_logits(
         d_logits = d_logits * slope(block.logits)
         outside = jnp.isnan(block.label_logit)
         at_label = at_label * slope(jnp.where(outside, 0, block.label_logit))
-    return _added_at_labels(head, d_logits, labels, at_label), None
+    return _added_at_labels(head, d_logits, labels, at_label)
 
 
 def _added_at_labels(head: Head, d_logits, labels, at_label):
@@ -271,16 +272,16 @@ def _added_at_labels(head: Head, d_logits, labels, at_label):
 
 def _sum_of_rows(head: Head, d_logits, scale, is_half: bool):
     """`(words,)`: the sum over rows, each times its scale."""
+    if scale is None:
+        scale = jnp.ones(d_logits.shape[0], d_logits.dtype)
     if not is_half:
-        if scale is None:
-            scale = jnp.ones(d_logits.shape[0], d_logits.dtype)
         return jnp.matmul(scale, d_logits)
     if not head.on_cpu:
-        return d_logits.sum(0)
+        return (scale[:, None] * d_logits).sum(0)
     # Half-precision programs have no products of float32, and on a CPU XLA's own sum
     # takes as long as the products of the gradient.
-    add = lambda total, row: (total + row, None)
-    return jax.lax.scan(add, jnp.zeros_like(d_logits[0]), d_logits)[0]
+    add = lambda total, row: (total + row[0] * row[1], None)
+    return jax.lax.scan(add, jnp.zeros_like(d_logits[0]), (scale, d_logits))[0]
 
 
 class _Product(NamedTuple):
@@ -289,7 +290,7 @@ class _Product(NamedTuple):
     hidden: Any
     hidden_t: Any  # None if no kernel of shape (features, words) needs it.
     d_logits: Any
-    scale: Any
+    scale: Any  # Of each row of `d_logits`, or None.
 
     def added(
         self, head: Head, params: Params, d_params: Params, start
@@ -299,17 +300,21 @@ class _Product(NamedTuple):
         hidden_t: Any = self.hidden_t
         narrow, wide = d_logits.astype(hidden.dtype), d_logits.dtype
         product = functools.partial(jnp.matmul, preferred_element_type=wide)
-        d_words = {}
+        d_words, is_half, largest = {}, narrow.dtype != wide, None
         if scale is not None:
-            hidden = hidden * scale[:, None]
+            shares = scale
+            if is_half:
+                largest = scale.max()
+                shares = (scale / largest).astype(hidden.dtype)
+            hidden = hidden * shares[:, None]
+            hidden_t = None if hidden_t is None else hidden_t * shares[None, :]
         if "kernel" in d_params:
-            if scale is not None:
-                hidden_t = hidden_t * scale[None, :]
             d_words["kernel"] = product(hidden_t, narrow)
         else:
             d_words["embedding"] = product(narrow.T, hidden)
+        if largest is not None:
+            d_words = {name: largest * x for name, x in d_words.items()}
         if "bias" in params:
-            is_half = narrow.dtype != wide
             d_words["bias"] = _sum_of_rows(head, d_logits, scale, is_half)
         d_params = {
             name: add_at(x, d_words[name], start, AXIS_OF_WORDS[name])

@@ -35,7 +35,12 @@ def require_head(params: Any, hidden: Any, labels: Any) -> tuple[dict[str, Any],
             hint = " Are hidden and labels swapped?" if swapped else ""
             raise TypeError(f"{of} must be of floats, got {describe(x)}.{hint}")
     _check_features(name, weight, hidden)
-    _, words = _sizes(name, weight)
+    features, words = _sizes(name, weight)
+    if not (isinstance(features, int) and isinstance(words, int)):
+        raise ValueError(
+            f"{shown} must have sizes that are known, got {describe(weight)}. Only the "
+            "axes of labels may be symbolic."
+        )
     if bias is not None:
         require_array("params['bias']", bias, 1, "(words,)")
         if bias.shape != (words,):
@@ -124,11 +129,13 @@ def _hint(params: Mapping[str, Any], names: set[str]) -> str:
         return " Give one of them, not both."
     if "weight" in names:
         return " PyTorch's weight, of shape (words, features), is the 'embedding' here."
-    for path, _ in jax.tree_util.tree_leaves_with_path(params):
-        if path[-1] in [jax.tree_util.DictKey(name) for name in LAYOUTS]:
-            where = f"params{jax.tree_util.keystr(path[:-1])}"
-            return f" Pass the head's own part, such as {where}."
-    return ""
+    if LAYOUTS.keys() & names:
+        return ""
+    keys = [jax.tree_util.DictKey(name) for name in LAYOUTS]
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    parts = [jax.tree_util.keystr(path[:-1]) for path in paths if path[-1] in keys]
+    parts = ", ".join(f"params{part}" for part in parts[:5])
+    return f" Pass the head's own part, of {parts}." if parts else ""
 
 
 def words_of(params: dict[str, Any]) -> int:

@@ -66,7 +66,8 @@ class CrossEntropyHead(nn.Module):
         Args:
           hidden: `(..., features)`.
           labels: `(...)`, or None.
-          **options: those of `tdjax.linear_cross_entropy`, such as `mask`.
+          **options: those of `tdjax.linear_cross_entropy`, such as `mask`; without
+            labels None or left out.
         """
         params, hidden = self._promoted(hidden)
         return logits_or_loss(params, hidden, labels, options_of(self, options))

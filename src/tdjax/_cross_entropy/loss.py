@@ -133,9 +133,9 @@ def linear_cross_entropy(
       has_aux: whether to return `(loss, aux)` with the log-probabilities, predictions
         and so on of each step (docs/loss.md#what-else-it-knows).
       chunk_size: steps per block. By default, or `"auto"`, as many as the largest of
-        these has: a ninth of all logits, 32 MB of them, 256 steps if these are at most
-        128 MB (on accelerators an eighth, 512 MB, 1024 steps, 1 GB). But not more than
-        512 (8192), or than there are features.
+        these three has: a ninth of all logits; 32 MB of them; 256 steps if these are at
+        most 128 MB (on accelerators an eighth, 512 MB, 1024 steps, 1 GB). But not more
+        than 512 steps (8192), or the number of features if that is larger.
       vocab_chunk_size: words per block; all by default, except for vocabularies so
         large that a block would have fewer than 256 steps. Chunks of words make the
         gradient compute the logits twice.

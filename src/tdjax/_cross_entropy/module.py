@@ -21,6 +21,12 @@ def require_vocabulary(vocabulary: Any, embed: type, module: type) -> None:
         )
     if not isinstance(vocabulary, module):
         require_sizes(vocabulary=vocabulary)
+    elif type(vocabulary).attend is not embed.attend:
+        raise TypeError(
+            f"vocabulary must be an Embed with Flax's own attend, got a "
+            f"{type(vocabulary).__name__}, whose logits may be others. Pass the number "
+            "of words, for a kernel of its own."
+        )
 
 
 def logits_or_loss(
@@ -30,15 +36,17 @@ def logits_or_loss(
     if labels is not None:
         return linear_cross_entropy(params, hidden, labels, **options)
     cap = options.get("logits_soft_cap")
-    given = [name for name, x in options.items() if x is not None]
-    given = [name for name in given if name != "logits_soft_cap"]
+    given = [name for name in options if name != "logits_soft_cap"]
     if given:
         raise TypeError(
             f"labels must be given with {', '.join(given)}, since without labels the "
             "head returns logits: call head(hidden, labels, ...)."
         )
     kernel = params["kernel"] if "kernel" in params else params["embedding"].T
-    logits = dense({**_bias_of(params), "kernel": kernel}, hidden)
+    bias = {
+        name: x.astype(kernel.dtype) for name, x in params.items() if name == "bias"
+    }
+    logits = dense({**bias, "kernel": kernel}, hidden)
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
@@ -49,20 +57,21 @@ def log_probs_of(
     return linear_log_probs(params, hidden, labels, **options)
 
 
-def _bias_of(params: Mapping[str, Any]) -> dict[str, Any]:
-    return {"bias": params["bias"]} if "bias" in params else {}
-
-
 def promoted(params: Mapping[str, Any], hidden, dtype: Any) -> tuple[Any, Any]:
-    """`(params, hidden)` in the dtype of the computation, if one is given."""
+    """`(params, hidden)`, kernel and hidden in the dtype of the computation.
+
+    The loss adds the bias to logits of float32, so it stays as it is.
+    """
     if dtype is None:
         dtype = jnp.result_type(hidden, *jax.tree.leaves(params))
     cast = lambda x: jnp.asarray(x, dtype)
-    return jax.tree.map(cast, dict(params)), cast(hidden)
+    params = {name: x if name == "bias" else cast(x) for name, x in params.items()}
+    return params, cast(hidden)
 
 
 def options_of(head: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a call, with the head's soft cap."""
+    """The options of a call that are not None, with the head's soft cap."""
+    options = {name: x for name, x in options.items() if x is not None}
     if "logits_soft_cap" in options:
         raise TypeError(
             "logits_soft_cap is a field of the head, since it changes the logits too: "
@@ -70,4 +79,4 @@ def options_of(head: Any, options: Mapping[str, Any]) -> dict[str, Any]:
             f"{type(head).__name__}(...)."
         )
     cap = head.logits_soft_cap
-    return dict(options) if cap is None else {**options, "logits_soft_cap": cap}
+    return options if cap is None else {**options, "logits_soft_cap": cap}

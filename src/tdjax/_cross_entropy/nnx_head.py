@@ -94,7 +94,8 @@ class CrossEntropyHead(nnx.Module):
         Args:
           hidden: `(..., features)`.
           labels: `(...)`, or None.
-          **options: those of `tdjax.linear_cross_entropy`, such as `mask`.
+          **options: those of `tdjax.linear_cross_entropy`, such as `mask`; without
+            labels None or left out.
         """
         params, hidden = self._promoted(hidden)
         return logits_or_loss(params, hidden, labels, options_of(self, options))
