@@ -27,6 +27,11 @@ def require_head(params: Any, hidden: Any, labels: Any) -> tuple[dict[str, Any],
         raise ValueError(
             f"{shown} must have shape {LAYOUTS[name]}, got {describe(weight)}."
         )
+    if not all(isinstance(size, int) for size in weight.shape):
+        raise ValueError(
+            f"{shown} must have sizes that are known, got {describe(weight)}. Only the "
+            "axes of labels may be symbolic."
+        )
     require_array("hidden", hidden, 1, "(..., features)")
     for of, x in (("hidden", hidden), (shown, weight)):
         if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -35,12 +40,7 @@ def require_head(params: Any, hidden: Any, labels: Any) -> tuple[dict[str, Any],
             hint = " Are hidden and labels swapped?" if swapped else ""
             raise TypeError(f"{of} must be of floats, got {describe(x)}.{hint}")
     _check_features(name, weight, hidden)
-    features, words = _sizes(name, weight)
-    if not (isinstance(features, int) and isinstance(words, int)):
-        raise ValueError(
-            f"{shown} must have sizes that are known, got {describe(weight)}. Only the "
-            "axes of labels may be symbolic."
-        )
+    _, words = _sizes(name, weight)
     if bias is not None:
         require_array("params['bias']", bias, 1, "(words,)")
         if bias.shape != (words,):
