@@ -376,6 +376,67 @@ def test_light_steps_beside_a_heavy_one_keep_their_gradient_in_float16(layout):
     np.testing.assert_allclose(got[light], want[light], 5e-3, 2e-3 * scale)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize("blocks", [{}, {"vocab_chunk_size": 3}], ids=str)
+def test_rows_that_fill_a_chunk_have_no_gradient(blocks, dtype):
+    """Their hidden states are zeros, and their logits the bias."""
+    params, hidden, labels = make(dtype=dtype)
+    hidden, labels = hidden.reshape(-1, F)[:5], labels.reshape(-1)[:5]
+    params["bias"] = np.where(np.arange(V) == 3, 100, 0).astype(dtype)
+
+    def gradient(**blocks):
+        log_probs = lambda params: tdjax.linear_log_probs(
+            params, hidden, labels, temperature=0.5, **blocks
+        ).log_probs.sum()
+        return quick_compile(jax.grad(log_probs), params)
+
+    got, want = gradient(chunk_size=2, **blocks), gradient()
+    assert all(np.isfinite(x.astype(np.float32)).all() for x in jax.tree.leaves(got))
+    assert_trees_close(got, want, 1e-2, 1e-2)
+
+
+def test_masked_steps_leave_the_digits_of_the_others_in_float16():
+    """A mean over many steps, of small hidden states: tiny products."""
+    rng = np.random.default_rng(0)
+    steps = 2**16
+    params = {"kernel": rng.normal(size=(F, 8)).astype(np.float16)}
+    hidden = (0.005 * rng.normal(size=(steps, F))).astype(np.float16)
+    labels, mask = rng.integers(0, 8, steps), rng.uniform(size=steps) < 0.9
+    loss = lambda params, hidden: (
+        2.0**15 * tdjax.linear_cross_entropy(params, hidden, labels, mask=mask)
+    )
+    got, want = in_float16_and_32(jax.grad(loss), params, hidden)
+    largest = np.abs(want["kernel"]).max()
+    np.testing.assert_allclose(got["kernel"], want["kernel"], 0, 2e-3 * largest)
+
+
+def test_many_words_of_small_probability_keep_their_digits_in_float16():
+    rng = np.random.default_rng(0)
+    params = {"kernel": (0.01 * rng.normal(size=(F, 2**17))).astype(np.float16)}
+    hidden = rng.normal(size=(16, F)).astype(np.float16)
+    labels = np.arange(16)
+    loss = lambda params, hidden: (
+        2.0**15 * tdjax.linear_cross_entropy(params, hidden, labels)
+    )
+    got, want = in_float16_and_32(jax.grad(loss), params, hidden)
+    got, want = got["kernel"][:, 16:], want["kernel"][:, 16:]
+    assert np.linalg.norm(got - want) < 2e-3 * np.linalg.norm(want)
+
+
+def test_a_light_step_keeps_its_part_of_the_kernel_in_float16():
+    hidden = np.zeros((2, F), np.float16)
+    hidden[0, 0], hidden[1, 1:] = 3, 0.005
+    params, *_ = make(dtype=np.float16)
+    loss = lambda params, hidden: (
+        2.0**15
+        * tdjax.linear_cross_entropy(
+            params, hidden, jnp.arange(2), weights=jnp.array([1, 1e-5])
+        )
+    )
+    got, want = in_float16_and_32(jax.grad(loss), params, hidden)
+    np.testing.assert_allclose(got["kernel"][1:], want["kernel"][1:], 5e-3, 1e-6)
+
+
 def test_a_large_z_loss_does_not_leave_the_range_of_float16():
     params, hidden, labels = make(dtype=np.float16)
     loss = lambda params, hidden: (

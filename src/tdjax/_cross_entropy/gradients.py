@@ -35,6 +35,13 @@ from tdjax._cross_entropy.products import (
     is_half,
     times_transposed_kernel,
 )
+from tdjax._cross_entropy.slopes import (
+    Slopes,
+    largest_exponent,
+    power_of_two,
+    scaled,
+    slopes_of,
+)
 
 ONE_PER_ROW: dict[str, Any] = {
     "mode": "drop",
@@ -110,6 +117,8 @@ def _add_gradients(head: Head, vocabulary: Vocabulary, d_params, rows: Rows, *ot
     hidden, labels = rows.hidden, rows.labels
     hidden_t, terms = others
     words, size, sums = vocabulary.words, head.block.words, rows.sums
+    if sums is not None:
+        sums = _with_filling_rows(sums, rows.cotangents)
 
     def exponentials_of(block: Block, sums: Sums):
         return jnp.exp(block.logits - sums.shift[:, None])
@@ -121,17 +130,19 @@ def _add_gradients(head: Head, vocabulary: Vocabulary, d_params, rows: Rows, *ot
         else:
             exponentials = exponentials_of(block, sums)
         slopes, statistics = _slopes(head, vocabulary, rows, terms, sums)
-        scale, slopes = _scaled(head, vocabulary, sums, slopes)
+        scale, slopes = scaled(head, vocabulary, sums, slopes)
+        steps = _steps(hidden, hidden_t, scale)
         d_logits = _d_logits(
             head, vocabulary, block, exponentials, sums, labels, slopes
         )
-        product = _Product(hidden, hidden_t, d_logits, scale)
+        product = _Product(*steps, scale, d_logits)
         return *product.added(head, vocabulary.params, d_params, 0), statistics
 
     if sums is None:
         sums = sums_over_words(head, vocabulary, hidden, labels, size)
     slopes, statistics = _slopes(head, vocabulary, rows, terms, sums)
-    scale, slopes = _scaled(head, vocabulary, sums, slopes)
+    scale, slopes = scaled(head, vocabulary, sums, slopes)
+    steps = _steps(hidden, hidden_t, scale)
 
     def add_word_chunk(carry, start, count):
         d_params, d_hidden = carry
@@ -139,7 +150,7 @@ def _add_gradients(head: Head, vocabulary: Vocabulary, d_params, rows: Rows, *ot
         block = block_of(head, chunk, hidden, local)
         exponentials = exponentials_of(block, sums)
         d_logits = _d_logits(head, chunk, block, exponentials, sums, local, slopes)
-        product = _Product(hidden, hidden_t, d_logits, scale)
+        product = _Product(*steps, scale, d_logits)
         d_params, d_chunk = product.added(head, chunk.params, d_params, start)
         return d_params, d_hidden + d_chunk
 
@@ -148,90 +159,30 @@ def _add_gradients(head: Head, vocabulary: Vocabulary, d_params, rows: Rows, *ot
     return d_params, d_hidden, statistics
 
 
-class Slopes(NamedTuple):
-    """`(rows,)`: the coefficients of the gradient by the logits of a row.
-
-    With probabilities p, label y, class weights c and logits z it is
-    `p * (by_exp * exp_sum + by_spread * exp_sum * (z - shift)) + at_label * one_hot(y)
-    + by_mean * c`.
-    """
-
-    by_exp: Any
-    by_spread: Any
-    at_label: Any
-    by_mean: Any
-
-
 def _slopes(
     head: Head, vocabulary: Vocabulary, rows: Rows, terms: Terms | None, sums: Sums
 ):
     """`(slopes, statistics)`; the latter only of a weighted loss."""
     if terms is None:
-        sums = _with_filled_rows(sums, rows.cotangents)
         statistics = sums.statistics(head, vocabulary)
-        return _slopes_of(head, vocabulary, rows.cotangents, statistics, sums), None
+        return slopes_of(head, vocabulary, rows.cotangents, statistics, sums), None
     statistics = sums.statistics(head, vocabulary)
     terms = terms._replace(label_weights=rows.label_weights)
     smooth = statistics._replace(predictions=None)
     pullback = jax.vjp(functools.partial(losses_of, terms), smooth)[1]
     (cotangents,) = pullback(rows.weights)
-    return _slopes_of(head, vocabulary, cotangents, statistics, sums), statistics
+    return slopes_of(head, vocabulary, cotangents, statistics, sums), statistics
 
 
-def _with_filled_rows(sums: Sums, cotangents: Statistics) -> Sums:
-    """A sum of 1 in the rows that only fill a chunk, in which all is 0."""
+def _with_filling_rows(sums: Sums, cotangents: Statistics) -> Sums:
+    """Rows that only fill a chunk, in which all is 0, get exponentials of 0."""
     is_filling = sums.exp_sum == 0
     for cotangent in jax.tree.leaves(cotangents):
         is_filling &= cotangent == 0
-    return sums._replace(exp_sum=jnp.where(is_filling, 1, sums.exp_sum))
-
-
-def _slopes_of(
-    head: Head, vocabulary: Vocabulary, cotangents: Statistics, statistics, sums: Sums
-) -> Slopes:
-    by_softmax = cotangents.log_normalizers - cotangents.log_probs
-    by_spread = by_mean = None
-    if "entropies" in head.wants:
-        # The entropy's derivative is -p * (log p + entropy).
-        of_entropy = jnp.log(sums.exp_sum) - statistics.entropies
-        by_softmax += cotangents.entropies * of_entropy
-        by_spread = -cotangents.entropies / sums.exp_sum
-    if "mean_log_probs" in head.wants:
-        by_softmax -= vocabulary.mean_weight * cotangents.mean_log_probs
-        by_mean = cotangents.mean_log_probs / head.words
-    by_exp = by_softmax / sums.exp_sum
-    return Slopes(by_exp, by_spread, cotangents.log_probs, by_mean)
-
-
-def _scaled(
-    head: Head, vocabulary: Vocabulary, sums: Sums, slopes: Slopes
-) -> tuple[Any, Slopes]:
-    """`(scale, slopes / scale)`: a scale for each row, or None.
-
-    In half precision it brings each row of `d_logits` below 1, so that neither large
-    nor tiny weights leave the range of float16. Powers of two round nothing.
-
-    Plain cross-entropy on a CPU leaves the division by the sums to the scale, which
-    later multiplies smaller arrays.
-    """
-    if not is_half(vocabulary.params):
-        if not (head.is_plain and head.on_cpu and head.logits_soft_cap is None):
-            return None, slopes
-        # The other slope is 1.
-        return slopes.by_exp, slopes._replace(by_exp=None, at_label=-sums.exp_sum)
-    bound = jnp.abs(slopes.by_exp) * sums.exp_sum + jnp.abs(slopes.at_label)
-    if slopes.by_spread is not None:
-        # A probability p times its log is at most 0.4, and p is 1 at most.
-        bound += jnp.abs(slopes.by_spread) * sums.exp_sum * (1 + jnp.log(sums.exp_sum))
-    if slopes.by_mean is not None:
-        largest = 1.0
-        if vocabulary.class_weights is not None:
-            largest = jnp.max(jnp.abs(vocabulary.class_weights))
-        bound += jnp.abs(slopes.by_mean) * largest
-    _, exponent = jnp.frexp(jax.lax.stop_gradient(bound))
-    exponent = jnp.where(jnp.isfinite(bound), jnp.clip(exponent, -100, 100), 0)
-    scale = jnp.ldexp(jnp.ones_like(bound), exponent)
-    return scale, jax.tree.map(lambda x: x / scale, slopes)
+    return sums._replace(
+        shift=jnp.where(is_filling, jnp.inf, sums.shift),
+        exp_sum=jnp.where(is_filling, 1, sums.exp_sum),
+    )
 
 
 def _d_logits(
@@ -284,37 +235,54 @@ def _sum_of_rows(head: Head, d_logits, scale, is_half: bool):
     return jax.lax.scan(add, jnp.zeros_like(d_logits[0]), (scale, d_logits))[0]
 
 
+def _steps(hidden, hidden_t, scale) -> tuple[Any, Any, Any]:
+    """`(hidden, hidden_t, factor)` of one chunk, each row times its scale.
+
+    In half precision the largest are near 2**14 (float16 ends at 2**16), and products
+    with them are to be multiplied by `factor`.
+    """
+    if scale is None:
+        return hidden, hidden_t, None
+    factor, wide = None, scale.dtype
+    if jnp.finfo(hidden.dtype).bits < 32:
+        largest = jnp.max(jnp.abs(hidden)).astype(wide)
+        up = power_of_two(14 - largest_exponent(largest))
+        factor = scale.max() / up
+        scale = scale / factor
+    times = lambda x, scale: (x.astype(wide) * scale).astype(x.dtype)
+    hidden_t = None if hidden_t is None else times(hidden_t, scale[None, :])
+    return times(hidden, scale[:, None]), hidden_t, factor
+
+
 class _Product(NamedTuple):
-    """The operands of the gradients of one block."""
+    """The operands of the gradients of one block.
+
+    Attributes:
+      hidden, hidden_t, factor: of `_steps`; `hidden_t` is None if no kernel of shape
+        (features, words) needs it.
+      scale: of each row of `d_logits`, or None.
+    """
 
     hidden: Any
-    hidden_t: Any  # None if no kernel of shape (features, words) needs it.
+    hidden_t: Any
+    factor: Any
+    scale: Any
     d_logits: Any
-    scale: Any  # Of each row of `d_logits`, or None.
 
     def added(
         self, head: Head, params: Params, d_params: Params, start
     ) -> tuple[Params, Any]:
         """`(d_params, d_hidden)`, `d_params` added to from word `start` on."""
-        hidden, d_logits, scale = self.hidden, self.d_logits, self.scale
-        hidden_t: Any = self.hidden_t
-        narrow, wide = d_logits.astype(hidden.dtype), d_logits.dtype
+        d_logits, scale = self.d_logits, self.scale
+        narrow, wide = d_logits.astype(self.hidden.dtype), d_logits.dtype
         product = functools.partial(jnp.matmul, preferred_element_type=wide)
-        d_words, is_half, largest = {}, narrow.dtype != wide, None
-        if scale is not None:
-            shares = scale
-            if is_half:
-                largest = scale.max()
-                shares = (scale / largest).astype(hidden.dtype)
-            hidden = hidden * shares[:, None]
-            hidden_t = None if hidden_t is None else hidden_t * shares[None, :]
         if "kernel" in d_params:
-            d_words["kernel"] = product(hidden_t, narrow)
+            name, d_kernel = "kernel", product(self.hidden_t, narrow)
         else:
-            d_words["embedding"] = product(narrow.T, hidden)
-        if largest is not None:
-            d_words = {name: largest * x for name, x in d_words.items()}
+            name, d_kernel = "embedding", product(narrow.T, self.hidden)
+        d_words = {name: d_kernel if self.factor is None else self.factor * d_kernel}
         if "bias" in params:
+            is_half = narrow.dtype != wide
             d_words["bias"] = _sum_of_rows(head, d_logits, scale, is_half)
         d_params = {
             name: add_at(x, d_words[name], start, AXIS_OF_WORDS[name])

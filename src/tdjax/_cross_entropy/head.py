@@ -39,7 +39,7 @@ def require_head(params: Any, hidden: Any, labels: Any) -> tuple[dict[str, Any],
             swapped = x is hidden and jnp.issubdtype(label_dtype, jnp.floating)
             hint = " Are hidden and labels swapped?" if swapped else ""
             raise TypeError(f"{of} must be of floats, got {describe(x)}.{hint}")
-    _check_features(name, weight, hidden)
+    check_features(name, weight, hidden)
     _, words = _sizes(name, weight)
     if bias is not None:
         require_array("params['bias']", bias, 1, "(words,)")
@@ -149,7 +149,7 @@ def _sizes(name: str, weight: Any) -> tuple[int, int]:
     return weight.shape if name == "kernel" else weight.shape[::-1]
 
 
-def _check_features(name: str, weight: Any, hidden: Any) -> None:
+def check_features(name: str, weight: Any, hidden: Any) -> None:
     features, words = _sizes(name, weight)
     if hidden.shape[-1] == features and words:
         return

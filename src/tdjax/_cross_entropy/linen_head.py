@@ -8,11 +8,10 @@ import jax.numpy as jnp
 
 from tdjax._checks import require_array
 from tdjax._cross_entropy.module import (
+    check_fields,
     log_probs_of,
     logits_or_loss,
-    options_of,
     promoted,
-    require_vocabulary,
 )
 from tdjax._dense import Initializer, default_bias_init, default_kernel_init
 
@@ -33,8 +32,8 @@ class CrossEntropyHead(nn.Module):
       param_dtype, kernel_init, bias_init: as in `nn.Dense`.
 
     Raises:
-      TypeError: if `vocabulary` is of another kind.
-      ValueError: if it is not positive.
+      TypeError: if a field is of another kind.
+      ValueError: if `vocabulary` or `logits_soft_cap` is not positive.
 
     Example:
       >>> import jax, jax.numpy as jnp, tdjax
@@ -57,7 +56,9 @@ class CrossEntropyHead(nn.Module):
     bias_init: Initializer = default_bias_init
 
     def __post_init__(self):
-        require_vocabulary(self.vocabulary, nn.Embed, nn.Module)
+        usual = getattr(nn.Embed, "promote_dtype", None)
+        fields = self.vocabulary, self.logits_soft_cap
+        check_fields(*fields, nn.Embed, nn.Module, usual)
         super().__post_init__()
 
     def __call__(self, hidden, labels=None, **options):
@@ -70,12 +71,12 @@ class CrossEntropyHead(nn.Module):
             labels None or left out.
         """
         params, hidden = self._promoted(hidden)
-        return logits_or_loss(params, hidden, labels, options_of(self, options))
+        return logits_or_loss(self, params, hidden, labels, options)
 
     def log_probs(self, hidden, labels, **options):
         """`(log_probs, entropies)`, as `tdjax.linear_log_probs` gives them."""
         params, hidden = self._promoted(hidden)
-        return log_probs_of(params, hidden, labels, options_of(self, options))
+        return log_probs_of(self, params, hidden, labels, options)
 
     def _promoted(self, hidden):
         require_array("hidden", hidden, 1, "(..., features)")

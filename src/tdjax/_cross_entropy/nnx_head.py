@@ -4,14 +4,14 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn import dtypes
 
-from tdjax._checks import require_array, require_sizes
+from tdjax._checks import describe, require_array, require_sizes
 from tdjax._cross_entropy.module import (
+    check_fields,
     log_probs_of,
     logits_or_loss,
-    options_of,
     promoted,
-    require_vocabulary,
 )
 from tdjax._dense import Initializer, default_bias_init, default_kernel_init
 
@@ -34,8 +34,8 @@ class CrossEntropyHead(nnx.Module):
         out if the head has no parameters of its own.
 
     Raises:
-      TypeError: if `vocabulary` is of another kind.
-      ValueError: if a size is not positive, or not that of the embedding.
+      TypeError: if an argument is of another kind.
+      ValueError: if a number is not positive, or a size not that of the embedding.
 
     Example:
       >>> import jax.numpy as jnp, tdjax
@@ -63,7 +63,8 @@ class CrossEntropyHead(nnx.Module):
         (in_features,) = require_sizes(in_features=in_features)
         self.in_features = in_features
         self.logits_soft_cap = logits_soft_cap
-        require_vocabulary(vocabulary, nnx.Embed, nnx.Module)
+        fields = vocabulary, logits_soft_cap
+        check_fields(*fields, nnx.Embed, nnx.Module, dtypes.promote_dtype)
         is_tied = isinstance(vocabulary, nnx.Embed)
         self.dtype = dtype
         if isinstance(vocabulary, nnx.Embed):
@@ -98,12 +99,12 @@ class CrossEntropyHead(nnx.Module):
             labels None or left out.
         """
         params, hidden = self._promoted(hidden)
-        return logits_or_loss(params, hidden, labels, options_of(self, options))
+        return logits_or_loss(self, params, hidden, labels, options)
 
     def log_probs(self, hidden, labels, **options):
         """`(log_probs, entropies)`, as `tdjax.linear_log_probs` gives them."""
         params, hidden = self._promoted(hidden)
-        return log_probs_of(params, hidden, labels, options_of(self, options))
+        return log_probs_of(self, params, hidden, labels, options)
 
     def _promoted(self, hidden):
         require_array("hidden", hidden, 1, "(..., features)")
@@ -117,9 +118,9 @@ class CrossEntropyHead(nnx.Module):
 
 
 def _require_rngs(rngs: nnx.Rngs | None) -> nnx.Rngs:
-    if rngs is None:
+    if not isinstance(rngs, nnx.Rngs):
         raise TypeError(
-            "rngs must be an nnx.Rngs, got None: this head has parameters of its own. "
-            "Pass rngs=nnx.Rngs(seed)."
+            f"rngs must be an nnx.Rngs, got {describe(rngs)}: this head has parameters "
+            "of its own. Pass rngs=nnx.Rngs(seed)."
         )
     return rngs
