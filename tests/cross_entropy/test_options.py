@@ -395,6 +395,20 @@ def test_rows_that_fill_a_chunk_have_no_gradient(blocks, dtype):
     assert_trees_close(got, want, 1e-2, 1e-2)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_chunks_of_masked_steps_alone_in_half_precision(dtype):
+    params, hidden, labels = make(dtype=dtype)
+    loss = lambda chunk_size: (
+        lambda params, hidden: tdjax.linear_cross_entropy(
+            params, hidden, labels, mask=some_mask(), chunk_size=chunk_size
+        )
+    )
+    got, want = (
+        quick_compile(jax.grad(loss(n), (0, 1)), params, hidden) for n in (1, B * T)
+    )
+    assert_trees_close(got, want, 1e-2, 1e-3)
+
+
 def test_masked_steps_leave_the_digits_of_the_others_in_float16():
     """A mean over many steps, of small hidden states: tiny products."""
     rng = np.random.default_rng(0)

@@ -78,10 +78,13 @@ def _scaled_to_float16(
 
 
 def largest_exponent(x):
-    """The least n with `abs(x) < 2**n`, from -80 on; also for 0, inf and NaN."""
+    """The least n with `abs(x) < 2**n`, -48 for 0, and 0 for infinity and NaN.
+
+    From -48 to 48, so that products and ratios of three such powers are float32.
+    """
     x = jax.lax.stop_gradient(x)
     _, exponent = jnp.frexp(x)
-    exponent = jnp.where(x == 0, -80, jnp.clip(exponent, -80, 80))
+    exponent = jnp.where(x == 0, -48, jnp.clip(exponent, -48, 48))
     return jnp.where(jnp.isfinite(x), exponent, 0)
 
 
