@@ -31,7 +31,7 @@ def kinds(Explicit=(), Auto=()):
 IN_MESH_STEP = (pytest.mark.mesh, pytest.mark.slow)
 
 
-@pytest.mark.parametrize("kind", kinds((), IN_MESH_STEP))
+@pytest.mark.parametrize("kind", kinds((), pytest.mark.slow))
 def test_every_lowering_is_equal_and_sends_one_sum(kind):
     check_programs(run_on_devices("programs.py", kind))
 
@@ -99,7 +99,6 @@ def test_the_loss_is_that_of_one_device_and_sends_what_it_must():
     check_losses(run_on_devices("losses.py", "Auto"), 4)
 
 
-@pytest.mark.mesh
 @pytest.mark.slow
 def test_the_loss_in_every_layout():
     check_losses(run_on_devices("losses.py", "Auto", "some"))
@@ -130,7 +129,7 @@ def check_facts(found, size, errors):
         assert re.search(pattern, message), message
 
 
-@pytest.mark.parametrize("kind", kinds(IN_MESH_STEP, IN_MESH_STEP))
+@pytest.mark.parametrize("kind", kinds(IN_MESH_STEP, pytest.mark.slow))
 def test_facts(kind):
     check_facts(run_on_devices("facts.py", kind), 31, ERRORS)
 
@@ -156,7 +155,7 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize("kind", kinds(IN_MESH_STEP, IN_MESH_STEP))
+@pytest.mark.parametrize("kind", kinds(IN_MESH_STEP, pytest.mark.slow))
 def test_facts_of_the_loss(kind):
     check_facts(run_on_devices("loss_facts.py", kind), 13, ERRORS_OF_THE_LOSS)
 
