@@ -131,7 +131,7 @@ def _add_gradients(head: Head, vocabulary: Vocabulary, d_params, rows: Rows, *ot
             exponentials = exponentials_of(block, sums)
         slopes, statistics = _slopes(head, vocabulary, rows, terms, sums)
         scale, slopes = scaled(head, vocabulary, sums, slopes)
-        steps = _steps(hidden, hidden_t, scale)
+        steps = _scaled_steps(hidden, hidden_t, scale)
         d_logits = _d_logits(
             head, vocabulary, block, exponentials, sums, labels, slopes
         )
@@ -142,7 +142,7 @@ def _add_gradients(head: Head, vocabulary: Vocabulary, d_params, rows: Rows, *ot
         sums = sums_over_words(head, vocabulary, hidden, labels, size)
     slopes, statistics = _slopes(head, vocabulary, rows, terms, sums)
     scale, slopes = scaled(head, vocabulary, sums, slopes)
-    steps = _steps(hidden, hidden_t, scale)
+    steps = _scaled_steps(hidden, hidden_t, scale)
 
     def add_word_chunk(carry, start, count):
         d_params, d_hidden = carry
@@ -163,10 +163,9 @@ def _slopes(
     head: Head, vocabulary: Vocabulary, rows: Rows, terms: Terms | None, sums: Sums
 ):
     """`(slopes, statistics)`; the latter only of a weighted loss."""
-    if terms is None:
-        statistics = sums.statistics(head, vocabulary)
-        return slopes_of(head, vocabulary, rows.cotangents, statistics, sums), None
     statistics = sums.statistics(head, vocabulary)
+    if terms is None:
+        return slopes_of(head, vocabulary, rows.cotangents, statistics, sums), None
     terms = terms._replace(label_weights=rows.label_weights)
     smooth = statistics._replace(predictions=None)
     pullback = jax.vjp(functools.partial(losses_of, terms), smooth)[1]
@@ -235,7 +234,7 @@ def _sum_of_rows(head: Head, d_logits, scale, is_half: bool):
     return jax.lax.scan(add, jnp.zeros_like(d_logits[0]), (scale, d_logits))[0]
 
 
-def _steps(hidden, hidden_t, scale) -> tuple[Any, Any, Any]:
+def _scaled_steps(hidden, hidden_t, scale) -> tuple[Any, Any, Any]:
     """`(hidden, hidden_t, factor)` of one chunk, each row times its scale.
 
     In half precision the largest are near 2**14 (float16 ends at 2**16), and products
@@ -258,8 +257,8 @@ class _Product(NamedTuple):
     """The operands of the gradients of one block.
 
     Attributes:
-      hidden, hidden_t, factor: of `_steps`; `hidden_t` is None if no kernel of shape
-        (features, words) needs it.
+      hidden, hidden_t, factor: of `_scaled_steps`; `hidden_t` is None if no kernel of
+        shape (features, words) needs it.
       scale: of each row of `d_logits`, or None.
     """
 
