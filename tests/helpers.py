@@ -10,6 +10,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+
+
+def slow_but(quick, items):
+    """Parameters of a test, all of them slow but those at the places `quick`."""
+    slow = lambda item: pytest.param(item, marks=pytest.mark.slow)
+    return [item if i in quick else slow(item) for i, item in enumerate(items)]
 
 
 def numpy_dense(params, x):

@@ -9,7 +9,7 @@ from flax.errors import CallCompactUnboundModuleError
 
 import tdjax
 import zoo
-from helpers import assert_trees_close, assert_trees_equal, normal
+from helpers import assert_trees_close, assert_trees_equal, normal, slow_but
 from tdjax.linen import FlattenDense, PerStepDense, TimeDistributed
 
 B, T = 3, 4
@@ -19,7 +19,7 @@ METHODS = [
     {"method": "vmap", "chunk_size": 3},
     {"method": "fold", "chunk_size": 3, "unroll": True, "remat": True},
 ]
-methods = pytest.mark.parametrize("options", METHODS, ids=str)
+methods = pytest.mark.parametrize("options", slow_but((1, 2), METHODS), ids=str)
 # Of many layers, each method once.
 some_methods = pytest.mark.parametrize(
     "options",

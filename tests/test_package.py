@@ -225,6 +225,7 @@ def test_the_flax_modules_know_nothing_of_keras():
     assert run(code + "print('keras' in sys.modules)") == "False"
 
 
+@pytest.mark.slow
 def test_modules_named_beside_their_tests_are_imported_once(tmp_path):
     test = tmp_path / "test_modules.py"
     test.write_text(

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 import tdjax
-from helpers import assert_trees_close, normal
+from helpers import assert_trees_close, normal, slow_but
 
 B, T, F, V = 3, 4, 5, 7
 LENGTHS = np.array([4, 2, 0])
@@ -54,7 +54,11 @@ modes = pytest.mark.parametrize("mode", MODES)
 modes_and_dtypes = pytest.mark.parametrize(
     ("mode", "dtype"),
     [
-        pytest.param(mode, dtype, marks=pytest.mark.slow if dtype == "float16" else ())
+        pytest.param(
+            mode,
+            dtype,
+            marks=() if dtype in DTYPES[: 1 + (mode == "dtype")] else pytest.mark.slow,
+        )
         for mode in ("dtype", "rank")
         for dtype in DTYPES
     ]
@@ -104,7 +108,7 @@ def test_masked_means_of_any_dtype(mode, dtype):
 
 
 @modes_and_dtypes
-@pytest.mark.parametrize("options", LOWERINGS, ids=str)
+@pytest.mark.parametrize("options", slow_but((1, 3, 4), LOWERINGS), ids=str)
 def test_every_lowering_with_a_mask_and_its_gradient(mode, dtype, options):
     apply = tdjax.time_distributed(tdjax.dense, in_axes=(None, 1), **options)
 
@@ -187,7 +191,7 @@ class Block(nn.Module):
 
 @modes
 @pytest.mark.filterwarnings("ignore:With mask=, the layer writes statistics")
-@pytest.mark.parametrize("options", LOWERINGS[:3], ids=str)
+@pytest.mark.parametrize("options", slow_but((1, 2), LOWERINGS[:3]), ids=str)
 @pytest.mark.parametrize("carry", [False, "batch_stats"])
 def test_layers_with_state_and_noise(mode, options, carry):
     if carry and options.get("method") == "fold":

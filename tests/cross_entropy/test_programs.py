@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tdjax
-from helpers import normal
+from helpers import normal, slow_but
 from tdjax._cross_entropy.sizes import Chunks, block_sizes
 
 STEPS, FEATURES, WORDS = 64, 16, 96
@@ -50,7 +50,7 @@ def lowered(fun, *args, platform="cpu"):
 
 @pytest.mark.parametrize(
     "platform",
-    ["cpu", "cuda", *(pytest.param(p, marks=pytest.mark.slow) for p in PLATFORMS[2:])],
+    slow_but((0, 1), PLATFORMS),
 )
 @pytest.mark.parametrize("blocks", [{}, {"chunk_size": 8, "vocab_chunk_size": 32}])
 @pytest.mark.parametrize(

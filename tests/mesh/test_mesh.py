@@ -31,7 +31,7 @@ def kinds(Explicit=(), Auto=()):
 IN_MESH_STEP = (pytest.mark.mesh, pytest.mark.slow)
 
 
-@pytest.mark.parametrize("kind", kinds((), pytest.mark.slow))
+@pytest.mark.parametrize("kind", kinds(IN_MESH_STEP, pytest.mark.slow))
 def test_every_lowering_is_equal_and_sends_one_sum(kind):
     check_programs(run_on_devices("programs.py", kind))
 

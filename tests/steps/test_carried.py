@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import tdjax
-from helpers import assert_trees_close, normal, x64
+from helpers import assert_trees_close, normal, slow_but, x64
 from tdjax.linen import TimeDistributed
 
 BATCH, STEPS = 3, 5
@@ -61,7 +61,7 @@ def loop(layer, variables, x, valid=None):
     return jax.tree.map(lambda *steps: jnp.stack(steps, 1), *results), state
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", slow_but((0, 4), OPTIONS))
 @pytest.mark.parametrize("layer", [Norm(), Whitened()])
 def test_results_state_and_gradients_are_those_of_a_loop_over_steps(layer, options, x):
     wrapped = TimeDistributed(layer, variable_carry="batch_stats", **options)

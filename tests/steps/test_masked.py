@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from jax import export
 
 import tdjax
-from helpers import BAD, assert_trees_close, assert_trees_equal, normal, spoil
+from helpers import (
+    BAD,
+    assert_trees_close,
+    assert_trees_equal,
+    normal,
+    slow_but,
+    spoil,
+)
 
 B, T, F = 3, 4, 5
 MASK = tdjax.lengths_to_mask(jnp.array([4, 2, 0]), T)
@@ -28,7 +35,9 @@ LOWERINGS = [
     {"capacity": VALID + 2, "method": "fold"},
     {"capacity": VALID + 1, "chunk_size": 3, "method": "fold", "remat": True},
 ]
-lowerings = pytest.mark.parametrize("options", LOWERINGS, ids=str)
+lowerings = pytest.mark.parametrize(
+    "options", slow_but((1, 2, 5, 7), LOWERINGS), ids=str
+)
 
 
 def unit(kernel, x):

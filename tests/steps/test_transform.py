@@ -323,13 +323,14 @@ def test_no_tracer_leaks(params):
     [
         ({}, "b, t"),
         ({"method": "fold"}, "b, t"),
-        ({"remat": True}, "b, t"),
-        ({"chunk_size": 1}, "b, t"),
         ({"chunk_size": 2}, "b, t"),
-        ({"chunk_size": 2, "method": "fold"}, "b, t"),
         ({"chunk_size": 2, "method": "fold", "remat": True}, "b, t"),
         ({"chunk_size": 2, "method": "fold"}, "b, 2*t"),
-        ({"chunk_size": 2, "remat": True}, "b, 2*t"),
+        pytest.param({"remat": True}, "b, t", marks=pytest.mark.slow),
+        pytest.param({"chunk_size": 1}, "b, t", marks=pytest.mark.slow),
+        pytest.param(
+            {"chunk_size": 2, "remat": True}, "b, 2*t", marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )

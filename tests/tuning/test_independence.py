@@ -492,7 +492,7 @@ def test_what_steps_share_is_not_taken_for_examples():
     assert mixing_of(lambda ids: KERNEL[ids] - KERNEL[ids].mean(0), IDS) == "reduce_sum"
 
 
-@pytest.mark.parametrize("api", ["linen", "nnx"])
+@pytest.mark.parametrize("api", ["linen", pytest.param("nnx", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_layers(api, name):
     kind = zoo.ZOO[name]
