@@ -228,6 +228,7 @@ def test_each_episode_counts_by_its_length(params, episodes):
     jax.tree.map(close, found, expected)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_an_episode_cut_at_its_end(params, episodes):
     copies = part(episodes, columns=np.zeros(6, int))
     cut = part(copies, slice(int(copies[3][:, 0].sum())))

@@ -36,11 +36,11 @@ def params():
     }
 
 
-def least_squares_error(x, y):
-    """With a bias; `(n, features)` and `(n,)`."""
+def least_squares_errors(x, y):
+    """With a bias; `(n, features)` and `(n, targets)`."""
     x = np.concatenate([np.float64(x), np.ones((len(x), 1))], axis=1)
     residual = y - x @ np.linalg.lstsq(x, np.float64(y))[0]
-    return float(np.sqrt(np.sum(residual**2) / (len(y) - x.shape[1])))
+    return np.sqrt(np.sum(residual**2, axis=0) / (len(y) - x.shape[1]))
 
 
 @pytest.mark.parametrize("target", range(3))
@@ -48,11 +48,9 @@ def test_only_the_layers_that_should_can_express_a_target(days, target):
     x, targets = days
     y, hours = targets[target, ..., 0], range(24)
     errors = {
-        "Dense": [least_squares_error(x.reshape(-1, 3), y.reshape(-1))],
-        "PerStepDense": [least_squares_error(x[:, t], y[:, t]) for t in hours],
-        "FlattenDense": [
-            least_squares_error(x.reshape(len(x), -1), y[:, t]) for t in hours
-        ],
+        "Dense": least_squares_errors(x.reshape(-1, 3), y.reshape(-1, 1)),
+        "PerStepDense": [least_squares_errors(x[:, t], y[:, [t]]) for t in hours],
+        "FlattenDense": least_squares_errors(x.reshape(len(x), -1), y),
     }
     for family, by_hour in errors.items():
         if TARGETS[target] in EXPRESSES[family]:

@@ -95,6 +95,8 @@ def check_losses(rows, layouts=14):
         assert sent == SENT_BY_THE_LOSS[row["layout"]], row
 
 
+@pytest.mark.mesh
+@pytest.mark.slow
 def test_the_loss_is_that_of_one_device_and_sends_what_it_must():
     check_losses(run_on_devices("losses.py", "Auto"), 4)
 
