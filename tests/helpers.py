@@ -101,7 +101,9 @@ def run_on_devices(program, *arguments):
     here = Path(__file__).parent
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        # With those that make the tests quick (conftest.py).
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
+        + os.environ.get("XLA_FLAGS", ""),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), *sys.path]),
     }

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 # Most programs mix, and are then not run.
-@settings(max_examples=max(150, settings.default.max_examples))
+@settings(max_examples=max(100, settings.default.max_examples))
 @given(programs, st.integers(0, 99))
 def test_what_is_shown_to_keep_examples_apart_does(program, seed):
     """Here the steps of the programs are the examples of a batch."""

@@ -144,7 +144,7 @@ def assert_close(got, want, tolerance):
     np.testing.assert_allclose(got / scale, want / scale, 0, tolerance)
 
 
-@settings(max_examples=max(60, settings.default.max_examples))
+@settings(max_examples=max(40, settings.default.max_examples))
 @given(cases(), st.sampled_from(["float64", "float64", "float32"]))
 def test_the_loss_and_its_gradients_are_those_of_numpy(case, dtype):
     note(f"{dtype} {case}")

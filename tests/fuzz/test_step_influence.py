@@ -20,7 +20,7 @@ VARIANTS = 64
 
 
 # Its programs are quick, and few of them come near a fault.
-@settings(max_examples=max(150, settings.default.max_examples))
+@settings(max_examples=max(100, settings.default.max_examples))
 @given(programs, st.sampled_from([1e6, 1e6, 50.0, 2.0]), st.integers(0, 99))
 def test_false_is_certain(program, bound, seed):
     influence = tdjax.step_influence(program, jnp.ones((1, T, F)), bound=bound)

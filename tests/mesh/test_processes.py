@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 PROGRAM = Path(__file__).with_name("processes.py")
-pytestmark = [pytest.mark.slow, pytest.mark.mesh]
+pytestmark = pytest.mark.slow
 
 
 def run(folder, devices, processes=1):
@@ -45,7 +45,13 @@ def one_process(tmp_path_factory):
     return found
 
 
-@pytest.fixture(scope="module", params=[(2, 2), (4, 1)], ids=["2 x 2", "4 x 1"])
+JOBS = [
+    pytest.param((2, 2), marks=pytest.mark.mesh, id="2 x 2"),
+    pytest.param((4, 1), id="4 x 1"),
+]
+
+
+@pytest.fixture(scope="module", params=JOBS)
 def job(request, tmp_path_factory):
     """`(folder, what each process found)`."""
     processes, devices = request.param
