@@ -22,7 +22,7 @@ if importlib.util.find_spec("keras") is None:
     collect_ignore = [*needs_keras, "keras_pairs.py", "keras_zoo.py"]
 
 # Each example may compile; a compilation has no deadline.
-settings.register_profile("tdjax", deadline=None, max_examples=20, derandomize=True)
+settings.register_profile("tdjax", deadline=None, max_examples=12, derandomize=True)
 settings.load_profile("tdjax")
 # For tests/fuzz: other examples at each run.
 settings.register_profile(

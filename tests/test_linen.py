@@ -23,7 +23,10 @@ methods = pytest.mark.parametrize("options", slow_but((1, 2), METHODS), ids=str)
 # Of many layers, each method once.
 some_methods = pytest.mark.parametrize(
     "options",
-    [pytest.param(x, marks=pytest.mark.slow if len(x) > 1 else ()) for x in METHODS],
+    [
+        pytest.param(x, marks=() if x == {"method": "fold"} else pytest.mark.slow)
+        for x in METHODS
+    ],
     ids=str,
 )
 

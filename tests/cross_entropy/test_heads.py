@@ -11,7 +11,7 @@ from flax import nnx
 import tdjax
 import tdjax.linen
 import tdjax.nnx
-from helpers import assert_trees_close, assert_trees_equal, normal
+from helpers import assert_trees_close, assert_trees_equal, normal, slow_but
 
 F, V = 4, 11
 HIDDEN = normal(0, 2, 5, F)
@@ -51,7 +51,7 @@ class TiedNNX(nnx.Module):
 
 
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
-@pytest.mark.parametrize("use_bias", [None, False])
+@pytest.mark.parametrize("use_bias", slow_but((0,), [None, False]))
 def test_a_linen_head_is_a_dense_layer(use_bias, dtype, key):
     head = tdjax.linen.CrossEntropyHead(V, use_bias=use_bias, dtype=dtype)
     layer = nn.Dense(V, use_bias=use_bias is None, dtype=dtype)
@@ -70,7 +70,7 @@ def test_a_linen_head_is_a_dense_layer(use_bias, dtype, key):
 
 
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
-@pytest.mark.parametrize("use_bias", [None, False])
+@pytest.mark.parametrize("use_bias", slow_but((0,), [None, False]))
 def test_an_nnx_head_is_a_linear_layer(use_bias, dtype):
     head = tdjax.nnx.CrossEntropyHead(
         F, V, use_bias=use_bias, dtype=dtype, rngs=nnx.Rngs(0)

@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tdjax
-from helpers import assert_trees_close, integers, normal, quick_compile, x64
+from helpers import (
+    assert_trees_close,
+    integers,
+    normal,
+    quick_compile,
+    slow_but,
+    x64,
+)
 
 B, T, F, V = 2, 9, 4, 7
 OPTIONS = [
@@ -121,7 +128,7 @@ def test_any_shape_mask_and_block(
     assert_as_optax(params, hidden, labels, 3e-5, sizes, **options)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", slow_but((1,), [jnp.bfloat16, jnp.float16]))
 @blocks
 def test_half_precision_sums_in_float32(dtype, chunk_size, vocab_chunk_size):
     params, hidden, labels = make(4, 64, 16, 100, dtype)
@@ -278,7 +285,7 @@ def test_a_banned_word_does_not_reach_masked_steps():
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16"])
-@pytest.mark.parametrize("sizes", [(None, None), (4, 100)])
+@pytest.mark.parametrize("sizes", slow_but((1,), [(None, None), (4, 100)]))
 def test_labels_of_few_bits_and_many_words(dtype, sizes):
     params, hidden, labels = make(words=259)
     small = (labels % 5).astype(dtype)

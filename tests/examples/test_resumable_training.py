@@ -25,6 +25,7 @@ from flax.training.train_state import TrainState
 
 import resumable_training
 import tagging
+from helpers import slow_but
 
 PROGRAM = resumable_training.__file__
 STEPS, SAVE_EVERY = 20, 8
@@ -292,7 +293,7 @@ DAMAGES = {
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("name", DAMAGES)
+@pytest.mark.parametrize("name", slow_but((0, 2, 5), [*DAMAGES]))
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     checkpoints, tmp_path, capsys, name
 ):
