@@ -27,6 +27,7 @@ from tdjax._influence.step_influence import assert_causal, step_influence
 from tdjax._masks import lengths_to_mask, masked_mean
 from tdjax._steps.transform import time_distributed
 from tdjax._tuning.autotune import autotune
+from tdjax._tuning.on_miss import tuning
 from tdjax._tuning.result import Tuning
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ __all__ = [
     "plot_step_influence",
     "step_influence",
     "time_distributed",
+    "tuning",
 ]
 # Whoever lists or imports all names must not fail for want of Keras on JAX.
 if os.environ.get("KERAS_BACKEND") == "jax" and find_spec("keras"):

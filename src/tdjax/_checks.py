@@ -173,15 +173,3 @@ def require_layer(name: str, layer: Any, module_class: type, adapter: str) -> No
         f"{name} must be an instance of flax.{framework}.Module, got "
         f"{describe(layer)}. {remedy}".rstrip()
     )
-
-
-def refuse_inner_layers(module: Any, layers: list[str], adapter: str) -> None:
-    """Refuses to tune a whole model as if it were a layer of one step."""
-    if layers:
-        raise ValueError(
-            f"module must be a TimeDistributed, or a layer of one step; got a "
-            f"{type(module).__name__} that runs layers over time itself: "
-            f"{', '.join(layers)}. Tune each of them on the inputs that reach it. If "
-            "the module is for one step of a longer sequence, wrap it in "
-            f"{adapter}.TimeDistributed first."
-        )

@@ -21,9 +21,11 @@ from flax.linen import module as flax_module
 
 from tdjax._mesh import names_in
 from tdjax._steps.hints import explained
+from tdjax._steps.lowering import Lowering
 from tdjax._steps.mesh import mesh_axes
 from tdjax._steps.mesh_layers import distribute_layer
-from tdjax._steps.stateful import LayerState, make_lowering
+from tdjax._steps.places import type_text, value_text
+from tdjax._steps.stateful import LayerState
 
 
 def adopt(layer: nn.Module, scope: Scope) -> nn.Module:
@@ -77,11 +79,10 @@ def _clones(root: Scope):
     return root._submodule_adoption_cache  # pyright: ignore
 
 
-def lift_over_time(call, options, mask, kwargs):
+def lift_over_time(call, options, lowering: Lowering, mask, kwargs):
     """Lifts `call(layer, *args)`, a function of one step, to all steps."""
     initializing = options.is_initializing()
     axes = thaw(options.in_axes), thaw(options.out_axes)
-    lowering = make_lowering(options)
     sharding = None if initializing else options.sharding
     if initializing and mask is None:
         lowering = dataclasses.replace(lowering, capacity=None)
@@ -183,6 +184,20 @@ def lift_one_step(call, axis_name):
 
     packed = lift.pack(over_one_step, (True,), (True,), (True,))
     return lambda scopes, *args, **kwargs: packed(scopes, args, kwargs)
+
+
+def module_text(module: nn.Module) -> str:
+    """A module and its attributes, the same in every process."""
+    texts = []
+    for field in dataclasses.fields(module):
+        value = getattr(module, field.name, None)
+        if field.name not in _OF_SCOPES and value is not field.default:
+            texts.append(f"{field.name}={value_text(value, _KINDS)}")
+    return f"{type_text(type(module))}({', '.join(texts)})"
+
+
+_OF_SCOPES = ("parent", "name")
+_KINDS = {nn.Module: module_text}
 
 
 def call_layer(method: str, layer, *args, **kwargs):

@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from tdjax._checks import describe, leaves_by_path
+from tdjax._steps.places import type_text, value_text
 
 
 def check_filter(carry: Any) -> None:
@@ -42,6 +43,22 @@ def refuse_rngs(args, kwargs) -> None:
                 "to the layer when it is made, as in nnx.Dropout(0.5, rngs=rngs), or "
                 "pass keys with a time axis of their own."
             )
+
+
+def module_text(module) -> str:
+    """A module, its attributes and the types of its variables."""
+    kinds: dict[type, Callable[[Any], str]] = {
+        nnx.Variable: lambda variable: value_text(jax.tree.leaves(variable), {}),
+        nnx.Module: lambda node: type_text(type(node)),
+    }
+    # NNX keeps notes of its own in attributes such as `_pytree__nodes`.
+    items = (
+        (path, value)
+        for path, value in nnx.iter_graph(module)
+        if not (path and str(path[-1]).startswith("_pytree"))
+    )
+    texts = (f"{'.'.join(map(str, p))}={value_text(v, kinds)}" for p, v in items)
+    return ", ".join(texts)
 
 
 def static_attributes(layer) -> dict:

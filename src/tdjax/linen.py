@@ -1,6 +1,5 @@
 """Flax Linen: `TimeDistributed` for any layer, and the Dense family."""
 
-import contextlib
 import functools
 import os
 import types
@@ -18,7 +17,6 @@ from jax.sharding import PartitionSpec
 from tdjax._checks import (
     describe,
     is_method,
-    refuse_inner_layers,
     require_array,
     require_layer,
 )
@@ -38,14 +36,18 @@ from tdjax._linen_scopes import (
     call_layer,
     lift_one_step,
     lift_over_time,
+    module_text,
     rename,
     thaw,
 )
 from tdjax._steps.mesh import check_sharding
+from tdjax._steps.places import Place, Program, resolver_for
 from tdjax._steps.stateful import check_carry, first_steps, make_lowering
-from tdjax._tuning.autotune import Subject, tune
+from tdjax._tuning.autotune import tune
+from tdjax._tuning.model import Model, has_places, tune_model
 from tdjax._tuning.result import Tuning
 from tdjax._tuning.settings import Settings
+from tdjax._tuning.tuned import in_tuning
 
 __all__ = [
     "CrossEntropyHead",
@@ -109,7 +111,7 @@ class TimeDistributed(nn.Module):
     layer: nn.Module
     in_axes: Any = 1
     out_axes: Any = 1
-    method: Literal["vmap", "fold"] = "vmap"
+    method: Literal["vmap", "fold", "auto"] = "vmap"
     chunk_size: int | None = None
     unroll: int | bool = 1
     remat: bool = False
@@ -169,9 +171,47 @@ class TimeDistributed(nn.Module):
         functools.update_wrapper(call, call_layer)  # Flax asks for its name.
         if self.is_initializing():
             self._init_layer(call, *first_steps(args, thaw(self.in_axes)), **kwargs)
-        lift = nn.transforms.lift_transform
-        over_time = lift(lift_over_time, call, self, mask, kwargs)
-        return over_time(self.layer, *args)
+
+        def run(lowering):
+            lift = nn.transforms.lift_transform
+            over_time = lift(lift_over_time, call, self, lowering, mask, kwargs)
+            return over_time(self.layer, *args)
+
+        lowering = make_lowering(self)
+        resolver = None if self.is_initializing() else resolver_for(lowering)
+        if resolver is None:
+            return run(lowering)
+        keywords = kwargs if mask is None else {**kwargs, "mask": mask}
+        return resolver.run(self._place(method, args, keywords, lowering), run)
+
+    @nn.nowrap
+    def _place(self, method: str, args: tuple, kwargs: dict, lowering) -> Place:
+        """What a resolver knows of a call of this bound module."""
+        owner = _innermost(self.layer)  # Of variables and of the name.
+        scope: Any = owner.scope or self.scope
+
+        def program() -> Program:
+            (layer, _), variables = self.layer.unbind(), owner.variables
+            by_itself = self.clone(layer=layer, parent=None, name=None)
+            rngs = {name: jax.random.key(0) for name in scope.rngs}
+            options = {"rngs": rngs, "mutable": scope.mutable, "method": method}
+            make = lambda lowering: by_itself.clone(**vars(lowering))
+            of = lambda lowering: functools.partial(make(lowering).apply, **options)
+            return Program(of, (variables,))
+
+        place = self._place_of(method, args, kwargs, lowering, program)
+        return place._replace(name=".".join(scope.path) or place.name)
+
+    @nn.nowrap
+    def _place_of(self, method, args, kwargs, lowering, program) -> Place:
+        axes = thaw(self.in_axes), thaw(self.out_axes)
+        fixed = method, self.share_rng, self.variable_carry
+        name, text = (
+            type(self.layer).__name__,
+            functools.partial(module_text, self.layer),
+        )
+        given = lowering, *axes, self.sharding, fixed
+        return Place(name, self.layer, text, program, args, kwargs, *given)
 
     def _init_layer(self, call, *args, **kwargs):
         """Makes the variables by one plain call, as without a wrapper."""
@@ -277,25 +317,6 @@ class PerStepDense(_SequenceDense):
         return self._apply(init_per_step_dense, per_step_dense, x)
 
 
-def _inner_layers(calls) -> list[str]:
-    """The layers inside of a module that calls of it run over time."""
-    layers: dict[str, None] = {}
-
-    def note(next_call, args, kwargs, context):
-        module = context.module
-        if isinstance(module, TimeDistributed) and module.path:
-            scope: Any = module.layer.scope or module.scope
-            name = ".".join(scope.path)
-            layers[f"{name} ({type(module.layer).__name__})"] = None
-        return next_call(*args, **kwargs)
-
-    for call in calls:
-        # A module for one step fails on all steps, and the other way round.
-        with nn.intercept_methods(note), contextlib.suppress(Exception):
-            jax.eval_shape(call)
-    return list(layers)
-
-
 def autotune(
     module: nn.Module,
     variables: Any,
@@ -307,30 +328,35 @@ def autotune(
     memory_limit: int | None = None,
     tolerance: int | float | None = None,
     candidates: Sequence[Mapping[str, Any]] | None = None,
+    compiler_options: Sequence[Mapping[str, Any]] = (),
     cache: str | os.PathLike[str] | None = None,
     **kwargs: Any,
-) -> Tuning[TimeDistributed]:
-    """Finds the fastest lowering of a `TimeDistributed` for these inputs.
+) -> Tuning[Any]:
+    """Finds the fastest lowerings of a layer, or of a whole model, for these inputs.
 
     It measures `module.apply(variables, *args, ...)` as `tdjax.autotune` does. A layer
     with dropout in training draws other noise under `"fold"`, which is then refused.
 
+    Of a model with `TimeDistributed` inside, each is tuned on the arrays that reach it,
+    and then the model is measured as it was given and tuned. See docs/tuning.md.
+
     Args:
-      module: a `TimeDistributed`, or a layer to wrap in one.
+      module: a `TimeDistributed`, a layer to wrap in one, or a model with any number of
+        `TimeDistributed` inside, nested or in `nn.scan` too.
       variables: its variables, from `init` or from training.
       *args: the inputs of a call.
       rngs, mutable: as in `apply`.
-      argnums, budget, memory_limit, tolerance, candidates, cache: as in
-        `tdjax.autotune`; `argnums` counts `variables` as 0.
+      argnums, budget, memory_limit, tolerance, candidates, compiler_options, cache: as
+        in `tdjax.autotune`; `argnums` counts `variables` as 0.
       **kwargs: keyword arguments of the call, such as `mask`.
 
     Returns:
-      A `tdjax.Tuning`; `.tuned` is the module with the best options.
+      A `tdjax.Tuning`; `.tuned` is the module with the best options. Of a model it is
+      the same model, of a subclass whose methods run with the options of `.places`.
 
     Raises:
       TypeError: if an argument is of the wrong kind.
-      ValueError: as `tdjax.autotune`; or if `module` is not a `TimeDistributed`, but
-        has one inside.
+      ValueError: as `tdjax.autotune`.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, tdjax
@@ -341,22 +367,23 @@ def autotune(
       (2, 4, 5)
     """
     require_layer("module", module, nn.Module, "tdjax.linen")
-    is_wrapped = isinstance(module, TimeDistributed)
-    over_time = module if is_wrapped else TimeDistributed(module)
+    limits = budget, memory_limit, tolerance
+    settings = Settings(argnums, *limits, candidates, cache, compiler_options)
+    over_time = (
+        module if isinstance(module, TimeDistributed) else TimeDistributed(module)
+    )
     make = lambda lowering: over_time.clone(**vars(lowering))
+    options = {"rngs": rngs, "mutable": mutable}
 
-    def call(module):
-        return functools.partial(module.apply, rngs=rngs, mutable=mutable)
+    def call(variables, *args):
+        return module.apply(variables, *args, **options, **kwargs)
 
-    if not is_wrapped:
-        calls = [
-            functools.partial(call(m), variables, *args, **kwargs)
-            for m in (module, over_time)
-        ]
-        refuse_inner_layers(module, _inner_layers(calls), "tdjax.linen")
-    program = lambda lowering: call(make(lowering))
-    base, in_axes = make_lowering(over_time), thaw(over_time.in_axes)
-    given = (variables,), over_time.sharding
-    subject = Subject(base, in_axes, make, program, *given)
-    settings = Settings(argnums, budget, memory_limit, tolerance, candidates, cache)
-    return tune(subject, args, kwargs, settings)
+    if over_time is not module and has_places(call, variables, *args):
+        tuned = functools.partial(in_tuning, module, nn.Module)
+        name = type(module).__name__
+        return tune_model(Model(name, call, (variables, *args), tuned), settings)
+    of = lambda lowering: functools.partial(make(lowering).apply, **options)
+    program = lambda: Program(of, (variables,))
+    lowering = make_lowering(over_time)
+    place = over_time._place_of("__call__", args, kwargs, lowering, program)
+    return tune(place, make, settings)

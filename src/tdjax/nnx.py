@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec
 from tdjax._checks import (
     describe,
     is_method,
-    refuse_inner_layers,
     require_array,
     require_layer,
     require_sizes,
@@ -31,21 +30,26 @@ from tdjax._nnx_state import (
     changed,
     check_filter,
     is_in,
+    module_text,
     refuse_new_attributes,
     refuse_rngs,
     static_attributes,
 )
 from tdjax._steps.hints import explained
+from tdjax._steps.lowering import Lowering
 from tdjax._steps.mesh import check_sharding
 from tdjax._steps.mesh_layers import distribute_layer
+from tdjax._steps.places import Place, Program, resolver_for
 from tdjax._steps.stateful import (
     LayerState,
     check_carry,
     make_lowering,
 )
-from tdjax._tuning.autotune import Subject, tune
+from tdjax._tuning.autotune import tune
+from tdjax._tuning.model import Model, has_places, tune_model
 from tdjax._tuning.result import Tuning
 from tdjax._tuning.settings import Settings
+from tdjax._tuning.tuned import in_tuning
 
 __all__ = [
     "CrossEntropyHead",
@@ -108,7 +112,7 @@ class TimeDistributed(nnx.Module):
         *,
         in_axes: Any = 1,
         out_axes: Any = 1,
-        method: Literal["vmap", "fold"] = "vmap",
+        method: Literal["vmap", "fold", "auto"] = "vmap",
         chunk_size: int | None = None,
         unroll: int | bool = 1,
         remat: bool = False,
@@ -148,6 +152,26 @@ class TimeDistributed(nnx.Module):
     def _over_time(self, method: str, *args, mask=None, **kwargs):
         """Calls a method of `layer` on every step."""
         refuse_rngs(args, kwargs)
+        run = functools.partial(self._run, method, args, mask, kwargs)
+        lowering = make_lowering(self)
+        resolver = resolver_for(lowering)
+        if resolver is None:
+            return run(lowering)
+        keywords = kwargs if mask is None else {**kwargs, "mask": mask}
+        return resolver.run(self._place(method, args, keywords), run)
+
+    def _place(self, method: str, args: tuple, kwargs: dict) -> Place:
+        """What a resolver knows of a call."""
+        text = functools.partial(module_text, self.layer)
+        name, program = type(self.layer).__name__, lambda: _program(self, method)
+        axes, fixed = (
+            (self.in_axes, self.out_axes),
+            (method, self.share_rng, self.variable_carry),
+        )
+        given = make_lowering(self), *axes, self.sharding, fixed
+        return Place(name, self.layer, text, program, args, kwargs, *given)
+
+    def _run(self, method: str, args: tuple, mask, kwargs: dict, lowering: Lowering):
         graphdef, keys, params, state = nnx.split(
             self.layer, nnx.RngKey, nnx.Param, ...
         )
@@ -171,7 +195,7 @@ class TimeDistributed(nnx.Module):
             mask,
             self.in_axes,
             self.out_axes,
-            make_lowering(self),
+            lowering,
             self.sharding,
         )
         nnx.update(self.layer, changed(state, after))
@@ -291,30 +315,35 @@ def autotune(
     memory_limit: int | None = None,
     tolerance: int | float | None = None,
     candidates: Sequence[Mapping[str, Any]] | None = None,
+    compiler_options: Sequence[Mapping[str, Any]] = (),
     cache: str | os.PathLike[str] | None = None,
     **kwargs: Any,
-) -> Tuning[TimeDistributed]:
-    """Finds the fastest lowering of a `TimeDistributed` for these inputs.
+) -> Tuning[Any]:
+    """Finds the fastest lowerings of a layer, or of a whole model, for these inputs.
 
     It measures `module(*args, **kwargs)` under `jax.jit` as `tdjax.autotune` does, in
     the mode that the module is in, and leaves its variables as they are. A lowering
     that writes other numbers to variables is refused too.
 
+    Of a model with `TimeDistributed` inside, each is tuned on the arrays that reach it,
+    and then the model is measured as it was given and tuned. See docs/tuning.md.
+
     Args:
-      module: a `TimeDistributed`, or a layer to wrap in one.
+      module: a `TimeDistributed`, a layer to wrap in one, or a model with any number of
+        `TimeDistributed` inside.
       *args: the inputs of a call.
-      argnums, budget, memory_limit, tolerance, candidates, cache: as in
-        `tdjax.autotune`; `argnums` counts `module` as 0.
+      argnums, budget, memory_limit, tolerance, candidates, compiler_options, cache: as
+        in `tdjax.autotune`; `argnums` counts `module` as 0.
       **kwargs: keyword arguments of the call, such as `mask`.
 
     Returns:
       A `tdjax.Tuning`; `.tuned` is a `TimeDistributed` with the best options around
-      the same layer.
+      the same layer. Of a model it is one with the same variables, of a subclass whose
+      methods run with the options of `.places`.
 
     Raises:
       TypeError: if an argument is of the wrong kind.
-      ValueError: as `tdjax.autotune`; or if `module` is not a `TimeDistributed`, but
-        has one inside.
+      ValueError: as `tdjax.autotune`.
 
     Example:
       >>> import jax.numpy as jnp, tdjax
@@ -325,36 +354,41 @@ def autotune(
       (2, 4, 5)
     """
     require_layer("module", module, nnx.Module, "tdjax.nnx")
-    is_wrapped = isinstance(module, TimeDistributed)
-    if not is_wrapped:
-        refuse_inner_layers(module, _inner_layers(module), "tdjax.nnx")
-    over_time = module if is_wrapped else TimeDistributed(module)
-    make = functools.partial(_with_lowering, over_time, over_time.layer)
-    graphdef, state = nnx.split(over_time.layer)
+    limits = budget, memory_limit, tolerance
+    settings = Settings(argnums, *limits, candidates, cache, compiler_options)
+    over_time = (
+        module if isinstance(module, TimeDistributed) else TimeDistributed(module)
+    )
+    graphdef, state = nnx.split(module)
 
-    def program(lowering):
+    def call(state, *args):
+        # Rebuilt from leaves, the variables belong to the trace that writes them.
+        model = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))
+        return model(*args, **kwargs), nnx.state(model, nnx.Not(nnx.Param))
+
+    if over_time is not module and has_places(call, state, *args):
+        tuned = functools.partial(in_tuning, module, nnx.Module)
+        name = type(module).__name__
+        return tune_model(Model(name, call, (state, *args), tuned), settings)
+    make = functools.partial(_with_lowering, over_time, over_time.layer)
+    return tune(over_time._place("__call__", args, kwargs), make, settings)
+
+
+def _program(module: TimeDistributed, method: str) -> Program:
+    """The calls of a module as a function of the state of its layer."""
+    graphdef, state = nnx.split(module.layer)
+
+    def of(lowering):
         def call(state, *args, **kwargs):
             # Rebuilt from leaves, the variables belong to the trace that writes them.
             layer = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))
-            y = _with_lowering(over_time, layer, lowering)(*args, **kwargs)
+            over_time = _with_lowering(module, layer, lowering)
+            y = over_time._over_time(method, *args, **kwargs)
             return y, nnx.state(layer, nnx.Not(nnx.Param))
 
         return call
 
-    base = make_lowering(over_time)
-    given = (state,), over_time.sharding
-    subject = Subject(base, over_time.in_axes, make, program, *given)
-    settings = Settings(argnums, budget, memory_limit, tolerance, candidates, cache)
-    return tune(subject, args, kwargs, settings)
-
-
-def _inner_layers(module) -> list[str]:
-    """The layers inside of a module that it runs over time."""
-    return [
-        f"{'.'.join(map(str, path))} ({type(node.layer).__name__})"
-        for path, node in nnx.iter_graph(module)
-        if isinstance(node, TimeDistributed)
-    ]
+    return Program(of, (state,))
 
 
 def _with_lowering(module: TimeDistributed, layer, lowering) -> TimeDistributed:

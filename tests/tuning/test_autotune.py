@@ -12,8 +12,6 @@ from flax import nnx
 
 import tdjax
 from helpers import assert_trees_close, normal
-from tdjax._steps.lowering import Lowering
-from tdjax._tuning import search as _search
 from tuning.tuned_dense import QUICK, X, tune_dense
 
 OTHER = "other numbers than the reference"
@@ -41,8 +39,9 @@ def test_the_tuned_function_gives_what_the_plain_one_gives(params, argnums):
         assert each.compile_seconds > 0
         assert each.temporary_bytes >= 0
         assert each.deviation < 1e-4
-    fastest = min(each.run_seconds for each in measured)
-    assert result.best.run_seconds <= 1.02 * fastest
+        assert each.ratio > 0
+    fastest = min(each.ratio for each in measured)
+    assert result.best.is_default or result.best.ratio <= 1.03 * fastest
 
 
 def test_a_lowering_that_gives_other_numbers_is_refused_and_said_so():
@@ -171,19 +170,6 @@ def test_candidates_can_be_chosen(params):
     assert str(result.candidates[2]) == "method='fold', chunk_size=4, unroll=2"
 
 
-def test_choose_takes_the_least_memory_of_those_that_are_as_fast():
-    make = lambda seconds, size: _search.Candidate(
-        Lowering(),
-        verdict="measured",
-        run_seconds=seconds,
-        temporary_bytes=size,
-    )
-    fast, lean, slow = make(1.0, 100), make(1.01, 10), make(1.5, 1)
-    assert _search.choose([fast, lean, slow]) is lean
-    slow.verdict = "behind"
-    assert _search.choose([fast, slow]) is fast
-
-
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -213,6 +199,16 @@ def test_choose_takes_the_least_memory_of_those_that_are_as_fast():
         ({"argnums": ()}, ValueError, "argnums must name an argument"),
         ({"cache": ""}, TypeError, "cache must be the path of a folder, got ''"),
         ({"cache": "a\0b"}, TypeError, "cache must be the path of a folder"),
+        (
+            {"compiler_options": {"fast": 1}},
+            TypeError,
+            "compiler_options must be a list .* got dict",
+        ),
+        (
+            {"compiler_options": [{"fast": [1]}]},
+            TypeError,
+            "compiler_options must be mappings",
+        ),
     ],
 )
 def test_bad_arguments_are_named(user_errors, params, options, error, message):
@@ -498,28 +494,6 @@ def test_a_mask_that_is_added_and_other_constants_keep_fold():
     fun = lambda x: jax.nn.softmax(x @ x.swapaxes(-1, -2) + causal) @ x
     result = tdjax.autotune(fun, normal(0, 4, 6, 3, 3), **QUICK)
     assert fold_verdict(result) in ("measured", "behind")
-
-
-def test_a_model_with_layers_over_time_inside_is_refused_and_names_them():
-    wrap = tdjax.linen.TimeDistributed
-
-    class Compact(nn.Module):
-        @nn.compact
-        def __call__(self, x, mask=None):
-            return nn.Dense(2)(wrap(nn.Dense(5), name="encoder")(x, mask=mask))
-
-    sequential = nn.Sequential([wrap(nn.Dense(5)), nn.relu, wrap(nn.Dense(2))])
-    for model, message in (
-        (sequential, r"layers_0 \(Dense\), layers_2 \(Dense\)\. Tune each of them"),
-        (Compact(), r"got a Compact .* encoder \(Dense\)"),
-    ):
-        variables = model.init(jax.random.key(0), X)
-        with pytest.raises(ValueError, match=message):
-            tdjax.linen.autotune(model, variables, X, **QUICK)
-    layer = nnx.Linear(X.shape[-1], 5, rngs=nnx.Rngs(0))
-    model = nnx.Sequential(tdjax.nnx.TimeDistributed(layer), nnx.relu)
-    with pytest.raises(ValueError, match=r"layers\.0 \(Linear\)\. Tune each of them"):
-        tdjax.nnx.autotune(model, X, **QUICK)
 
 
 def test_a_model_of_functions_and_arrays_is_named(user_errors):

@@ -13,7 +13,7 @@ import pytest
 import tdjax
 from helpers import assert_trees_close
 from tdjax._steps.lowering import Lowering
-from tdjax._tuning import cache, candidates, search
+from tdjax._tuning import cache, programs, search
 from tdjax._tuning.candidates import Candidate
 from tdjax._tuning.result import Tuning
 from tuning.tuned_dense import QUICK, X, tune_dense
@@ -155,6 +155,7 @@ def stored(about):
         verdict="measured",
         compile_seconds=1.0,
         run_seconds=1.0,
+        ratio=1.0,
         temporary_bytes=0,
         deviation=0.0,
     )
@@ -204,7 +205,8 @@ FOLD = {"budget": 60, "candidates": [{"method": "fold"}]}
 
 def make_fold_win(folder):
     (entry,) = folder.iterdir()
-    wins = {"verdict": "measured", "run_seconds": 1e-9}
+    wins = {"verdict": "measured", "run_seconds": 1e-9, "ratio": 1e-9}
+    wins["ratio_spread"] = [1e-9, 1e-9]
     damage(entry, lambda e: e["candidates"][1].update(wins))
 
 
@@ -213,7 +215,7 @@ def test_what_comes_out_of_the_cache_is_compared_with_the_reference(
 ):
     """Of two functions with one program, the second may not take the first's fold."""
     # Of a callback, nothing can be shown.
-    monkeypatch.setattr(candidates, "find_mixing", lambda *fold: None)
+    monkeypatch.setattr(programs, "find_mixing", lambda *fold: None)
     calls = [lambda x: 2 * x, lambda x: x - x.mean(0)]
 
     def called(number):
@@ -234,7 +236,7 @@ def test_what_comes_out_of_the_cache_is_compared_with_the_reference(
 def test_fold_from_the_cache_is_shown_to_be_right_again(tmp_path, monkeypatch):
     """An entry that another version has made, say."""
     fun = lambda x: x + 0.0 * x.mean(0)
-    monkeypatch.setattr(candidates, "find_mixing", lambda *fold: None)
+    monkeypatch.setattr(programs, "find_mixing", lambda *fold: None)
     tdjax.autotune(fun, X, cache=tmp_path, **FOLD)
     make_fold_win(tmp_path)
     found = tdjax.autotune(fun, X, cache=tmp_path, **FOLD)
@@ -246,20 +248,38 @@ def test_fold_from_the_cache_is_shown_to_be_right_again(tmp_path, monkeypatch):
 
 
 def test_a_result_whose_reference_needed_chunks_is_found_again(tmp_path, monkeypatch):
-    compile_really = search.compile_candidate
+    memory_really = search.temporary_bytes
 
-    def compile_candidate(candidate, *args):
-        program = compile_really(candidate, *args)
-        candidate.temporary_bytes = 100 * (candidate.lowering.chunk_size or 10**6)
-        return program
+    def temporary_bytes(candidate, program):
+        assert memory_really(candidate, program) >= 0
+        return 100 * (candidate.lowering.chunk_size or 10**6)
 
-    monkeypatch.setattr(search, "compile_candidate", compile_candidate)
+    monkeypatch.setattr(search, "temporary_bytes", temporary_bytes)
     options = {"memory_limit": 1000, "cache": tmp_path, **QUICK}
     for found in (False, True):
         result = tdjax.autotune(jnp.sin, X, **options)
         assert result.from_cache == found
         assert result.candidates[0].verdict == "over the memory limit"
         assert result.best.measured
+
+
+def test_an_unfinished_search_goes_on_at_the_next_call(tmp_path, params):
+    listing = [{"chunk_size": size} for size in (1, 2, 3, 4, 5)]
+    options = {"cache": tmp_path, "candidates": listing}
+    first = tune_dense(params, **options, budget=1e-6)
+    assert not first.finished
+    assert sum(c.is_left for c in first.candidates) == 5
+    assert "5 more were not tried" in str(first.__rich__().caption)
+    tried = [5]
+    while tried[-1]:
+        result = tune_dense(params, **options, budget=1e-6)
+        assert not result.from_cache
+        tried.append(sum(c.is_left for c in result.candidates))
+        assert tried[-1] < tried[-2]
+    last = tune_dense(params, **options, budget=60)
+    assert last.finished
+    assert [c.options for c in last.candidates] == [c.options for c in first.candidates]
+    assert tune_dense(params, **options, budget=60).from_cache
 
 
 def test_arrays_that_a_function_closes_over_are_part_of_the_key(tmp_path):

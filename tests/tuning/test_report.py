@@ -14,25 +14,40 @@ def texts(table):
 
 def test_the_table_has_the_chosen_first_then_others_by_time_then_the_refused():
     best = Candidate(
-        Lowering("fold"), 1, "measured", 0.25, 2e-3, None, 1500, deviation=3e-7
-    )
+        Lowering("fold"),
+        verdict="measured", compile_seconds=0.25, run_seconds=2e-3, ratio=0.5,
+        ratio_spread=(0.48, 0.52), temporary_bytes=1500, deviation=3e-7,
+    )  # fmt: skip
     slower = Candidate(
         Lowering("vmap", chunk_size=4, unroll=True, remat=True),
-        3, "measured", 2.5, 3e-3, None, 2 * 10**6, deviation=0.0,
+        compiler_options={"fast": 1},
+        verdict="measured", compile_seconds=2.5, run_seconds=3e-3, ratio=0.75,
+        temporary_bytes=2 * 10**6, deviation=0.0,
     )  # fmt: skip
-    behind = Candidate(Lowering(), 1, "behind", 1.0, 5.0)
-    refused = Candidate(Lowering(unroll=2), 1, "other numbers than the reference")
+    behind = Candidate(
+        Lowering(),
+        is_default=True,
+        verdict="behind", compile_seconds=1.0, run_seconds=5.0, ratio=1.0,
+    )  # fmt: skip
+    refused = Candidate(Lowering(unroll=2), verdict="other numbers than the reference")
     late = Candidate(Lowering(unroll=3), verdict="no time left")
-    table = report.rich_table([late, refused, behind, slower, best], best, "title")
+    everyone = [late, refused, behind, slower, best]
+    table = report.rich_table(everyone, best, "title", finished=False)
     assert texts(table) == [
-        ("fold", "all", "1", "no", "2 ms", "1.00", "1.5 kB", "250 ms", "3e-07", "chosen"),
-        ("vmap", "4", "True", "yes", "3 ms", "1.50", "2.0 MB", "2.5 s", "0e+00", "measured"),
-        ("vmap", "all", "1", "no", "5 s", "2500.00", "", "1 s", "", "behind"),
+        (
+            "fold", "all", "1", "no",
+            "2 ms", "0.50±0.02", "1.5 kB", "250 ms", "3e-07", "chosen",
+        ),
+        (
+            "vmap", "4", "True", "yes fast=1",
+            "3 ms", "0.75", "2.0 MB", "2.5 s", "0e+00", "measured",
+        ),
+        ("vmap", "all", "1", "no", "5 s", "1.00", "", "1 s", "", "default, behind"),
         ("vmap", "all", "2", "no", "", "", "", "", "", refused.verdict),
     ]  # fmt: skip
     assert [row.style for row in table.rows] == ["bold", "", "dim", "dim"]
     assert table.title == "title"
-    assert table.caption.startswith("1 more were not tried")
+    assert table.caption.startswith("Not finished: 1 more were not tried")
     assert report.rich_table([best], best, "title").caption is None
 
 

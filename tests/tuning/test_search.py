@@ -1,6 +1,7 @@
 """The search on a made-up clock: how often each candidate is timed, and what counts."""
 
 import collections
+import random
 
 import jax
 import jax.numpy as jnp
@@ -8,28 +9,47 @@ import pytest
 
 import tdjax
 from tdjax._steps.lowering import Lowering
-from tdjax._tuning import search
-from tdjax._tuning.candidates import Candidate, default_tolerance
-from tuning.tuned_dense import QUICK, X, tune_dense
+from tdjax._tuning import rounds, search
+from tdjax._tuning.candidates import Candidate, choose
+from tdjax._tuning.deviations import default_tolerance
+from tuning.tuned_dense import X, tune_dense
+
+
+class Program:
+    """A compiled program that knows the chunk size of its candidate."""
+
+    def __init__(self, program, size):
+        self.program, self.size = program, size
+
+    def __call__(self, *args):
+        return self.program(*args)
+
+    def memory_analysis(self):
+        return self.program.memory_analysis()
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """Replaces times by `seconds[chunk_size](number of the measurement)`."""
     seconds, measured = {}, collections.Counter()
-    compile_really = search.compile_candidate
+    start_really = search._start
 
-    def compile_candidate(candidate, run, args, mixing):
-        program, reason = compile_really(candidate, run, args, mixing)
-        return (candidate.lowering.chunk_size, program), reason
+    def start(candidate, state):
+        trial, size = start_really(candidate, state), candidate.lowering.chunk_size
+
+        def program():
+            compiled, seconds = trial.program()
+            return Program(compiled, size), seconds
+
+        return trial._replace(program=program)
 
     def timed(program, args, calls=1):
-        size, run = program
-        measured[size] += 1
-        return seconds[size](measured[size]), run(*args)
+        measured[program.size] += 1
+        return seconds[program.size](measured[program.size]), program(*args)
 
-    monkeypatch.setattr(search, "compile_candidate", compile_candidate)
+    monkeypatch.setattr(search, "_start", start)
     monkeypatch.setattr(search, "timed", timed)
+    monkeypatch.setattr(rounds, "timed", timed)
     return seconds, measured
 
 
@@ -37,61 +57,131 @@ def tune(sizes, **options):
     candidates = [{"chunk_size": size} for size in sizes if size]
     options = {"budget": 600.0, "candidates": candidates, **options}
     result = tdjax.autotune(jnp.sin, X, **options)
-    return {each.lowering.chunk_size: each for each in result.candidates}
+    return {each.lowering.chunk_size: each for each in result.candidates}, result
 
 
-def test_a_slow_candidate_is_measured_less_often(clock):
+def test_what_is_far_behind_is_measured_once(clock):
     seconds, measured = clock
-    for size, length in {None: 0.001, 2: 0.0012, 1: 0.02}.items():
-        seconds[size] = lambda i, length=length: length
-    result = tdjax.autotune(lambda x: jnp.tanh(x * 2.0), X, **QUICK)
-    assert {str(each): each.verdict for each in result.candidates} == {
-        "method='vmap'": "measured",
-        "method='fold'": "measured",
-        "method='vmap', chunk_size=2": "behind",
-        "method='vmap', chunk_size=1": "behind",
-    }
-    # The first run, and a few more; then it is 20 times behind.
-    assert measured[1] <= 4 < measured[2] < measured[None] / 2
-    assert result.options["chunk_size"] is None
-
-
-@pytest.mark.parametrize(
-    ("seconds", "median", "spread"),
-    [([0.9], 0.9, None), ([0.9, 0.4], 0.4, None), ([0.9, 0.4, 0.6], 0.5, (0.45, 0.55))],
-)
-def test_the_first_measurement_is_left_out_of_the_median(seconds, median, spread):
-    candidate = Candidate(Lowering())
-    search._summarise(search._Contender(candidate, None, seconds))
-    assert candidate.run_seconds == pytest.approx(median)
-    assert candidate.spread == (spread and pytest.approx(spread))
-
-
-def test_what_is_far_behind_is_dropped_in_the_first_rounds(clock):
-    seconds, measured = clock
-    # The two runs before the rounds hide it.
-    seconds.update({None: lambda i: 0.1, 2: lambda i: 0.1 if i <= 4 else 0.16})
-    by_size = tune([2])
+    seconds.update({None: lambda i: 0.1, 2: lambda i: 0.5, 1: lambda i: 0.09})
+    by_size, result = tune([2, 1])
     assert by_size[2].verdict == "behind"
-    assert measured[2] == 4 + 2
-    assert by_size[None].measured
+    assert measured[2] == 1
+    assert by_size[2].ratio == pytest.approx(5)
+    assert result.options["chunk_size"] == 1
+    assert result.finished
 
 
-def test_what_is_a_little_behind_is_dropped_later(clock):
+def test_what_is_behind_alone_has_a_second_chance_and_is_not_in_the_rounds(clock):
     seconds, measured = clock
-    seconds.update({None: lambda i: 0.1, 2: lambda i: 0.1 if i <= 4 else 0.12})
-    assert tune([2])[2].verdict == "behind"
-    assert measured[2] == 4 + 5
+    seconds.update({None: lambda i: 1.0, 2: lambda i: 1.7})
+    by_size, _ = tune([2], budget=1000)
+    assert by_size[2].verdict == "behind"
+    assert measured[2] == 1 + 3 + 1
+    assert by_size[2].ratio == pytest.approx(1.7)
+    # Disturbed in each run but the last.
+    seconds[2] = lambda i: 0.9 if i >= measured_before + 5 else 1.7
+    measured_before = measured[2]
+    by_size, result = tune([2], budget=1000)
+    assert by_size[2].measured
+    assert result.options["chunk_size"] == 2
 
 
-@pytest.mark.parametrize(("length", "runs"), [(0.1, 4), (60.0, 2), (600.0, 1)])
-def test_a_run_is_repeated_before_the_rounds_if_it_is_short(clock, length, runs):
+def test_a_machine_that_becomes_slower_changes_no_ratio(clock):
+    seconds, _ = clock
+    load = iter([1.2**i for i in range(200)])
+    seconds.update({None: lambda i: 0.01 * next(load), 2: lambda i: 0.008 * next(load)})
+    by_size, result = tune([2])
+    assert result.options["chunk_size"] == 2
+    assert by_size[2].ratio == pytest.approx(0.8, rel=0.02)
+    assert by_size[None].ratio == 1
+    low, high = by_size[2].ratio_spread
+    assert 0.78 < low <= high < 0.82
+    # The default's ratios to itself, one moment after the other, are the noise.
+    assert by_size[None].ratio_spread[1] > 1.3
+
+
+def noisy(seconds, sigma, seed):
+    draw = random.Random(seed)
+    return lambda i: seconds * draw.lognormvariate(0, sigma)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_does_not_replace_the_default(clock, seed):
+    seconds, _ = clock
+    for size in (None, 3, 2, 1):
+        seconds[size] = noisy(0.01, 0.1, f"{seed} {size}")
+    by_size, result = tune([3, 2, 1])
+    best = result.best
+    needs = {size: each.temporary_bytes for size, each in by_size.items()}
+    assert best.is_default or needs[best.lowering.chunk_size] < needs[None]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_gain_beyond_the_noise_is_found(clock, seed):
+    seconds, _ = clock
+    for size, typical in {None: 0.01, 3: 0.0105, 2: 0.008, 1: 0.0095}.items():
+        seconds[size] = noisy(typical, 0.05, f"{seed} {size}")
+    _, result = tune([3, 2, 1])
+    assert result.options["chunk_size"] == 2
+    assert result.finished
+
+
+def test_a_little_behind_is_behind_after_enough_rounds(clock):
     seconds, measured = clock
-    seconds[None] = lambda i: length
-    limits = search.Limits(2500.0)
-    state = search._Search(lambda lowering: jnp.sin, (X,), limits)
-    search._try(Candidate(Lowering()), state)
-    assert measured[None] == runs
+    seconds.update({None: lambda i: 0.1, 2: lambda i: 0.11})
+    by_size, _ = tune([2])
+    assert by_size[2].verdict == "behind"
+    assert measured[2] == 1 + 3 + rounds._ENOUGH_ROUNDS
+
+
+def test_without_time_for_rounds_the_search_is_unfinished(clock):
+    seconds, measured = clock
+    seconds.update({None: lambda i: 0.1, 2: lambda i: 0.05})
+    # One run of each fits, as the clock of the budget is the real one.
+    _, result = tune([2], budget=0.25)
+    assert not result.finished
+    assert measured[2] <= 2
+    assert "unfinished" in repr(result)
+
+
+def test_ctrl_c_gives_what_is_known(clock):
+    seconds, _ = clock
+
+    def interrupt(i):
+        raise KeyboardInterrupt
+
+    seconds.update({None: lambda i: 0.1, 2: lambda i: 0.05, 1: interrupt})
+    by_size, result = tune([2, 1])
+    assert not result.finished
+    assert by_size[1].is_left
+    assert result.options["chunk_size"] == 2
+    seconds[None] = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        tune([2])
+
+
+def test_choose_takes_the_least_memory_of_those_that_are_as_fast():
+    def make(ratio, size, spread=0.02, is_default=False):
+        low_and_high = (ratio - spread, ratio + spread)
+        return Candidate(
+            Lowering(),
+            is_default=is_default,
+            verdict="measured",
+            run_seconds=ratio,
+            ratio=ratio,
+            ratio_spread=low_and_high,
+            temporary_bytes=size,
+        )
+
+    default, fast, lean = make(1.0, 50, is_default=True), make(0.5, 100), make(0.51, 10)
+    assert choose([default, fast, lean]) is lean
+    lean.verdict = "behind"
+    assert choose([default, fast, lean]) is fast
+    slower, equal = make(0.56, 1), make(0.99, 60)
+    assert choose([default, fast, slower]) is fast
+    assert choose([default, equal]) is default
+    equal.temporary_bytes = 40
+    assert choose([default, equal]) is equal
 
 
 def test_matrix_units_round_more_than_a_cpu(monkeypatch):
@@ -110,3 +200,24 @@ def test_the_number_of_cores_is_part_of_the_key(params, tmp_path, monkeypatch):
         monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
         assert not tune_dense(params, **options).from_cache
         assert tune_dense(params, **options).from_cache
+
+
+def test_compiler_options_are_tried_with_the_fastest(clock):
+    seconds, _ = clock
+    seconds.update({None: lambda i: 0.1, 2: lambda i: 0.05, 1: lambda i: 0.3})
+    options = {"xla_cpu_enable_fast_math": False}
+    _, result = tune([2, 1], compiler_options=[options])
+    tried = [c for c in result.candidates if c.compiler_options]
+    assert {c.lowering.chunk_size for c in tried} == {None, 2}
+    assert all(c.compiler_options == options for c in tried)
+    assert result.best.lowering.chunk_size == 2
+    assert tdjax.Tuning.from_json(result.to_json()).candidates == result.candidates
+
+
+def test_unknown_compiler_options_are_rows(params):
+    result = tune_dense(params, compiler_options=[{"xla_of_tomorrow": 1}])
+    (row,) = [c for c in result.candidates if c.compiler_options and c.is_default] or [
+        c for c in result.candidates if c.compiler_options
+    ][:1]
+    assert row.verdict.startswith("failed: ")
+    assert result.compiler_options == {}

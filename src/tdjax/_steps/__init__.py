@@ -9,6 +9,9 @@ A call goes through the modules in this order:
    replaced (`masked`), or only the valid ones (`packed`).
 4. `lowering` compiles the steps: by `vmap` or `fold`, at once or in the `loops`.
 
+`places` describes a call to whoever chooses its lowering: `_tuning` for
+`method="auto"`, and where a whole model is tuned.
+
 `carried` runs state that goes from step to step, such as Keras' running statistics.
 `cpu_convolution` rewrites convolutions in compiled loops on a CPU. `hints` adds notes
 to errors.

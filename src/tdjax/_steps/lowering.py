@@ -29,13 +29,14 @@ from tdjax._steps.fold import check_shapes, fold_block, shapes_of
 from tdjax._steps.loops import compiled_loop, maybe_remat, straight_line
 
 METHODS = ("vmap", "fold")
+AUTO = "auto"  # Another of the methods and options, chosen at the call (`places`).
 
 
 @dataclasses.dataclass(frozen=True)
 class Lowering:
     """How `y[:, t] = fun(x[:, t])` is compiled; the fields are `time_distributed`'s."""
 
-    method: Literal["vmap", "fold"] = "vmap"
+    method: Literal["vmap", "fold", "auto"] = "vmap"
     chunk_size: int | None = None
     unroll: int | bool = 1
     remat: bool = False
@@ -44,8 +45,9 @@ class Lowering:
     capacity: int | None = None
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {METHODS}, got {self.method!r}.")
+        if self.method not in (*METHODS, AUTO):
+            methods = (*METHODS, AUTO)
+            raise ValueError(f"method must be one of {methods}, got {self.method!r}.")
         sizes = {"chunk_size": self.chunk_size, "capacity": self.capacity}
         for name, size in zip(sizes, require_sizes(**sizes, optional=True)):
             object.__setattr__(self, name, size)
@@ -55,6 +57,7 @@ class Lowering:
         if not isinstance(self.remat, bool):
             raise TypeError(f"remat must be a bool, got {describe(self.remat)}.")
         self._check_names()
+        self._check_auto()
 
     def _check_names(self):
         if self.axis_name is not None and self.chunk_size is not None:
@@ -64,7 +67,7 @@ class Lowering:
             )
         names = {"axis_name": self.axis_name, "spmd_axis_name": self.spmd_axis_name}
         for name, value in names.items():
-            if value is not None and self.method != "vmap":
+            if value is not None and self.method == "fold":
                 raise ValueError(
                     f"{name}={value!r} names the axis that vmap maps over; it needs "
                     f"method='vmap', got method={self.method!r}."
@@ -75,6 +78,16 @@ class Lowering:
                     f"{self.capacity} replaces by the valid steps of all examples. "
                     "Give only one of the two."
                 )
+
+    def _check_auto(self):
+        given = self.chunk_size, self.unroll, self.remat
+        # Compared by their text: True == 1, and means another thing.
+        if self.method == AUTO and repr(given) != repr((None, 1, False)):
+            raise ValueError(
+                "method='auto' chooses chunk_size, unroll and remat too, got "
+                f"chunk_size={self.chunk_size}, unroll={self.unroll}, "
+                f"remat={self.remat}. Leave them out, or give a method."
+            )
 
 
 def distribute(call, inputs: Inputs, out_axes: Any, lowering: Lowering) -> Any:

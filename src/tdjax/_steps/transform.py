@@ -14,6 +14,7 @@ from tdjax._steps.explicit import run_as_types_say
 from tdjax._steps.hints import add_hints
 from tdjax._steps.lowering import Lowering
 from tdjax._steps.mesh import check_sharding, run_on_mesh
+from tdjax._steps.places import Place, Program, function_text, resolver_for, type_text
 from tdjax._steps.select_steps import select_steps
 
 P = ParamSpec("P")
@@ -27,7 +28,7 @@ def time_distributed(
     *,
     in_axes: Any = 1,
     out_axes: Any = 1,
-    method: Literal["vmap", "fold"] = "vmap",
+    method: Literal["vmap", "fold", "auto"] = "vmap",
     chunk_size: int | None = None,
     unroll: int | bool = 1,
     remat: bool = False,
@@ -43,7 +44,7 @@ def time_distributed(
     *,
     in_axes: Any = 1,
     out_axes: Any = 1,
-    method: Literal["vmap", "fold"] = "vmap",
+    method: Literal["vmap", "fold", "auto"] = "vmap",
     chunk_size: int | None = None,
     unroll: int | bool = 1,
     remat: bool = False,
@@ -59,7 +60,7 @@ def time_distributed(
     *,
     in_axes: Any = 1,
     out_axes: Any = 1,
-    method: Literal["vmap", "fold"] = "vmap",
+    method: Literal["vmap", "fold", "auto"] = "vmap",
     chunk_size: int | None = None,
     unroll: int | bool = 1,
     remat: bool = False,
@@ -93,7 +94,8 @@ def time_distributed(
       in_axes: the time axis of the positional arguments, as in `jax.vmap`: an int, None
         for what every step shares, or a tuple or other pytree prefix of these.
       out_axes: that of the results; None if a result does not depend on the step.
-      method: `"vmap"` or `"fold"`.
+      method: `"vmap"`, `"fold"`, or `"auto"`: what the `tdjax.Tuning` in effect says,
+        `chunk_size`, `unroll` and `remat` too; without one, `"vmap"` (docs/tuning.md).
       chunk_size: steps per block; None for all steps in one block. The last block may
         be shorter.
       unroll: blocks per iteration of the loop, as in `jax.lax.scan`, or True for
@@ -167,6 +169,25 @@ class Distributed(Generic[P, R]):
     def __call__(self, /, *args: Any, mask: Any, **kwargs: Any) -> R: ...
 
     def __call__(self, /, *args: Any, mask: Any = None, **kwargs: Any) -> Any:
+        resolver = resolver_for(self.lowering)
+        if resolver is None:
+            return self._call(args, kwargs, mask)
+        run = lambda lowering: self._with(lowering)._call(args, kwargs, mask)
+        keywords = kwargs if mask is None else {**kwargs, "mask": mask}
+        return resolver.run(self.place(args, keywords), run)
+
+    def _with(self, lowering: Lowering) -> "Distributed[P, R]":
+        return dataclasses.replace(self, lowering=lowering)
+
+    def place(self, args: tuple, kwargs: dict[str, Any]) -> Place:
+        """What a resolver knows of a call."""
+        text = functools.partial(function_text, self.fun)
+        name, program = type_text(self.fun), lambda: Program(self._with)
+        axes = self.in_axes, self.out_axes
+        given = self.lowering, *axes, self.sharding
+        return Place(name, self.fun, text, program, args, kwargs, *given)
+
+    def _call(self, args: tuple, kwargs: dict, mask: Any) -> Any:
         if self.sharding is None:
             return self._run_as_types_say(args, kwargs, mask)
         options = self.in_axes, self.out_axes, self.lowering, self.sharding

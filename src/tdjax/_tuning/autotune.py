@@ -2,37 +2,32 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 import os
-import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
 
 from tdjax._checks import describe, is_array, is_concrete, leaves_by_path
-from tdjax._jaxprs import constants
 from tdjax._steps.axes import flatten_inputs, time_size
 from tdjax._steps.lowering import Lowering
 from tdjax._steps.mesh import devices_of_time
+from tdjax._steps.places import Place
 from tdjax._steps.transform import Distributed, P, R, time_distributed
 from tdjax._tuning import cache
-from tdjax._tuning.candidates import (
-    Candidate,
-    list_candidates,
-    with_gradient,
-)
+from tdjax._tuning.candidates import Candidate, choose, list_candidates
+from tdjax._tuning.going_on import merge, take_over, to_go_on_with
+from tdjax._tuning.key import describe_measurements
 from tdjax._tuning.processes import agreed_text, is_first, together
+from tdjax._tuning.programs import with_gradient
 from tdjax._tuning.report import progress_bar
 from tdjax._tuning.result import Tuning
-from tdjax._tuning.search import Limits, agree, choose, find_reference, measure_all
+from tdjax._tuning.search import Limits, agree, find_reference, measure_all
 from tdjax._tuning.settings import Settings
+from tdjax._tuning.table import key_of, plain_if_auto
 
 
 def autotune(
@@ -46,6 +41,7 @@ def autotune(
     memory_limit: int | None = None,
     tolerance: int | float | None = None,
     candidates: Sequence[Mapping[str, Any]] | None = None,
+    compiler_options: Sequence[Mapping[str, Any]] = (),
     cache: str | os.PathLike[str] | None = None,
     **kwargs: Any,
 ) -> Tuning[Distributed[P, R]]:
@@ -75,7 +71,10 @@ def autotune(
         reference's own deviation from float32.
       candidates: the options to try instead of the default list, as mappings. The
         reference is measured too.
-      cache: a folder that keeps results, for any number of functions and processes.
+      compiler_options: dicts of options of the compiler, as `jax.jit` takes them. The
+        fastest lowerings and the default are tried with each.
+      cache: a folder that keeps results, for any number of functions and processes. An
+        unfinished search goes on at the next call.
       **kwargs: keyword arguments of the call, such as `mask`.
 
     Returns:
@@ -98,10 +97,9 @@ def autotune(
     """
     over_time = _over_time(fun, in_axes, out_axes, capacity)
     make = lambda lowering: dataclasses.replace(over_time, lowering=lowering)
-    options = over_time.lowering, over_time.in_axes
-    subject = Subject(*options, make, make, (), over_time.sharding)
-    settings = Settings(argnums, budget, memory_limit, tolerance, candidates, cache)
-    return tune(subject, args, kwargs, settings)
+    limits = budget, memory_limit, tolerance
+    settings = Settings(argnums, *limits, candidates, cache, compiler_options)
+    return tune(over_time.place(args, kwargs), make, settings)
 
 
 def _over_time(fun, in_axes, out_axes, capacity) -> Distributed:
@@ -134,66 +132,65 @@ def _refuse_wrapped(fun: Any) -> None:
             )
 
 
-class Subject(NamedTuple):
-    """What is tuned."""
+def tune(place: Place, make: Callable[[Lowering], Any], settings: Settings) -> Tuning:
+    """Measures the candidates of a place, or finds them in the cache.
 
-    base: Lowering  # The one that it has now.
-    in_axes: Any
-    make: Callable[[Lowering], Any]  # What the user gets back.
-    program: Callable[[Lowering], Callable[..., Any]]  # The function to measure.
-    variables: tuple = ()  # Arguments of the program before the inputs.
-    sharding: PartitionSpec | None = None  # Of the inputs.
-
-
-def tune(
-    subject: Subject, inputs: tuple, kwargs: dict[str, Any], settings: Settings
-) -> Tuning:
-    """Measures the candidates of a subject, or finds them in the cache."""
+    `make(lowering)` is what the user gets back.
+    """
     if jax.config.jax_disable_jit:  # pyright: ignore
         raise ValueError(
             "autotune measures compiled programs, and jax_disable_jit is on. Switch it "
             "off: with jax.disable_jit(False)."
         )
     limits = Limits(settings.budget, settings.memory_limit, settings.tolerance)
-    _require_arrays("variables", subject.variables)
-    _require_arrays("args", inputs)
-    timesteps = time_size(flatten_inputs(inputs, subject.in_axes))
+    program, base = place.program(), plain_if_auto(place.lowering)
+    require_arrays("variables", program.variables)
+    require_arrays("args", place.args)
+    timesteps = time_size(flatten_inputs(place.args, place.in_axes))
     if timesteps < 1:
         raise ValueError("args must have steps to measure, got 0 steps.")
-    args = jax.tree.map(jnp.asarray, (*subject.variables, *inputs))
+    args = jax.tree.map(jnp.asarray, (*program.variables, *place.args))
     candidates = list_candidates(
-        subject.base,
-        subject.base.capacity or timesteps // devices_of_time(subject.sharding),
+        base,
+        base.capacity or timesteps // devices_of_time(place.sharding),
         settings.argnums is not None,
         settings.candidates,
     )
     argnums = settings.positions(args)
-    program_of, others = _with_keywords(subject.program, kwargs)
+    program_of, others = _with_keywords(program.of, place.kwargs)
     args = *args, *others
     reference = program_of(candidates[0].lowering)
     try:
         about = together(
-            lambda: _about(reference, args, argnums, subject, candidates, limits)
+            lambda: describe_measurements(
+                reference, args, argnums, candidates, settings, place.sharding
+            )
         )
     except Exception as error:
         # The reference may fail where what was given works.
-        if subject.base.method == "fold":
+        if base.method == "fold":
             error.add_note(_OTHER_FUNCTION)
         raise
-    folder = settings.folder()
-    program, args = _program_to_measure(program_of, reference, args, argnums)
+    folder, key = settings.folder(), key_of(place)
+    program_of, args = _program_to_measure(program_of, reference, args, argnums)
     found = cache.load(folder, about) if folder and is_first() else None
     stored = _of_first_process(found)
     compared_with = stored and find_reference(stored.candidates)
     if stored and compared_with:
-        pair = compared_with.options, stored.options
-        reference, best = (dataclasses.replace(subject.base, **x) for x in pair)
-        if agree(reference, best, program, args, limits):
-            tuned = subject.make(best)
-            return dataclasses.replace(stored, tuned=tuned, from_cache=True)
-    _measure(candidates, program, args, limits)
-    _refuse_another_function(subject.base, candidates)
-    tuning = Tuning(subject.make(choose(candidates).lowering), candidates, about)
+        of = dataclasses.replace(base, **compared_with.options)
+        best = dataclasses.replace(base, **stored.options)
+        known = dataclasses.replace(stored.best, lowering=best)
+        if not agree(of, known, program_of, args, limits):
+            stored = None
+        elif stored.finished:
+            given = {"tuned": make(best), "from_cache": True}
+            return dataclasses.replace(stored, **given, name=place.name, key=key)
+    finished = _measure(candidates, stored, program_of, args, limits, settings)
+    _refuse_another_function(base, candidates)
+    tuned = make(choose(candidates).lowering)
+    tuning = Tuning(
+        tuned, candidates, about, finished=finished, name=place.name, key=key
+    )
     if folder and is_first():
         cache.store(folder, tuning)
     return tuning
@@ -205,7 +202,7 @@ def _of_first_process(found: Tuning | None) -> Tuning | None:
     return found if is_first() or text is None else Tuning.from_json(text)
 
 
-def _require_arrays(name: str, tree: Any) -> None:
+def require_arrays(name: str, tree: Any) -> None:
     """Refuses what can't be an argument of a compiled function."""
     for path, x in leaves_by_path(tree).items():
         if isinstance(x, Tracer | jax.ShapeDtypeStruct):
@@ -246,23 +243,50 @@ def _with_keywords(program_of: Callable, kwargs: dict[str, Any]) -> tuple[Any, t
 
 
 def _program_to_measure(program_of, reference, args, argnums) -> tuple[Any, Any]:
-    """`(program, args)`: the call, or the call and its gradient, of a lowering."""
+    """`(program_of, args)`: the call, or the call and its gradient, of a candidate."""
+    of = lambda candidate: program_of(candidate.lowering)
     if not argnums:
-        return program_of, args
+        return of, args
     differentiate, args = with_gradient(reference, argnums, args)
-    return lambda lowering: differentiate(program_of(lowering)), args
+    return lambda candidate: differentiate(of(candidate)), args
 
 
-def _measure(candidates: list[Candidate], program, args, limits: Limits) -> None:
-    with progress_bar(len(candidates)) as report:
-        measure_all(candidates, program, args, limits, report)
-    if not any(candidate.measured for candidate in candidates):
-        used = [c.temporary_bytes for c in candidates if c.temporary_bytes]
-        raise ValueError(
-            f"memory_limit={limits.memory_limit} bytes is too small for every lowering "
-            f"tried within budget={limits.budget} s; the least was "
-            f"{min(used, default=None)} bytes."
-        )
+def _measure(
+    candidates: list[Candidate],
+    stored: Tuning | None,
+    program_of: Callable,
+    args: tuple,
+    limits: Limits,
+    settings: Settings,
+) -> bool:
+    """Measures in place, after what is stored; whether the search is finished."""
+    waiting, options = candidates, settings.compiler_options
+    if stored:
+        take_over(candidates, stored.candidates)
+        waiting = to_go_on_with(candidates, stored.best)
+        # Those that were tried are candidates now.
+        were_tried = any(c.compiler_options for c in stored.candidates)
+        options = [] if were_tried else options
+    with progress_bar(len(waiting)) as report:
+        given = waiting, program_of, args, limits, report, settings.interrupted, options
+        # The reference, and of a search that goes on, one that is new.
+        finished = measure_all(*given, least=2 if stored else 1)
+    if stored:
+        finished = merge(candidates, waiting) and finished
+    require_measured(candidates, limits)
+    return finished
+
+
+def require_measured(candidates: list[Candidate], limits: Limits) -> None:
+    """Refuses a search in which nothing fits the memory."""
+    if any(candidate.measured for candidate in candidates):
+        return
+    used = [c.temporary_bytes for c in candidates if c.temporary_bytes]
+    raise ValueError(
+        f"memory_limit={limits.memory_limit} bytes is too small for every lowering "
+        f"tried within budget={limits.budget} s; the least was "
+        f"{min(used, default=None)} bytes."
+    )
 
 
 _OTHER_FUNCTION = (
@@ -282,70 +306,3 @@ def _refuse_another_function(base: Lowering, candidates: list[Candidate]) -> Non
         is_given = candidate.lowering == in_one_block
         if is_given and candidate.verdict.startswith("other"):
             raise ValueError(f"{_OTHER_FUNCTION} Got {candidate.verdict}.")
-
-
-def _about(
-    reference, args, argnums, subject: Subject, candidates, limits: Limits
-) -> dict[str, Any]:
-    """What the measurements depend on, as JSON: the key of an entry in the cache."""
-    device = _device(args)
-    about = {
-        "device": device.device_kind,
-        "platform": device.client.platform_version,
-        "cores": os.cpu_count() if device.platform == "cpu" else None,
-        "jax": jax.__version__,
-        "tdjax": sys.modules["tdjax"].__version__,
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-        "precision": getattr(jax.config, "jax_default_matmul_precision", None),
-        "shapes": [str(jax.typeof(x)) for x in jax.tree.leaves(args)],
-        "shardings": [_placement(x) for x in jax.tree.leaves(args)],
-        "mesh": _mesh(jax.sharding.get_abstract_mesh()),
-        "sharding": str(subject.sharding),
-        "processes": jax.process_count(),
-        "program": _fingerprint(reference, args),
-        "argnums": argnums,
-        "method": subject.base.method,
-        "candidates": [candidate.options for candidate in candidates],
-        "budget": limits.budget,
-        "memory_limit": limits.memory_limit,
-        "tolerance": limits.tolerance,
-    }
-    return json.loads(json.dumps(about))
-
-
-def _device(args) -> Any:
-    arrays = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
-    devices = sorted(arrays[0].devices(), key=lambda d: d.id) if arrays else []
-    return devices[0] if devices else jax.devices()[0]
-
-
-def _placement(x: jax.Array) -> str | int:
-    """How an array is split over a mesh, or over how many devices otherwise."""
-    sharding = x.sharding
-    if isinstance(sharding, NamedSharding):
-        return f"{sharding.spec} of {_mesh(sharding.mesh)}"
-    return len(sharding.device_set)
-
-
-def _mesh(mesh) -> str:
-    """The names, sizes and kinds of its axes."""
-    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
-    return ", ".join(f"{name}={size} {kind}" for name, size, kind in axes)
-
-
-def _fingerprint(reference, args) -> str:
-    program = jax.make_jaxpr(reference)(*args)
-    # Functions inside of a jaxpr are printed with their addresses.
-    text = re.sub(r" at 0x[0-9a-f]+", "", str(program))
-    fingerprint = hashlib.sha256(text.encode())
-    for constant in constants(program):
-        fingerprint.update(_as_bytes(constant))
-    return fingerprint.hexdigest()
-
-
-def _as_bytes(constant: Any) -> bytes:
-    if jnp.issubdtype(constant.dtype, jax.dtypes.extended):
-        constant = jax.random.key_data(constant)
-    if not is_concrete(constant):  # Other processes hold parts of it.
-        constant = constant.addressable_data(0)
-    return np.asarray(constant).tobytes()

@@ -21,9 +21,10 @@ def load(folder: Path, about: dict[str, Any]) -> Tuning | None:
     """The result stored for the same `about`, or None."""
     path = _entry(folder, about)
     try:
-        tuning = Tuning.from_json(_read(path))
+        tuning = Tuning.from_json(read_text(path))
         options = [candidate.options for candidate in tuning.candidates]
-        if tuning.about != about or options != about.get("candidates", options):
+        listed = about.get("candidates", options)
+        if tuning.about != about or options[: len(listed)] != listed:
             raise ValueError("it holds other measurements")
         return tuning
     except FileNotFoundError:
@@ -38,7 +39,7 @@ def store(folder: Path, tuning: Tuning) -> None:
     path = _entry(folder, tuning.about)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(path, tuning.to_json())
+        write_atomically(path, tuning.to_json())
     except OSError as error:
         _warn(path, f"can't be written: {error}")
 
@@ -48,7 +49,8 @@ def _entry(folder: Path, about: dict[str, Any]) -> Path:
     return folder / f"{key}.json"
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a regular file that is not too large."""
     # A pipe would block, and a device such as /dev/zero has no end.
     if path.exists() and not path.is_file():
         raise OSError("it is not a regular file")
@@ -57,7 +59,8 @@ def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file as a whole."""
     unique = f"{os.getpid()}-{threading.get_ident()}"
     draft = path.with_suffix(f".{unique}.tmp")
     try:

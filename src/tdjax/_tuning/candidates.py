@@ -1,28 +1,23 @@
-"""Candidates: the lowerings to try, their programs, and how results are compared."""
+"""Candidates: the lowerings to try, and what is known of each."""
 
 import dataclasses
 import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding
-
-from tdjax._mesh import like_type_of
-from tdjax._steps.fold import watch_fold
 from tdjax._steps.lowering import METHODS, Lowering
-from tdjax._tuning.independence import find_mixing
 
 OPTIONS = ("method", "chunk_size", "unroll", "remat")
 # A straight line of more blocks than this takes too long to compile to be tried.
 _LONGEST_LINE = 32
-# The largest deviation from the reference, relative to its largest value. Another order
-# of summation causes errors that grow with the square root of the number of terms.
-_TOLERANCES = {"float64": 1e-10, "float32": 2e-4, "float16": 5e-3, "bfloat16": 3e-2}
-# Matrix units may round the factors of float32 products to 10 bits, or to 7.
-_MATRIX_UNIT_TOLERANCE = 3e-2
+# Candidates this close to the fastest are as good; if it is within their spread, those
+# that are this close.
+_AS_GOOD, _WITHIN_SPREAD = 1.01, 1.03
+# What the ratio of two single measurements may be by chance.
+_NOISE = 1.1
+# Verdicts of candidates that another search may still try.
+NO_TIME = "no time left"
+NOT_TRIED = "not tried"
 
 
 @dataclasses.dataclass
@@ -32,10 +27,15 @@ class Candidate:
     Attributes:
       lowering: how the steps are compiled.
       blocks: the number of blocks of steps.
+      compiler_options: options of the compiler, as `jax.jit` takes them.
+      is_default: whether it is what was given to be tuned.
       verdict: `"measured"`; `"behind"` if too slow to be measured as often as the
         others; or why it was refused or not tried.
       compile_seconds: the time of tracing and compilation.
       run_seconds, spread: the time of one call, median and quartiles.
+      ratio, ratio_spread: its time as a multiple of the default's (of the fastest's if
+        the default was not timed), median and quartiles. Each is a ratio of two
+        measurements of the same moment.
       temporary_bytes: the compiled program's memory for temporaries, without inputs
         and outputs.
       deviation: the largest difference from the reference, relative to the largest
@@ -44,10 +44,14 @@ class Candidate:
 
     lowering: Lowering
     blocks: int = 1
-    verdict: str = "not tried"
+    compiler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    is_default: bool = False
+    verdict: str = NOT_TRIED
     compile_seconds: float | None = None
     run_seconds: float | None = None
     spread: tuple[float, float] | None = None
+    ratio: float | None = None
+    ratio_spread: tuple[float, float] | None = None
     temporary_bytes: int | None = None
     deviation: float | None = None
 
@@ -60,6 +64,11 @@ class Candidate:
     def measured(self) -> bool:
         """Whether it agrees with the reference and was timed."""
         return self.verdict == "measured"
+
+    @property
+    def is_left(self) -> bool:
+        """Whether it is still to be tried."""
+        return self.verdict in (NO_TIME, NOT_TRIED)
 
     def as_json(self) -> dict[str, Any]:
         """The fields as JSON has them; an infinite deviation is None."""
@@ -76,18 +85,19 @@ class Candidate:
         """Reads what `as_json` wrote, field by field: it may come from anywhere."""
         if set(fields["options"]) != set(OPTIONS):
             raise ValueError(f"a candidate has the options {fields['options']}")
-        spread = fields["spread"]
+        numbers = {name: _number(float, fields[name]) for name in _NUMBERS}
         candidate = cls(
             Lowering(**fields["options"]),
-            _number(int, fields["blocks"]),
-            str(fields["verdict"]),
-            _number(float, fields["compile_seconds"]),
-            _number(float, fields["run_seconds"]),
-            spread and (_number(float, spread[0]), _number(float, spread[1])),
-            _number(int, fields["temporary_bytes"]),
-            _number(float, fields["deviation"]),
+            blocks=_number(int, fields["blocks"]),
+            compiler_options=check_compiler_options(fields["compiler_options"]),
+            is_default=bool(fields["is_default"]),
+            verdict=str(fields["verdict"]),
+            spread=_pair(fields["spread"]),
+            ratio_spread=_pair(fields["ratio_spread"]),
+            temporary_bytes=_number(int, fields["temporary_bytes"]),
+            **numbers,
         )
-        if candidate.measured and not candidate.run_seconds:
+        if candidate.measured and not (candidate.run_seconds and candidate.ratio):
             raise ValueError("a candidate was measured and has no time")
         return candidate
 
@@ -96,7 +106,33 @@ class Candidate:
         # Compared by their text: True == 1, and means another thing.
         shown = {k: v for k, v in self.options.items() if repr(v) != repr(plain[k])}
         shown = {"method": self.lowering.method, **shown}
+        if self.compiler_options:
+            shown["compiler_options"] = self.compiler_options
         return ", ".join(f"{k}={v!r}" for k, v in shown.items())
+
+
+_NUMBERS = ("compile_seconds", "run_seconds", "ratio", "deviation")
+
+
+def _pair(values: Any) -> tuple[float, float] | None:
+    if values is None:
+        return None
+    low, high = values
+    return _number(float, low), _number(float, high)
+
+
+def check_compiler_options(options: Any) -> dict[str, Any]:
+    """Options of the compiler as a dict, after a check of their kinds."""
+    kinds = str | bool | int | float
+    is_mapping = isinstance(options, Mapping)
+    if not is_mapping or not all(
+        isinstance(k, str) and isinstance(v, kinds) for k, v in options.items()
+    ):
+        raise TypeError(
+            "compiler_options must be mappings from names to strings, numbers or "
+            f"bools, as jax.jit takes them, got {options!r:.80}."
+        )
+    return dict(options)
 
 
 def _number(kind: type, value: Any) -> Any:
@@ -106,6 +142,40 @@ def _number(kind: type, value: Any) -> Any:
     if not is_number or not 0 <= value < 1e300:
         raise ValueError(f"a candidate holds {value!r:.40} in the place of a number")
     return kind(value)
+
+
+def choose(candidates: Iterable[Candidate]) -> Candidate:
+    """The fastest of those that were measured, unless the default is as good.
+
+    Of candidates within the spread of the fastest, the one with the least memory is
+    taken. The default stays if that one is not faster beyond the spread, and needs no
+    less memory.
+    """
+    measured = [c for c in candidates if c.measured]
+    fastest = min(measured, key=_ratio)
+    memory = lambda candidate: candidate.temporary_bytes or 0
+    best = min((c for c in measured if _is_as_good(c, fastest)), key=memory)
+    default = next((c for c in measured if c.is_default), best)
+    keeps = not _is_faster(best, default) and memory(default) <= memory(best)
+    return default if keeps else best
+
+
+def _ratio(candidate: Candidate) -> float:
+    return candidate.ratio or math.inf
+
+
+def _is_as_good(candidate: Candidate, fastest: Candidate) -> bool:
+    low, _ = candidate.ratio_spread or (math.inf, 0.0)
+    close = _WITHIN_SPREAD if low <= _ratio(fastest) else _AS_GOOD
+    return _ratio(candidate) <= close * _ratio(fastest)
+
+
+def _is_faster(candidate: Candidate, default: Candidate) -> bool:
+    """Whether it beats the default beyond what is noise."""
+    ours, theirs = candidate.ratio_spread, default.ratio_spread
+    if ours is None or theirs is None:  # Of single measurements.
+        return _ratio(candidate) < _ratio(default) / _NOISE
+    return ours[1] < theirs[0]
 
 
 def list_candidates(
@@ -118,11 +188,14 @@ def list_candidates(
     if given is None:
         lowerings = _default_lowerings(base, timesteps, with_remat)
     else:
-        lowerings = [_change(base, **_checked(options)) for options in given]
+        lowerings = [change(base, **_checked(options)) for options in given]
     # Compared by their text: True == 1, and means another thing.
-    lowerings = {repr(x): x for x in (_change(base), base, *lowerings)}.values()
+    lowerings = {repr(x): x for x in (change(base), base, *lowerings)}.values()
     blocks = lambda size: math.ceil(timesteps / (size or timesteps))
-    return [Candidate(x, blocks(x.chunk_size)) for x in lowerings]
+    return [
+        Candidate(x, blocks(x.chunk_size), is_default=repr(x) == repr(base))
+        for x in lowerings
+    ]
 
 
 def _default_lowerings(
@@ -143,7 +216,7 @@ def _default_lowerings(
             options.append(block)
             remats.append({**block, "remat": True})
     options += remats if with_remat else []
-    return [_change(base, **given) for given in options if _is_possible(base, given)]
+    return [change(base, **given) for given in options if _is_possible(base, given)]
 
 
 def _is_possible(base: Lowering, options: dict[str, Any]) -> bool:
@@ -163,7 +236,7 @@ def _checked(options: Any) -> Mapping[str, Any]:
     return options
 
 
-def _change(
+def change(
     base: Lowering,
     method: Any = "vmap",
     chunk_size: int | None = None,
@@ -174,131 +247,3 @@ def _change(
     return dataclasses.replace(
         base, method=method, chunk_size=chunk_size, unroll=unroll, remat=remat
     )
-
-
-def compile_candidate(
-    candidate: Candidate, run: Callable, args, mixing: list[str | None]
-) -> tuple[Any, str | None]:
-    """`(program, reason)`: compiles a candidate and notes its time and memory.
-
-    The reason says why examples may not be folded. It is found out for the first
-    candidate that folds, and kept in `mixing`: it holds for blocks of any size.
-    """
-    start = time.perf_counter()
-    # A block of one step is the same program under every method.
-    folds = candidate.lowering.method == "fold" and candidate.lowering.chunk_size != 1
-    if folds and not mixing:
-        with watch_fold(lambda *fold: mixing.append(find_mixing(*fold))):
-            lowered = jax.jit(run).lower(*args)
-    else:
-        lowered = jax.jit(run).lower(*args)
-    program = lowered.compile()
-    candidate.compile_seconds = time.perf_counter() - start
-    memory = program.memory_analysis()
-    if memory is not None:
-        candidate.temporary_bytes = int(memory.temp_size_in_bytes)
-    return program, next(iter(mixing), "an unknown fold") if folds else None
-
-
-def timed(program, args, calls: int = 1) -> tuple[float, Any]:
-    """Seconds per call, and the result of the last call."""
-    y = None
-    start = time.perf_counter()
-    for _ in range(calls):
-        y = program(*args)
-    jax.block_until_ready(y)
-    return (time.perf_counter() - start) / calls, y
-
-
-def with_gradient(reference: Callable, argnums: list[int], args: tuple) -> tuple:
-    """`(differentiate, args)`: `differentiate(apply)` gives results and gradients.
-
-    The cotangents are random and passed as an argument, so that XLA can leave out no
-    part of the backward pass.
-    """
-    cotangents = _random_like(reference, args)
-
-    def differentiate(apply):
-        def run(args, cotangents):
-            leaves, treedef = jax.tree.flatten([args[i] for i in argnums])
-
-            def floats_of(primals):
-                values = dict(zip(argnums, treedef.unflatten(_merge(leaves, primals))))
-                y = apply(*(values.get(i, x) for i, x in enumerate(args)))
-                return _split_floats(jax.tree.leaves(y))
-
-            primals, _ = _split_floats(leaves)
-            floats, pullback, others = jax.vjp(floats_of, primals, has_aux=True)
-            return floats, others, pullback(cotangents)
-
-        return run
-
-    return differentiate, (args, cotangents)
-
-
-def _random_like(reference: Callable, args: tuple) -> list:
-    """Random numbers for each float of the result, on the devices of the result."""
-    program = jax.jit(lambda *args: _split_floats(jax.tree.leaves(reference(*args)))[0])
-    shapes = jax.eval_shape(program, *args)
-
-    def draw():
-        keys = jax.random.split(jax.random.key(0), len(shapes) + 1)
-        normal = lambda i, y: jax.random.normal(keys[i], y.shape, y.dtype)
-        return list(map(normal, range(len(shapes)), shapes))
-
-    if not any(isinstance(x.sharding, NamedSharding) for x in jax.tree.leaves(args)):
-        return draw()
-    shardings = program.lower(*args).compile().output_shardings
-    return jax.jit(draw, out_shardings=shardings)()
-
-
-def widen(tree):
-    """Half precision floats in single precision, all else as it is."""
-    half = lambda x: is_float(x) and x.dtype.itemsize == 2
-    return jax.tree.map(lambda x: x.astype(jnp.float32) if half(x) else x, tree)
-
-
-def is_float(x) -> bool:
-    """Whether it can be differentiated: real or complex."""
-    return jnp.issubdtype(x.dtype, jnp.inexact)
-
-
-def _split_floats(leaves) -> tuple[list, list]:
-    return [x for x in leaves if is_float(x)], [x for x in leaves if not is_float(x)]
-
-
-def _merge(leaves, floats) -> list:
-    fill = iter(floats)
-    return [next(fill) if is_float(x) else x for x in leaves]
-
-
-@jax.jit
-def deviations(got, want):
-    """For each leaf, the largest difference relative to its largest finite value."""
-    return jax.tree.map(_deviation, got, want)
-
-
-def _deviation(got, want):
-    got = like_type_of(got, want)
-    if jnp.issubdtype(want.dtype, jax.dtypes.prng_key):
-        got, want = jax.random.key_data(got), jax.random.key_data(want)
-    if want.size == 0:
-        return jnp.zeros(())
-    if not is_float(want):
-        return jnp.where(jnp.array_equal(got, want), 0.0, jnp.inf)
-    same = (got == want) | (jnp.isnan(got) & jnp.isnan(want))
-    finite = jnp.isfinite(want)
-    scale = jnp.max(jnp.abs(jnp.where(finite, want, 0)))
-    error = jnp.abs(jnp.where(finite, got - want, jnp.inf)) / jnp.maximum(scale, 1e-30)
-    return jnp.max(jnp.where(same, 0, jnp.where(jnp.isnan(error), jnp.inf, error)))
-
-
-def default_tolerance(dtype) -> float:
-    """The deviation that another order of summation may cause."""
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        return 0.0
-    name = jnp.finfo(dtype).dtype.name  # of a complex number's parts
-    tolerance = _TOLERANCES.get(name, _MATRIX_UNIT_TOLERANCE)
-    if name == "float32" and jax.default_backend() != "cpu":
-        return max(tolerance, _MATRIX_UNIT_TOLERANCE)
-    return tolerance

@@ -22,6 +22,7 @@ import numpy as np
 from jax.core import Tracer
 
 from tdjax import _jaxprs
+from tdjax._steps import places
 from tdjax._steps.axes import PER_STEP, PER_STEP_OR_BATCH, Axis, map_results
 from tdjax._tuning.batch_rules import SHAPES, apply_rule
 from tdjax._tuning.batch_values import (
@@ -55,7 +56,9 @@ def find_mixing(
             map_results(note, results, out_axes)
             return jax.tree.leaves(results)
 
-        program = jax.make_jaxpr(leaves_of)(_of_size(size, arrays, axes))
+        # A place inside has other sizes here. If it folds, it is proved by itself.
+        with places.in_effect(None):
+            program = jax.make_jaxpr(leaves_of)(_of_size(size, arrays, axes))
         return program, axes_of_results
 
     examples = next(len(x) for x, axis in zip(arrays, axes) if axis is not PER_STEP)

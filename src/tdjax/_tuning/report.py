@@ -21,43 +21,74 @@ def progress_bar(total: int):
         yield lambda candidate: p.update(task, advance=1, description=str(candidate))
 
 
-def rich_table(candidates: list[Candidate], best: Candidate, title: str) -> Any:
-    """A `rich.table.Table`: the chosen lowering, the others by time, the refused."""
+def rich_table(
+    candidates: list[Candidate],
+    best: Candidate,
+    title: str,
+    finished: bool = True,
+    is_model: bool = False,
+) -> Any:
+    """A `rich.table.Table`: the chosen lowering, the others by time, the refused.
+
+    Ratios are to the default's time of the same moment, with half the distance of their
+    quartiles. Of a model, the candidates are it as it was given and tuned.
+    """
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
-    for name in ("method", "chunk", "unroll", "remat"):
+    for name in ("model",) if is_model else ("method", "chunk", "unroll", "remat"):
         table.add_column(name, no_wrap=True)
-    for name in ("time", "ratio", "memory", "compile", "deviation"):
+    for name in ("time", "ratio", "memory", "compile", "error"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", overflow="fold")
-    order = lambda c: (c is not best, not c.measured, c.run_seconds or 1e9)
-    tried = [c for c in candidates if c.verdict != "no time left"]
+    order = lambda c: (c is not best, not c.measured, c.ratio or 1e9)
+    tried = [c for c in candidates if not c.is_left]
     for candidate in sorted(tried, key=order):
         verdict = "chosen" if candidate is best else candidate.verdict
+        if candidate.is_default and not is_model:
+            verdict = "default" if candidate.measured else f"default, {verdict}"
+            verdict = f"{verdict}, chosen" if candidate is best else verdict
         style = "bold" if candidate is best else "" if candidate.measured else "dim"
-        table.add_row(*_cells(candidate, best), verdict, style=style)
+        what = _of_model(candidate) if is_model else _of_lowering(candidate)
+        table.add_row(*what, *_measures(candidate), verdict, style=style)
     left = len(candidates) - len(tried)
-    if left:
-        table.caption = f"{left} more were not tried; a larger budget= gives them time."
+    if not finished:
+        table.caption = (
+            f"Not finished: {left} more were not tried. A larger budget= gives them "
+            "time; with cache= the next call goes on."
+        )
     return table
 
 
-def _cells(candidate: Candidate, best: Candidate) -> list[str]:
-    ratio = lambda seconds: f"{seconds / best.run_seconds:.2f}"
-    show = lambda value, text: "" if value is None else text(value)
+def _of_model(candidate: Candidate) -> list[str]:
+    return ["as given" if candidate.is_default else "tuned"]
+
+
+def _of_lowering(candidate: Candidate) -> list[str]:
     lowering = candidate.lowering
+    options = "".join(f" {k}={v}" for k, v in candidate.compiler_options.items())
     return [
         lowering.method,
         "all" if lowering.chunk_size is None else str(lowering.chunk_size),
         str(lowering.unroll),
-        "yes" if lowering.remat else "no",
+        ("yes" if lowering.remat else "no") + options,
+    ]
+
+
+def _measures(candidate: Candidate) -> list[str]:
+    show = lambda value, text: "" if value is None else text(value)
+    return [
         show(candidate.run_seconds, format_seconds),
-        show(candidate.run_seconds, ratio),
+        show(candidate.ratio, lambda ratio: _format_ratio(ratio, candidate)),
         show(candidate.temporary_bytes, format_bytes),
         show(candidate.compile_seconds, format_seconds),
         show(candidate.deviation, lambda deviation: f"{deviation:.0e}"),
     ]
+
+
+def _format_ratio(ratio: float, candidate: Candidate) -> str:
+    spread = candidate.ratio_spread
+    return f"{ratio:.2f}" + (f"±{(spread[1] - spread[0]) / 2:.2f}" if spread else "")
 
 
 def format_seconds(seconds: float) -> str:

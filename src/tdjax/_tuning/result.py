@@ -4,27 +4,45 @@ import dataclasses
 import json
 from typing import Any, Generic, TypeVar, cast
 
-from tdjax._tuning.candidates import Candidate
+from tdjax._tuning.candidates import Candidate, choose
 from tdjax._tuning.report import rich_table
-from tdjax._tuning.search import choose
+from tdjax._tuning.table import Options, enter, leave
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass
 class Tuning(Generic[T]):
-    """The result of `autotune`.
+    """The result of `autotune`: of a function or layer, or of a whole model.
+
+    As a context, it is what `method="auto"` looks its options up in:
+
+        with result:
+            y = model.apply(variables, x)
+
+    A place is known by the layer and its attributes, the shapes and dtypes of the
+    inputs and the device. `a | b` has the places of both, and b's where both have one.
 
     Attributes:
-      tuned: the function or module with the chosen options; None if the result was
-        loaded by `from_json`.
+      tuned: the function, module or model with the chosen options; None if the result
+        was loaded by `from_json` or merged.
       candidates: every lowering that was considered, with its `options`, `verdict`,
-        `run_seconds`, `spread`, `compile_seconds`, `temporary_bytes` and `deviation`.
+        `run_seconds`, `spread`, `ratio`, `ratio_spread`, `compile_seconds`,
+        `temporary_bytes` and `deviation`. Of a whole model: as it was given, and tuned.
       about: what was measured and where: device, versions, shapes, arguments.
       from_cache: whether the measurements were read from the cache, not made.
+      finished: whether all candidates were tried and timed. If not, time ran out or the
+        search was interrupted; with `cache=` the next call goes on with it.
+      name: of the layer or function.
+      key: what a context looks up.
+      places: of a whole model or a merged result, a `Tuning` for each place, by name.
+      failures: of a whole model, why places were not tuned, by name.
       best: the candidate that was chosen.
       options: its `method`, `chunk_size`, `unroll` and `remat`, as a dict of keyword
-        arguments for `time_distributed` or a `TimeDistributed`.
+        arguments for `time_distributed` or a `TimeDistributed`. Of a whole model or a
+        merged result, such a dict for each place, by name.
+      compiler_options: those of the best, to give `jax.jit`; empty without
+        `compiler_options=` of `autotune`.
 
     Example:
       >>> import jax.numpy as jnp, tdjax
@@ -40,41 +58,107 @@ class Tuning(Generic[T]):
     candidates: list[Candidate]
     about: dict[str, Any]
     from_cache: bool = False
+    finished: bool = True
+    name: str = ""
+    key: str = ""
+    places: "dict[str, Tuning[Any]]" = dataclasses.field(default_factory=dict)
+    failures: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def best(self) -> Candidate:
         """The candidate that was chosen."""
+        if not self.candidates:
+            raise ValueError(
+                "best must be asked of a place of a merged Tuning, which has no "
+                f"candidates of its own: .places has {', '.join(self.places)}."
+            )
         return choose(self.candidates)
 
     @property
     def options(self) -> dict[str, Any]:
         """The chosen `method`, `chunk_size`, `unroll` and `remat`."""
-        return self.best.options
+        if self.key:
+            return self.best.options
+        return {name: place.options for name, place in self.places.items()}
+
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """What to give `jax.jit` as `compiler_options`."""
+        return dict(self.best.compiler_options) if self.candidates else {}
+
+    def options_by_key(self) -> dict[str, Options]:
+        """The options of all places, by what a context looks up."""
+        own = {self.key: self.options} if self.key else {}
+        return own | {place.key: place.options for place in self.places.values()}
+
+    def __enter__(self) -> "Tuning[T]":
+        enter(self.options_by_key())
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        leave(*error)
+
+    def __or__(self, other: "Tuning[Any]") -> "Tuning[None]":
+        if not isinstance(other, Tuning):
+            return NotImplemented
+        by_key = {place.key: place for place in (*self._places(), *other._places())}
+        places: dict[str, Tuning[Any]] = {}
+        for place in by_key.values():
+            same = sum(name.split(" (")[0] == place.name for name in places)
+            places[f"{place.name} ({same + 1})" if same else place.name] = place
+        finished = all(place.finished for place in places.values())
+        return Tuning(None, [], {}, finished=finished, places=places)
+
+    def _places(self) -> "list[Tuning[Any]]":
+        return [*([self] if self.key else []), *self.places.values()]
 
     def show(self) -> None:
-        """Prints a table of all candidates."""
+        """Prints a table of all candidates; of a whole model, one for each place."""
         from rich.console import Console
 
         Console().print(self)
 
     def __rich__(self):
+        from rich.console import Group
+
+        if self.key:
+            return self._table()
+        tables = [place.__rich__() for place in self.places.values()]
+        failures = [f"{name}: not tuned: {why}" for name, why in self.failures.items()]
+        own = [self._table()] if self.candidates else []
+        return Group(*tables, *failures, *own)
+
+    def _table(self):
         what = "forward" if self.about["argnums"] == [] else "forward and gradient"
+        what = f"{self.name}: {what}" if self.name else what
         title = f"{what} on {self.about['device']}, JAX {self.about['jax']}"
-        return rich_table(self.candidates, self.best, title)
+        is_model = not self.key
+        return rich_table(self.candidates, self.best, title, self.finished, is_model)
 
     def __repr__(self):
+        state = "measured" if self.finished else "measured, unfinished"
+        if not self.key:
+            return f"Tuning({len(self.places)} places {state})"
         timed = sum(c.run_seconds is not None for c in self.candidates)
-        return f"Tuning({self.best}; {timed} of {len(self.candidates)} measured)"
+        return f"Tuning({self.best}; {timed} of {len(self.candidates)} {state})"
 
     def to_json(self) -> str:
         """Everything but `tuned`, as JSON; an infinite deviation is null."""
-        fields = {
+        return json.dumps(self._as_json(), indent=1, allow_nan=False)
+
+    def _as_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
             "options": self.options,
+            "compiler_options": self.compiler_options,
             "from_cache": self.from_cache,
+            "finished": self.finished,
+            "key": self.key,
             "about": self.about,
             "candidates": [candidate.as_json() for candidate in self.candidates],
+            "places": {name: p._as_json() for name, p in self.places.items()},
+            "failures": self.failures,
         }
-        return json.dumps(fields, indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> "Tuning[Any]":
@@ -84,17 +168,33 @@ class Tuning(Generic[T]):
           ValueError: if `text` is not what `to_json` writes.
         """
         try:
-            content = json.loads(text, parse_constant=_refuse_constant)
-            candidates = [Candidate.from_json(c) for c in content["candidates"]]
-            about, from_cache = dict(content["about"]), bool(content["from_cache"])
-        except (LookupError, RecursionError, TypeError, ValueError) as error:
+            return cls._from_json(json.loads(text, parse_constant=_refuse_constant))
+        except (
+            AttributeError, LookupError, RecursionError, TypeError, ValueError
+        ) as error:  # fmt: skip
             raise ValueError(
                 f"text must be what Tuning.to_json writes, got {str(text)[:80]!r} "
                 f"({type(error).__name__}: {error})."
             ) from error
-        if not any(candidate.measured for candidate in candidates):
-            raise ValueError("text must hold a candidate that was measured, got none.")
-        return cls(cast(T, None), candidates, about, from_cache)
+
+    @classmethod
+    def _from_json(cls, content: dict[str, Any]) -> "Tuning[Any]":
+        candidates = [Candidate.from_json(c) for c in content["candidates"]]
+        of_places = content["places"].items()
+        tuning = cls(
+            cast(T, None),
+            candidates,
+            dict(content["about"]),
+            bool(content["from_cache"]),
+            bool(content["finished"]),
+            str(content["name"]),
+            str(content["key"]),
+            {str(name): cls._from_json(fields) for name, fields in of_places},
+            {str(name): str(why) for name, why in content["failures"].items()},
+        )
+        if tuning.key and not any(candidate.measured for candidate in candidates):
+            raise ValueError("it must hold a candidate that was measured, got none")
+        return tuning
 
 
 def _refuse_constant(name: str):

@@ -1,43 +1,39 @@
-"""The search: try each lowering once, then time the good ones in turn.
+"""The search: compile and check each lowering, then time those that agree.
 
 The first candidate with `method="vmap"` that fits the memory is the reference: results
-of all others are compared with its results. What is far behind is dropped early.
+of all others are compared with its results. Programs are compiled in threads, while
+others are compared; no program is timed (`rounds`) while one is compiled.
 """
 
 import collections
+import concurrent.futures
+import contextlib
 import dataclasses
 import math
-import statistics
+import os
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from tdjax._steps.lowering import Lowering
-from tdjax._tuning.candidates import (
-    Candidate,
-    compile_candidate,
-    default_tolerance,
-    deviations,
-    is_float,
-    timed,
-    widen,
-)
+from tdjax._tuning.candidates import NO_TIME, Candidate
+from tdjax._tuning.clock import timed
+from tdjax._tuning.deviations import Tolerances
 from tdjax._tuning.processes import agreed, in_all
+from tdjax._tuning.programs import Lowered, compile_lowered, lower
+from tdjax._tuning.rounds import Contender, Race
 
-# A candidate that is this many times slower than the best is dropped: in the first
-# rounds, and once there are enough measurements to tell.
-_FAR_BEHIND = 1.5
-_BEHIND = 1.15
-# Of candidates this close to the fastest, the one with the least memory is taken.
-_AS_GOOD = 1.02
-_MOST_ROUNDS = 13
-_SHORTEST_MEASUREMENT = 5e-3  # seconds
-# A run that takes less than this part of the time left is repeated before the rounds.
-_SHORT_RUN = 0.03
 # The part of the budget that may be spent before the candidates are timed in turn.
-_FOR_TRIALS = 0.8
+_FOR_TRIALS = 0.7
+# More threads than this only take memory: a compilation uses several itself.
+_MOST_THREADS = 4
+# A first run that is shorter than this, in seconds, may be mostly one of warming up.
+_WARM_UP = 0.02
+# How many of the fastest lowerings are tried with the options of the compiler.
+_WITH_COMPILER_OPTIONS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,83 +50,147 @@ class Limits:
         return agreed(self.start + part * self.budget - time.perf_counter())
 
 
-class _Contender(NamedTuple):
-    """A candidate that is still in the race: its program, and the times of its runs."""
+class _Trial(NamedTuple):
+    """A candidate that is being compiled; `program()` waits for it."""
 
     candidate: Candidate
-    program: Any
-    seconds: list[float]
+    run: Callable
+    lowered: Lowered | None
+    program: Callable[[], tuple[Any, float]]
 
 
 @dataclasses.dataclass
 class _Search:
     """The state of a search.
 
-    `reference` are the results of the reference, None before it has run; `tolerances`
-    are the deviations allowed in each of them. `mixing` is why examples may not be
-    folded, or None, once this is known.
+    `tolerances` hold the results of the reference, None before it has run. `mixing` is
+    why examples may not be folded, or None, once this is known.
     """
 
-    program_of: Callable[[Lowering], Callable]
+    program_of: Callable[[Candidate], Callable]
     args: tuple
     limits: Limits
-    reference: Any = None
-    tolerances: list[float] = dataclasses.field(default_factory=list)
-    contenders: list[_Contender] = dataclasses.field(default_factory=list)
+    submit: Callable[..., Callable[[], Any]]
+    threads: int = 1
+    least: int = 1  # Candidates that are tried however short the time is.
+    tolerances: Tolerances | None = None
+    contenders: list[Contender] = dataclasses.field(default_factory=list)
     mixing: list[str | None] = dataclasses.field(default_factory=list)
-
-    def best_seconds(self) -> float:
-        return min((min(c.seconds) for c in self.contenders), default=math.inf)
+    tried: list[Candidate] = dataclasses.field(default_factory=list)
 
 
 def measure_all(
-    candidates: Iterable[Candidate],
-    program_of: Callable[[Lowering], Callable],
+    candidates: list[Candidate],
+    program_of: Callable[[Candidate], Callable],
     args: tuple,
     limits: Limits,
     report: Callable[[Candidate], None],
-) -> None:
-    """Measures in place; `program_of(lowering)` is the function to compile."""
-    search = _Search(program_of, args, limits)
-    waiting = collections.deque(candidates)
-    tried: list[Candidate] = []
-    while waiting:
-        candidate = waiting.popleft()
-        can_compare = search.reference is not None or _may_be_reference(candidate)
-        if not can_compare and any(map(_may_be_reference, waiting)):
-            waiting.append(candidate)
+    interrupted: threading.Event,
+    compiler_options: Sequence[Mapping[str, Any]] = (),
+    least: int = 1,
+) -> bool:
+    """Measures in place, and returns whether the search is finished.
+
+    `program_of(candidate)` is the function to compile. `interrupted` is set at Ctrl-C.
+    The fastest lowerings are tried with each of `compiler_options` too, and then are
+    added to `candidates`. The first `least` are tried however short the time is.
+    """
+    is_decided, race = False, None
+    with _compiler_threads() as (submit, threads):
+        search = _Search(program_of, args, limits, submit, threads, least)
+        try:
+            _try_all(candidates, search, report)
+            if compiler_options and search.contenders:
+                more = _with_compiler_options(search.contenders, compiler_options)
+                candidates += more
+                _try_all(more, search, report)
+            search.tolerances = None  # Frees the results.
+            if not search.contenders:
+                return not any(candidate.is_left for candidate in candidates)
+            race = Race(search.contenders, args, limits.left)
+            is_decided = race.run()
+        except KeyboardInterrupt:
+            # What is known is returned, if anything is.
+            if not search.contenders or jax.process_count() > 1:
+                raise
+            interrupted.set()
+            race = race or Race(search.contenders, args, limits.left)
+    race.summarise()
+    return is_decided and not any(candidate.is_left for candidate in candidates)
+
+
+@contextlib.contextmanager
+def _compiler_threads() -> Iterator[tuple[Callable, int]]:
+    """`(submit, threads)`: `submit(fun, *args)` returns a function that waits."""
+    # Several processes must compile in the same order.
+    threads = min(_MOST_THREADS, os.cpu_count() or 1)
+    if jax.process_count() > 1 or threads == 1:
+        yield lambda fun, *args: lambda: fun(*args), 1
+        return
+    pool = concurrent.futures.ThreadPoolExecutor(threads)
+    try:
+        yield lambda fun, *args: pool.submit(fun, *args).result, threads
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _try_all(candidates: list[Candidate], search: _Search, report) -> None:
+    """Compiles the candidates, several at once, and checks one after the other."""
+    waiting, started = collections.deque(candidates), collections.deque[_Trial]()
+    while waiting or started:
+        while waiting and len(started) < search.threads:
+            candidate = waiting.popleft()
+            is_due = len(search.tried) + len(started) < search.least
+            left = search.limits.left(_FOR_TRIALS)
+            if is_due or _expected(candidate, search) < left:
+                started.append(_start(candidate, search))
+            else:
+                candidate.verdict = NO_TIME
+                report(candidate)
+        if not started:
             continue
-        if not can_compare:
-            candidate.verdict = "no reference fits the memory limit"
-        elif tried and _expected(candidate, tried, search) > limits.left(_FOR_TRIALS):
-            candidate.verdict = "no time left"
+        trial = started.popleft()
+        others = [*(t.candidate for t in started), *waiting]
+        if search.tolerances or _may_be_reference(trial.candidate):
+            _finish(trial, search)
+            search.tried.append(trial.candidate)
+        elif any(map(_may_be_reference, others)):
+            started.append(trial)
+            if waiting and not any(_may_be_reference(t.candidate) for t in started):
+                started.append(_start(_next_reference(waiting), search))
+            continue
         else:
-            _try(candidate, search)
-            tried.append(candidate)
-        report(candidate)
-    search.reference = None
-    _take_turns(search)
+            trial.candidate.verdict = "no reference fits the memory limit"
+        report(trial.candidate)
 
 
 def agree(
     reference: Lowering,
-    lowering: Lowering,
-    program_of: Callable[[Lowering], Callable],
+    best: Candidate,
+    program_of: Callable[[Candidate], Callable],
     args: tuple,
     limits: Limits,
 ) -> bool:
-    """Whether a lowering, one from a cache, gives the numbers of the reference."""
-    if lowering == reference:
+    """Whether a candidate, one from a cache, gives the numbers of the reference."""
+    lowering, options = best.lowering, best.compiler_options
+    if lowering == reference and not options:
         return True
-    search = _Search(program_of, args, limits)
-    pair = Candidate(reference), Candidate(lowering)
+    at_once = lambda fun, *args: lambda: fun(*args)
+    search = _Search(program_of, args, limits, at_once)
+    pair = Candidate(reference), Candidate(lowering, compiler_options=options)
     for candidate in pair:
-        _try(candidate, search, times_again=False)
+        _finish(_start(candidate, search), search)
     return all(candidate.measured for candidate in pair)
 
 
 def _may_be_reference(candidate: Candidate) -> bool:
-    return candidate.lowering.method == "vmap"
+    return candidate.lowering.method == "vmap" and not candidate.compiler_options
+
+
+def _next_reference(waiting: collections.deque[Candidate]) -> Candidate:
+    candidate = next(filter(_may_be_reference, waiting))
+    waiting.remove(candidate)
+    return candidate
 
 
 def find_reference(candidates: Iterable[Candidate]) -> Candidate | None:
@@ -139,37 +199,58 @@ def find_reference(candidates: Iterable[Candidate]) -> Candidate | None:
     return next(filter(_may_be_reference, ran), None)
 
 
-def choose(candidates: Iterable[Candidate]) -> Candidate:
-    """The fastest; of those that are as good, the one with the least memory."""
-    measured = [candidate for candidate in candidates if candidate.measured]
-    seconds = lambda candidate: candidate.run_seconds or 0.0
-    fastest = min(map(seconds, measured))
-    good = [c for c in measured if seconds(c) <= _AS_GOOD * fastest]
-    return min(good, key=lambda candidate: candidate.temporary_bytes or 0)
+def _with_compiler_options(
+    contenders: list[Contender], compiler_options: Sequence[Mapping[str, Any]]
+) -> list[Candidate]:
+    """The fastest lowerings so far, and the default, with options of the compiler."""
+    fastest = sorted(contenders, key=lambda c: c.alone)[:_WITH_COMPILER_OPTIONS]
+    chosen = [c for c in contenders if c in fastest or c.candidate.is_default]
+    return [
+        Candidate(c.candidate.lowering, c.candidate.blocks, dict(options))
+        for options in compiler_options
+        for c in chosen
+    ]
 
 
-def _expected(candidate: Candidate, tried: list[Candidate], search: _Search) -> float:
+def _expected(candidate: Candidate, search: _Search) -> float:
     """Seconds that compilation and two runs may take, judged by the others."""
-    known = [c.compile_seconds for c in tried if c.compile_seconds is not None]
+    known = [c.compile_seconds for c in search.tried if c.compile_seconds is not None]
     fastest = min(known, default=0.0)
     blocks = candidate.blocks if candidate.lowering.unroll is True else 1
     # Code that is repeated compiles faster than the first of its kind.
     seconds = fastest * (1.2 + blocks / 8)
-    best = search.best_seconds()
+    best = min((c.alone for c in search.contenders), default=math.inf)
     return seconds + (2 * best if best < math.inf else 0.0)
 
 
-def _try(candidate: Candidate, search: _Search, times_again: bool = True) -> None:
-    """Compiles, checks and times one candidate, and notes the verdict."""
-    run = search.program_of(candidate.lowering)
-    compile_it = lambda: compile_candidate(candidate, run, search.args, search.mixing)
-    compiled = _attempt(compile_it, candidate, search)
-    if compiled is None:
-        candidate.compile_seconds = None
+def _start(candidate: Candidate, search: _Search) -> _Trial:
+    """Traces a candidate here, since the contexts of JAX are those of a thread."""
+    run, lowered = search.program_of(candidate), None
+    try:
+        lowered = lower(candidate, run, search.args, search.mixing)
+        program = search.submit(compile_lowered, lowered, candidate.compiler_options)
+    except Exception as error:
+        program = _raising(error)
+    return _Trial(candidate, run, lowered, program)
+
+
+def _raising(error: Exception) -> Callable:
+    def program():
+        raise error
+
+    return program
+
+
+def _finish(trial: _Trial, search: _Search) -> None:
+    """Checks a candidate's memory and numbers, and notes the verdict."""
+    candidate = trial.candidate
+    compiled = _attempt(trial.program, candidate, search)
+    if compiled is None or trial.lowered is None:
         return
-    program, reason = compiled
-    candidate.compile_seconds = agreed(candidate.compile_seconds or 0.0)
-    used, limit = candidate.temporary_bytes, search.limits.memory_limit
+    program, seconds = compiled
+    candidate.compile_seconds = agreed(seconds)
+    used = candidate.temporary_bytes = temporary_bytes(candidate, program)
+    limit = search.limits.memory_limit
     if not in_all(used is None or limit is None or used <= limit):
         candidate.verdict = "over the memory limit"
         return
@@ -177,15 +258,26 @@ def _try(candidate: Candidate, search: _Search, times_again: bool = True) -> Non
     if ran is None:
         return
     seconds, results = ran
-    if search.reference is None:
-        search.reference = results
-        search.tolerances = _tolerances(results, run, search)
-    _compare(candidate, results, search)
-    del results
-    if candidate.measured and reason:
-        candidate.verdict = f"may depend on the rest of the batch: {reason}"
-    if candidate.measured and times_again:
-        _time_once_more(candidate, program, seconds, search)
+    if search.tolerances is None:
+        given = search.limits.tolerance
+        search.tolerances = Tolerances(results, trial.run, search.args, given)
+    verdict = _compare(candidate, results, search.tolerances)
+    if verdict == "measured" and trial.lowered.reason:
+        reason = trial.lowered.reason
+        verdict = f"may depend on the rest of the batch: {reason}"
+    candidate.verdict = verdict
+    if candidate.measured:
+        seconds = agreed(seconds)
+        if seconds < _WARM_UP:
+            seconds = min(seconds, agreed(timed(program, search.args)[0]))
+        search.contenders.append(Contender(candidate, program, seconds))
+
+
+def temporary_bytes(candidate: Candidate, program: Any) -> int | None:
+    """The memory of a candidate's program, if XLA knows it."""
+    del candidate
+    memory = program.memory_analysis()
+    return None if memory is None else int(memory.temp_size_in_bytes)
 
 
 def _attempt(action: Callable, candidate: Candidate, search: _Search) -> Any:
@@ -200,7 +292,7 @@ def _attempt(action: Callable, candidate: Candidate, search: _Search) -> Any:
     if in_all(failure is None):
         return result
     is_for_memory = failure is None or "RESOURCE_EXHAUSTED" in str(failure)
-    if search.reference is None and not in_all(is_for_memory):
+    if search.tolerances is None and not in_all(is_for_memory):
         raise failure or RuntimeError("The reference failed in another process.")
     line = (str(failure).splitlines() or [""])[0]
     of_this = f"{type(failure).__name__}: {line}" if failure else "in another process"
@@ -208,93 +300,9 @@ def _attempt(action: Callable, candidate: Candidate, search: _Search) -> Any:
     return None
 
 
-def _compare(candidate: Candidate, results, search: _Search) -> None:
-    shapes = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
-    if shapes(results) != shapes(search.reference):
-        candidate.verdict = "other shapes than the reference"
-        return
-    errors = _errors(results, search.reference)
-    candidate.deviation = max(errors, default=0.0)
-    pairs = zip(errors, search.tolerances)
-    agrees = in_all(all(error <= limit for error, limit in pairs))
-    candidate.verdict = "measured" if agrees else "other numbers than the reference"
-
-
-def _errors(results, reference) -> list[float]:
-    return [float(x) for x in jax.tree.leaves(deviations(results, reference))]
-
-
-def _tolerances(reference, run: Callable, search: _Search) -> list[float]:
-    """The deviation to allow in each result of the reference."""
-    if search.limits.tolerance is not None:
-        return [search.limits.tolerance] * len(jax.tree.leaves(reference))
-    by_dtype = [default_tolerance(x.dtype) for x in jax.tree.leaves(reference)]
-    floats = [x for x in jax.tree.leaves(reference) if is_float(x)]
-    if not any(x.dtype.itemsize == 2 for x in floats):
-        return by_dtype
-    try:
-        errors = _errors(reference, jax.jit(run)(*widen(search.args)))
-    except Exception:
-        return by_dtype  # fun takes no other dtype
-    # A sum in half precision may be further off than `by_dtype`. Two programs that are
-    # each as far from the truth as the reference differ by twice as much at most.
-    return [max(limit, 2 * error) for limit, error in zip(by_dtype, errors)]
-
-
-def _time_once_more(candidate, program, first: float, search: _Search) -> None:
-    """Repeats a short run, in which the warm-up matters most."""
-    seconds = first = agreed(first)
-    if first < _SHORT_RUN * search.limits.left():
-        # The least of three: a single run may have been disturbed.
-        repeats = 3 if first < 0.1 * _SHORT_RUN * search.limits.left() else 1
-        calls = _calls(first)
-        seconds = min(_time(program, search.args, calls) for _ in range(repeats))
-    candidate.run_seconds = seconds
-    if seconds > 2 * _FAR_BEHIND * search.best_seconds():
-        candidate.verdict = "behind"
-        return
-    search.contenders.append(_Contender(candidate, program, [seconds]))
-
-
-def _time(program, args, calls: int) -> float:
-    """Seconds per call, as process 0 measures them."""
-    return agreed(timed(program, args, calls)[0])
-
-
-def _calls(seconds: float) -> int:
-    """How many calls make a measurement that is long enough."""
-    return max(1, math.ceil(_SHORTEST_MEASUREMENT / max(seconds, 1e-6)))
-
-
-def _take_turns(search: _Search) -> None:
-    """Times the contenders in rounds, one measurement of each per round."""
-    for done in range(_MOST_ROUNDS if search.contenders else 0):
-        if done >= 2:
-            _drop_the_slow(search, _FAR_BEHIND if done < 5 else _BEHIND)
-        calls = [_calls(min(c.seconds)) for c in search.contenders]
-        round_seconds = [n * min(c.seconds) for n, c in zip(calls, search.contenders)]
-        if sum(round_seconds) > search.limits.left():
-            break
-        for n, contender in zip(calls, search.contenders):
-            contender.seconds.append(_time(contender.program, search.args, n))
-    for contender in search.contenders:
-        _summarise(contender)
-
-
-def _drop_the_slow(search: _Search, times_slower: float) -> None:
-    typical = lambda contender: statistics.median(contender.seconds[1:])
-    limit = times_slower * min(map(typical, search.contenders))
-    for contender in search.contenders:
-        if typical(contender) > limit:
-            _summarise(contender)
-            contender.candidate.verdict = "behind"
-    search.contenders = [c for c in search.contenders if c.candidate.measured]
-
-
-def _summarise(contender: _Contender) -> None:
-    # The first measurement was not taken in turn with the others.
-    seconds = contender.seconds[1:] or contender.seconds
-    contender.candidate.run_seconds = statistics.median(seconds)
-    if len(seconds) > 1:
-        low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
-        contender.candidate.spread = (low, high)
+def _compare(candidate: Candidate, results, tolerances: Tolerances) -> str:
+    """Notes how far off the results are, and returns a verdict."""
+    if not tolerances.has_shapes_of(results):
+        return "other shapes than the reference"
+    candidate.deviation, agrees = tolerances.agrees(results)
+    return "measured" if in_all(agrees) else "other numbers than the reference"

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import jax
 
 from tdjax._checks import describe
-from tdjax._tuning.candidates import is_float
+from tdjax._tuning.candidates import check_compiler_options
+from tdjax._tuning.deviations import is_float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,9 @@ class Settings:
     tolerance: int | float | None
     candidates: Sequence[Mapping[str, Any]] | None
     cache: str | os.PathLike[str] | None
+    compiler_options: Sequence[Mapping[str, Any]] = ()
+    # Set by Ctrl-C: of a whole model, nothing more is tuned.
+    interrupted: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     def __post_init__(self):
         for name in ("budget", "memory_limit", "tolerance"):
@@ -30,6 +35,14 @@ class Settings:
             if value is not None or name == "budget":
                 _require_positive(name, value)
         self.folder()
+        options = self.compiler_options
+        if not isinstance(options, Sequence) or isinstance(options, str):
+            raise TypeError(
+                "compiler_options must be a list of mappings, each of them tried by "
+                f"itself, got {describe(options)}. Write [{{...}}]."
+            )
+        checked = [*map(check_compiler_options, options)]
+        object.__setattr__(self, "compiler_options", checked)
 
     def folder(self) -> Path | None:
         """The folder of the cache."""

@@ -1,0 +1,146 @@
+"""`tdjax.tuning`: a file of options that grows while functions are traced."""
+
+import contextlib
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import jax
+
+from tdjax._checks import describe
+from tdjax._steps import places
+from tdjax._steps.lowering import Lowering
+from tdjax._steps.places import Place
+from tdjax._tuning.autotune import tune
+from tdjax._tuning.cache import read_text, write_atomically
+from tdjax._tuning.model import gradient_of_all, with_arrays
+from tdjax._tuning.processes import agreed_text, is_first
+from tdjax._tuning.result import Tuning
+from tdjax._tuning.settings import Settings
+from tdjax._tuning.table import Table, entered, run_with
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def tuning(
+    path: str | os.PathLike[str],
+    *,
+    budget: int | float = 10.0,
+    gradient: bool = True,
+    memory_limit: int | None = None,
+) -> Iterator[None]:
+    """Lets `method="auto"` find its options in a file, or tune and add them.
+
+    While a function is traced (under `jax.jit`, say), each call with `method="auto"`
+    is looked up by its layer, shapes and device. What the file does not have is tuned
+    there and then, on random arrays of the traced shapes, and written to the file at
+    once. So the first trace takes long, later ones take what is known. Several
+    processes and threads can share a file.
+
+    Args:
+      path: a file as `Tuning.to_json` writes it; it need not exist. Give training and
+        inference a file each: a call can't tell whether it will be differentiated.
+      budget: seconds for each place that is tuned.
+      gradient: whether the call and its gradient are timed together, or the call alone.
+      memory_limit: as in `tdjax.autotune`, for each place.
+
+    Raises:
+      TypeError: if an argument is of the wrong kind.
+      ValueError: if `budget` is not positive, or the file holds something else.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, os, tdjax, tempfile
+      >>> params = tdjax.init_dense(jax.random.key(0), 3, 5)
+      >>> head = tdjax.time_distributed(tdjax.dense, in_axes=(None, 1), method="auto")
+      >>> path = os.path.join(tempfile.mkdtemp(), "training.json")
+      >>> with tdjax.tuning(path, budget=1):
+      ...     y = jax.jit(head)(params, jnp.ones((2, 4, 3)))
+      >>> y.shape, os.path.exists(path)
+      ((2, 4, 5), True)
+    """
+    file = _path(path)
+    settings = Settings(None, budget, memory_limit, None, None, None)
+    if not isinstance(gradient, bool):
+        raise TypeError(f"gradient must be a bool, got {describe(gradient)}.")
+    known = _read(file)
+    with entered(_OnMiss(file, known, settings, gradient)):
+        yield
+
+
+class _OnMiss(Table):
+    """A table that grows. It is the same to JAX's caches as long as it lives."""
+
+    def __init__(self, file: Path, known: Tuning, settings: Settings, gradient: bool):
+        outer = places.in_effect.value
+        super().__init__(known.options_by_key(), outer=outer)
+        self._file, self._known = file, known
+        self._settings, self._gradient = settings, gradient
+
+    def run_unknown(self, key: str, place: Place, run: Callable[[Lowering], T]) -> T:
+        if place.lowering.method != "auto":
+            return super().run_unknown(key, place, run)
+        # What is computed here is no part of the program that is being traced.
+        with jax.ensure_compile_time_eval(), places.in_effect(self.outer):
+            settings = self._settings
+            whole = with_arrays(place)
+            if self._gradient:
+                settings = dataclasses.replace(settings, argnums=gradient_of_all(whole))
+            result = tune(whole, lambda lowering: None, settings)
+        self.of_auto[key] = result.options
+        self._known = self._known | result
+        if is_first():
+            _add(self._file, self._known)
+        return run_with(result.options, place, run)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
+
+
+def _path(path: str | os.PathLike[str]) -> Path:
+    is_path = isinstance(path, str | os.PathLike)
+    text = os.fsdecode(path) if is_path else ""
+    if not text or "\0" in text:
+        raise TypeError(f"path must be that of a file, got {path!r}.")
+    if os.path.isdir(text):
+        raise ValueError(
+            f"path must be that of a file, got the folder {text!r}. Give it a file's "
+            "name in there, such as 'training.json'."
+        )
+    return Path(text)
+
+
+def _read(file: Path) -> Tuning:
+    """What the file holds; nothing if there is none."""
+    text = None
+    if is_first() and file.exists():
+        with contextlib.suppress(UnicodeDecodeError):
+            text = read_text(file)
+        text = text or ""
+    text = agreed_text(text)
+    try:
+        return Tuning(None, [], {}) if text is None else Tuning.from_json(text)
+    except ValueError as error:
+        raise ValueError(
+            f"path must be a file that Tuning.to_json wrote, got {str(file)!r} with "
+            "something else. Give another path, or delete the file."
+        ) from error
+
+
+def _add(file: Path, known: Tuning) -> None:
+    """Writes what is known, and what others have written meanwhile."""
+    try:
+        written = Tuning.from_json(read_text(file)) if file.exists() else known
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, (written | known).to_json())
+    except (OSError, ValueError) as error:
+        warnings.warn(
+            f"The file {str(file)!r} can't be written: {error}.",
+            UserWarning,
+            stacklevel=2,
+        )

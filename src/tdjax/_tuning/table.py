@@ -1,0 +1,175 @@
+"""Which options are in effect at which place: tables, and contexts that hold them."""
+
+import contextlib
+import json
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
+
+from tdjax._steps import places
+from tdjax._steps.fold import watch_fold
+from tdjax._steps.lowering import AUTO, Lowering
+from tdjax._steps.places import Place, value_text
+from tdjax._tuning.candidates import OPTIONS, change
+from tdjax._tuning.identity import Identity
+from tdjax._tuning.independence import find_mixing
+
+T = TypeVar("T")
+Options = dict[str, Any]
+
+
+def key_of(place: Place) -> str:
+    """What a place is known by, in every process: what is called, on what and where.
+
+    Whether the call is differentiated is not known while it is traced.
+    """
+    lowering = plain_if_auto(place.lowering)
+    names = "axis_name", "spmd_axis_name", "capacity"
+    fields = {
+        "call": place.text(),
+        "args": value_text(place.args, {}),
+        "keywords": value_text(place.kwargs, {}),
+        "axes": f"{place.in_axes} -> {place.out_axes}",
+        "fixed": value_text([*place.fixed, place.sharding], {}),
+        "named": [str(getattr(lowering, name)) for name in names],
+        "given": {name: getattr(lowering, name) for name in OPTIONS},
+        "device": _device_kind(),
+    }
+    return json.dumps(fields)
+
+
+def plain_if_auto(lowering: Lowering) -> Lowering:
+    """The reference in place of `method="auto"`."""
+    return change(lowering) if lowering.method == AUTO else lowering
+
+
+def _device_kind() -> str:
+    default = jax.config.jax_default_device  # pyright: ignore
+    if default is None or isinstance(default, str):
+        return jax.devices(default)[0].device_kind
+    return default.device_kind
+
+
+class Table:
+    """A resolver that looks places up; others go to the one that was in effect before.
+
+    Attributes:
+      of_auto: the options of places with `method="auto"`, by `key_of`.
+      of_all: the options of places with whatever options, in a tuned model.
+    """
+
+    def __init__(
+        self,
+        of_auto: Mapping[str, Options],
+        of_all: Mapping[str, Options] | None = None,
+        outer: places.Resolver | None = None,
+    ):
+        self.of_auto, self.of_all, self.outer = dict(of_auto), dict(of_all or {}), outer
+        self._content = str(self.of_auto), str(self.of_all), outer
+
+    @property
+    def asks_all(self) -> bool:
+        return bool(self.of_all) or (self.outer is not None and self.outer.asks_all)
+
+    def run(self, place: Place, run: Callable[[Lowering], T]) -> T:
+        key, is_auto = key_of(place), place.lowering.method == AUTO
+        options = self.of_all.get(key) or (self.of_auto.get(key) if is_auto else None)
+        if options is not None:
+            return run_with(options, place, run)
+        return self.run_unknown(key, place, run)
+
+    def run_unknown(self, key: str, place: Place, run: Callable[[Lowering], T]) -> T:
+        """What is not in the table."""
+        del key
+        if self.outer is not None and (self.outer.asks_all or _is_auto(place)):
+            return self.outer.run(place, run)
+        resolver = places.default_resolver() if _is_auto(place) else None
+        return resolver.run(place, run) if resolver else run(place.lowering)
+
+    # Part of the keys of JAX's caches: the same content is the same program.
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Table) and self._content == other._content
+
+    def __hash__(self) -> int:
+        return hash(self._content)
+
+
+def _is_auto(place: Place) -> bool:
+    return place.lowering.method == AUTO
+
+
+# The code for which `"fold"` was shown to be right, by the key of the place.
+_shown: dict[str, Identity] = {}
+
+
+def run_with(options: Options, place: Place, run: Callable[[Lowering], T]) -> T:
+    """`run(lowering)` with these options; `"fold"` only if it is shown to be right.
+
+    A table knows layers and functions by their names, and they may have changed. What
+    was shown in this process holds as long as the code is the same.
+    """
+    plain = plain_if_auto(place.lowering)
+    lowering = change(plain, **options)
+    if lowering.method != "fold" or plain.method == "fold":
+        return run(lowering)
+    if lowering.chunk_size == 1:  # The same program under every method.
+        return run(lowering)
+    key, identity = key_of(place), Identity(place.called)
+    if _shown.get(key) == identity:
+        return run(lowering)
+    reasons: list[str | None] = []
+    with watch_fold(lambda *fold: reasons.append(find_mixing(*fold))):
+        y = run(lowering)
+    if not reasons:  # Nothing was folded.
+        return y
+    (reason,) = reasons
+    if reason is None:
+        _shown[key] = identity
+        return y
+    warnings.warn(
+        f"{place.name} has method='fold' in the tuning in effect, and may depend on "
+        f"the rest of the batch: {reason}. It is called as without a tuning. Tune it "
+        "again.",
+        UserWarning,
+        stacklevel=2,
+    )
+    return run(plain)
+
+
+@contextlib.contextmanager
+def in_effect(
+    of_auto: Mapping[str, Options], of_all: Mapping[str, Options] | None = None
+) -> Iterator[None]:
+    """Puts tables in effect, before those that are."""
+    with entered(Table(of_auto, of_all, places.in_effect.value)):
+        yield
+
+
+def entered(resolver: places.Resolver) -> Any:
+    """A context with this resolver; part of the keys of JAX's caches."""
+    return places.in_effect(resolver)
+
+
+class Contexts(threading.local):
+    """The contexts that each thread has entered, the last one at the end."""
+
+    def __init__(self):
+        self.stack: list[Any] = []
+
+
+_contexts = Contexts()
+
+
+def enter(of_auto: Mapping[str, Options]) -> None:
+    """`in_effect`, for a class with `__enter__` and `__exit__`."""
+    context = in_effect(of_auto)
+    context.__enter__()
+    _contexts.stack.append(context)
+
+
+def leave(*error: Any) -> None:
+    """The other half of `enter`."""
+    _contexts.stack.pop().__exit__(*error)

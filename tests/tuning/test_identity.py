@@ -1,0 +1,97 @@
+"""When code is the same code: what a function or layer leads to."""
+
+import functools
+import types
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tdjax._tuning.identity import Identity
+
+
+def module_of(source):
+    """What a file or notebook with this source defines."""
+    module = types.ModuleType("notebook")
+    exec(source, vars(module))
+    return module
+
+
+SOURCE = """
+import flax.linen as nn
+def helper(x):
+    return x * 2
+class Inner(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return helper(nn.Dense(3)(x))
+class Outer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Inner()(x)
+def calls(x):
+    return [helper(y) for y in x]
+"""
+
+
+def test_new_instances_of_the_same_classes_are_the_same():
+    notebook = module_of(SOURCE)
+    assert Identity(notebook.Outer()) == Identity(notebook.Outer())
+    assert Identity(notebook.Outer()) != Identity(notebook.Inner())
+    assert Identity(nn.Dense(3)) != Identity(nn.Dense(4))
+    layers = lambda: nn.Sequential([nn.Dense(3), nn.relu, notebook.Inner()])
+    assert Identity(layers()) == Identity(layers())
+    assert Identity(nnx.Linear(2, 3, rngs=nnx.Rngs(0))) == Identity(
+        nnx.Linear(2, 3, rngs=nnx.Rngs(1))
+    )
+
+
+def test_a_definition_anew_is_another_one_wherever_it_is_used():
+    notebook = module_of(SOURCE)
+    things = {
+        "module": notebook.Outer,
+        "function": lambda: notebook.calls,
+        "jit": lambda: jax.jit(notebook.calls),
+        "partial": lambda: functools.partial(notebook.calls, 1),
+        "attribute": lambda: nn.Sequential([notebook.Outer()]),
+        "closure": lambda: close_over(notebook.calls),
+        "method": lambda: notebook.Outer().__call__,
+    }
+    before = {name: Identity(make()) for name, make in things.items()}
+    same = {name: before[name] == Identity(make()) for name, make in things.items()}
+    assert all(same.values()), same
+    exec("def helper(x): return x - x.mean(0)", vars(notebook))
+    same = {name: before[name] == Identity(make()) for name, make in things.items()}
+    assert not any(same.values()), same
+
+
+def close_over(fun):
+    return lambda x: fun(x)
+
+
+def test_values_in_closures_and_defaults_count_and_arrays_do_not():
+    def make(flag, array, number=1):
+        return lambda x, n=number: x * n if flag else x + array
+
+    array = jnp.ones(3)
+    code = make(True, array)
+    assert Identity(code) == Identity(code)
+    assert Identity(make(True, array).__code__) is not None
+    again = functools.partial(make(True, array))
+    assert Identity(again) == Identity(again)
+    code.__defaults__ = (2,)
+    assert Identity(code) != Identity(again)
+
+
+def test_circles_end():
+    def even(n):
+        return n == 0 or odd(n - 1)
+
+    def odd(n):
+        return n != 0 and even(n - 1)
+
+    assert Identity(even) == Identity(even)
+    circle = types.SimpleNamespace(fun=even)
+    circle.circle = circle
+    assert Identity(circle) == Identity(circle)

@@ -1,0 +1,252 @@
+"""Whole models: each place is found, tuned on what reaches it, and put together."""
+
+import pickle
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import tdjax
+from helpers import assert_trees_close, normal
+from tdjax._tuning import model as _model
+
+X = normal(0, 3, 6, 4)
+wrap = tdjax.linen.TimeDistributed
+QUICK = {"budget": 60.0, "candidates": [{"chunk_size": 2}, {"method": "fold"}]}
+
+
+@pytest.fixture(autouse=True)
+def the_last_wins(monkeypatch):
+    """Times of tiny programs are noise: the last candidate that agrees is the best."""
+
+    def last(candidates):
+        return [c for c in candidates if c.verdict in ("measured", "behind")][-1]
+
+    for module in ("autotune", "result", "model"):
+        monkeypatch.setattr(f"tdjax._tuning.{module}.choose", last)
+
+
+class Encoder(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.tanh(nn.Dense(5)(x))
+
+
+class Compact(nn.Module):
+    @nn.compact
+    def __call__(self, x, mask=None, train=False):
+        x = wrap(Encoder(), name="encoder")(x, mask=mask)
+        x = nn.RNN(nn.GRUCell(5))(x)
+        return wrap(nn.Dense(2), name="head")(x)
+
+
+class Setup(nn.Module):
+    def setup(self):
+        self.layers = [wrap(nn.Dense(4)), wrap(nn.Dense(3))]
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.end(x)
+
+    def end(self, x):
+        return x * 2
+
+
+class Attribute(nn.Module):
+    head: nn.Module
+
+    def __call__(self, x):
+        return self.head(x)
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        def body(layer, x, _):
+            return x + layer(x), None
+
+        over_layers = nn.scan(
+            body, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+        )
+        return over_layers(wrap(nn.Dense(4), name="block"), x, None)[0]
+
+
+class Nested(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return wrap(wrap(Encoder()), name="documents")(x[:, :, None])
+
+
+MODELS = {
+    "compact": (Compact(), ["encoder", "head"]),
+    "setup": (Setup(), ["layers_0", "layers_1"]),
+    "attribute": (Attribute(wrap(nn.Dense(3))), ["head"]),
+    "sequence": (
+        nn.Sequential([wrap(nn.Dense(5)), nn.relu, wrap(nn.Dense(2))]),
+        ["layers_0", "layers_2"],
+    ),
+    "scan": (Scanned(), ["block"]),
+    "nested": (Nested(), ["documents", "documents (2)"]),
+}
+
+
+def gradients(model, variables):
+    return jax.grad(lambda v: jnp.sum(jnp.sin(model.apply(v, X))))(variables)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_linen_model_comes_back_tuned_with_the_same_parameters(name, key):
+    model, names = MODELS[name]
+    variables = model.init(key, X)
+    result = tdjax.linen.autotune(model, variables, X, argnums=0, **QUICK)
+    assert result.failures == {}
+    assert list(result.places) == names
+    folds = {name: options["method"] for name, options in result.options.items()}
+    assert set(folds.values()) == {"fold"}
+    tuned = result.tuned
+    assert isinstance(tuned, type(model))
+    assert (tuned.name, type(tuned).__name__) == (model.name, type(model).__name__)
+    assert_trees_close(tuned.apply(variables, X), model.apply(variables, X))
+    assert_trees_close(gradients(tuned, variables), gradients(model, variables))
+    same = (
+        jax.tree.map(jnp.shape, tuned.init(key, X)),
+        jax.tree.map(jnp.shape, variables),
+    )
+    assert same[0] == same[1]
+    assert len(result.candidates) == 2
+    assert "tuned" in show(result)
+
+
+def show(result):
+    from rich.console import Console
+
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(result)
+    return captured.get()
+
+
+def test_the_tuned_model_is_another_program_with_the_same_results(key):
+    model, _ = MODELS["setup"]
+    variables = model.init(key, X)
+    result = tdjax.linen.autotune(model, variables, X, **QUICK)
+    program = lambda model: str(jax.make_jaxpr(model.apply)(variables, X))
+    assert program(result.tuned) != program(model)
+    again = pickle.loads(pickle.dumps(result.tuned))
+    assert program(again) == program(result.tuned)
+    by_name = result.tuned.apply(variables, X, method="end")
+    assert_trees_close(by_name, 2 * X)
+
+
+class NnxModel(nnx.Module):
+    def __init__(self, rngs):
+        layers = [nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 3, rngs=rngs)]
+        self.encoder = tdjax.nnx.TimeDistributed(layers[0])
+        self.head = layers[1]
+
+    def __call__(self, x):
+        x = nnx.relu(self.encoder(x))
+        return tdjax.nnx.TimeDistributed(self.head)(x)
+
+
+def test_an_nnx_model_comes_back_tuned_with_the_same_variables():
+    model = NnxModel(nnx.Rngs(0))
+    result = tdjax.nnx.autotune(model, X, argnums=0, **QUICK)
+    assert list(result.places) == ["Linear", "Linear (2)"]
+    assert {o["method"] for o in result.options.values()} == {"fold"}
+    tuned = result.tuned
+    assert isinstance(tuned, NnxModel)
+    assert tuned.head is model.head
+    assert_trees_close(tuned(X), model(X))
+    assert_trees_close(nnx.jit(tuned)(X), model(X))
+    loss = lambda model: jnp.sum(jnp.sin(model(X)))
+    assert_trees_close(
+        nnx.to_pure_dict(nnx.grad(loss)(tuned)), nnx.to_pure_dict(nnx.grad(loss)(model))
+    )
+
+
+def test_only_what_a_gradient_reaches_is_differentiated(key):
+    model = Compact()
+    variables = model.init(key, X)
+    whole = _model.Model("m", model.apply, (variables, X), lambda changes: None)
+    found = _model.record(lambda: model.apply(variables, X))
+    assert [place.name for place in found] == ["encoder", "head"]
+    # The input of the first layer is data.
+    assert _model.record_gradient(whole, [0]) == [[False], [True]]
+    assert _model.record_gradient(whole, [1]) == [[True], [True]]
+
+
+def test_arrays_that_reach_a_place_are_the_models_own(key):
+    model = Compact()
+    variables = model.init(key, X)
+    encoder, head = _model.record(lambda: model.apply(variables, X))
+    assert encoder.args[0] is X
+    (of_head,) = head.program().variables
+    assert_trees_close(of_head["params"], variables["params"]["head"])
+    *_, scanned = _model.record(lambda: Scanned().apply(Scanned().init(key, X), X))
+    filled = _model.with_arrays(scanned)
+    assert filled.args[0].shape == X.shape
+    assert filled.program().variables[0]["params"]["kernel"].shape == (4, 4)
+
+
+def test_state_noise_masks_and_keywords_of_a_model(key):
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
+            return nn.Dropout(0.5, deterministic=not train)(x)
+
+    class Whole(nn.Module):
+        @nn.compact
+        def __call__(self, x, mask, train):
+            return wrap(Layer(), name="layer")(x, train=train, mask=mask)
+
+    model, mask = Whole(), tdjax.lengths_to_mask(jnp.array([6, 2, 0]), 6)
+    variables = model.init(key, X, mask, train=False)
+    args, options = (variables, X, mask), {"argnums": 0, **QUICK}
+    serve = tdjax.linen.autotune(model, *args, train=False, **options)
+    assert serve.options["layer"]["method"] == "fold"
+    noise = {"rngs": {"dropout": key}, "mutable": ["batch_stats"]}
+    with pytest.warns(UserWarning, match="writes statistics"):
+        train = tdjax.linen.autotune(model, *args, train=True, **noise, **options)
+    (place,) = train.places.values()
+    verdicts = {str(c): c.verdict for c in place.candidates}
+    assert verdicts["method='fold'"] == "other numbers than the reference"
+
+
+def test_what_a_place_needs_from_its_surroundings_is_a_row(key):
+    class Shared(nn.Module):
+        def setup(self):
+            self.table = nn.Embed(7, 4)
+            self.head = wrap(Tied(self.table))
+
+        def __call__(self, ids):
+            return self.head(self.table(ids))
+
+    class Tied(nn.Module):
+        table: nn.Module
+
+        def __call__(self, x):
+            return self.table.attend(x)
+
+    model, ids = Shared(), jnp.ones((2, 3), int)
+    variables = model.init(key, ids)
+    result = tdjax.linen.autotune(model, variables, ids, **QUICK)
+    if result.failures:
+        assert list(result.failures) == ["head"]
+        assert "not tuned" in show(result)
+    assert_trees_close(result.tuned.apply(variables, ids), model.apply(variables, ids))
+
+
+def test_functions_over_time_in_a_model_are_places_too(key):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return tdjax.time_distributed(jnp.tanh)(nn.Dense(4)(x))
+
+    variables = Model().init(key, X)
+    result = tdjax.linen.autotune(Model(), variables, X, **QUICK)
+    assert list(result.places) == ["tanh"]

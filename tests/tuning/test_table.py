@@ -1,0 +1,260 @@
+"""Tables of options as contexts, and files that grow while a function is traced."""
+
+import json
+import threading
+import warnings
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import tdjax
+from helpers import assert_trees_close, normal
+from tuning.tuned_dense import QUICK, X
+
+PARAMS = tdjax.init_dense(jax.random.key(0), 4, 5)
+FOLD = {"method": "fold", "chunk_size": None, "unroll": 1, "remat": False}
+
+
+def auto(fun=tdjax.dense, **options):
+    return tdjax.time_distributed(fun, in_axes=(None, 1), method="auto", **options)
+
+
+def taken_by(monkeypatch, options):
+    """Lets the tuner take these options, whatever is faster."""
+
+    def choose(candidates):
+        return next(c for c in candidates if c.options == options)
+
+    for module in ("autotune", "result", "model"):
+        monkeypatch.setattr(f"tdjax._tuning.{module}.choose", choose)
+
+
+def program(fun, *args):
+    return str(jax.make_jaxpr(fun)(*args))
+
+
+@pytest.fixture
+def found(monkeypatch):
+    taken_by(monkeypatch, FOLD)
+    return tdjax.autotune(auto(), PARAMS, X, **QUICK)
+
+
+def test_auto_without_a_table_is_vmap():
+    plain = tdjax.time_distributed(tdjax.dense, in_axes=(None, 1))
+    assert program(auto(), PARAMS, X) == program(plain, PARAMS, X)
+
+
+def test_a_context_sets_the_options_of_the_same_place_only(found):
+    fold = tdjax.time_distributed(tdjax.dense, in_axes=(None, 1), method="fold")
+    plain = program(auto(), PARAMS, X)
+    with found as entered:
+        assert entered is found
+        assert program(auto(), PARAMS, X) == program(fold, PARAMS, X) != plain
+        vmap = tdjax.time_distributed(tdjax.dense, in_axes=(None, 1))
+        assert program(vmap, PARAMS, X) == plain
+        longer = jnp.tile(X, (1, 2, 1))
+        assert program(auto(), PARAMS, longer) != program(fold, PARAMS, longer)
+        assert "18,4" not in program(auto(lambda p, x: x), PARAMS, X)
+    assert program(auto(), PARAMS, X) == plain
+
+
+def test_a_compiled_function_is_compiled_again_where_a_table_is_in_effect(found):
+    traced = []
+
+    @jax.jit
+    def run(x):
+        traced.append(1)
+        return auto()(PARAMS, x)
+
+    outside = run(X)
+    with found:
+        inside = run(X)
+        assert_trees_close(inside, outside)
+        run(X)
+    run(X)
+    with tdjax.Tuning.from_json(found.to_json()):
+        run(X)
+    assert len(traced) == 2
+
+
+def test_contexts_nest_and_the_inner_one_comes_first(found, monkeypatch):
+    other = tdjax.autotune(auto(lambda p, x: jnp.tanh(x)), PARAMS, X, **QUICK)
+    chunks = {"method": "vmap", "chunk_size": 2, "unroll": 1, "remat": False}
+    fold = program(lambda p, x: auto()(p, x), PARAMS, X)
+    with found:
+        fold = program(auto(), PARAMS, X)
+        with other:
+            assert program(auto(), PARAMS, X) == fold
+        taken_by(monkeypatch, chunks)
+        inner = tdjax.autotune(auto(), PARAMS, X, **QUICK)
+        with inner:
+            assert "scan" in program(auto(), PARAMS, X)
+    assert list((found | inner).places) == ["dense"]
+    with found | inner:
+        assert "scan" in program(auto(), PARAMS, X)
+
+
+def test_an_error_leaves_the_context(found):
+    plain = program(auto(), PARAMS, X)
+    with pytest.raises(KeyError), found:
+        raise KeyError
+    assert program(auto(), PARAMS, X) == plain
+
+
+def test_results_are_merged_saved_and_loaded(found):
+    other = tdjax.autotune(auto(lambda p, x: jnp.tanh(x)), PARAMS, X, **QUICK)
+    longer = tdjax.autotune(auto(), PARAMS, jnp.tile(X, (1, 2, 1)), **QUICK)
+    both = found | other | longer
+    assert [*both.places][::2] == ["dense", "dense (2)"]
+    assert len(both.options) == 3
+    loaded = tdjax.Tuning.from_json(both.to_json())
+    assert loaded.options_by_key() == both.options_by_key()
+    assert "3 places" in repr(loaded)
+    with pytest.raises(ValueError, match="best must be asked of a place"):
+        _ = loaded.best
+    with pytest.raises(TypeError):
+        _ = found | 1
+
+
+def test_fold_in_a_table_is_shown_to_be_right_again(found):
+    """The function of this name is another one by now."""
+
+    def dense(params, x):
+        return tdjax.dense(params, x - x.mean(0))
+
+    dense.__qualname__ = "dense"
+    with (
+        found,
+        pytest.warns(UserWarning, match="dense has method='fold' .* reduce_sum"),
+    ):
+        y = auto(dense)(PARAMS, X)
+    assert_trees_close(y, tdjax.time_distributed(dense, in_axes=(None, 1))(PARAMS, X))
+
+
+def test_layers_take_their_options_from_a_table(key, monkeypatch):
+    taken_by(monkeypatch, FOLD)
+    linen = tdjax.linen.TimeDistributed(nn.Dense(3), method="auto")
+    variables = linen.init(key, X)
+    of_linen = tdjax.linen.autotune(linen, variables, X, **QUICK)
+    nnx_layer = tdjax.nnx.TimeDistributed(
+        nnx.Linear(4, 3, rngs=nnx.Rngs(0)), method="auto"
+    )
+    of_nnx = tdjax.nnx.autotune(nnx_layer, X, **QUICK)
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return tdjax.linen.TimeDistributed(nn.Dense(3), method="auto", name="a")(x)
+
+    in_model = {"params": {"a": variables["params"]}}
+    with of_linen | of_nnx:
+        assert "18,4" in program(linen.apply, variables, X)
+        assert "18,4" in program(Model().apply, in_model, X)
+        assert "18,4" in program(nnx_layer, X)
+    assert "18,4" not in program(Model().apply, in_model, X)
+
+
+def test_auto_chooses_the_other_options_too(user_errors):
+    with pytest.raises(ValueError, match=r"method='auto' chooses .* chunk_size=3"):
+        auto(chunk_size=3)
+    named = auto(axis_name="time")
+    assert_trees_close(named(PARAMS, X), tdjax.dense(PARAMS, X))
+
+
+# Files that grow
+
+
+SHORT = {"budget": 1}
+
+
+def test_a_miss_is_tuned_while_tracing_and_kept(tmp_path):
+    path = tmp_path / "some" / "table.json"
+    with tdjax.tuning(path, **SHORT):
+        y = jax.jit(auto())(PARAMS, X)
+    assert_trees_close(y, tdjax.dense(PARAMS, X))
+    known = tdjax.Tuning.from_json(path.read_text())
+    (place,) = known.places.values()
+    assert place.about["argnums"] == [0, 1]
+    before = path.read_text()
+    with tdjax.tuning(path, **SHORT), warnings.catch_warnings():
+        jax.jit(auto())(PARAMS, X)
+    assert path.read_text() == before
+    with tdjax.tuning(path, gradient=False, **SHORT):
+        jax.grad(lambda p: auto()(p, X[:, :3]).sum())(PARAMS)
+    assert len(tdjax.Tuning.from_json(path.read_text()).places) == 2
+
+
+def test_layers_inside_of_scan_and_grad_are_tuned_too(tmp_path, key):
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            layer = tdjax.linen.TimeDistributed(nn.Dense(4), method="auto")
+            return x + layer(x), None
+
+    blocks = nn.scan(
+        Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=2
+    )()
+    variables = blocks.init(key, X, None)
+    loss = lambda v: jnp.sum(blocks.apply(v, X, None)[0] ** 2)
+    want = jax.grad(loss)(variables)
+    with tdjax.tuning(tmp_path / "t.json", **SHORT):
+        got = jax.jit(jax.grad(loss))(variables)
+    assert_trees_close(got, want, 1e-4, 1e-4)
+    assert len(tdjax.Tuning.from_json((tmp_path / "t.json").read_text()).places) == 1
+
+
+def test_threads_share_a_file_and_lose_nothing(tmp_path):
+    path, failures = tmp_path / "t.json", []
+
+    def trace(steps):
+        try:
+            with tdjax.tuning(path, **SHORT):
+                auto()(PARAMS, normal(0, 2, steps, 4))
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=trace, args=(n,)) for n in (2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    with tdjax.tuning(path, **SHORT):
+        auto()(PARAMS, normal(0, 2, 4, 4))
+    assert len(json.loads(path.read_text())["places"]) >= 2
+
+
+def test_a_damaged_file_is_an_error_before_any_work(tmp_path, user_errors):
+    path = tmp_path / "t.json"
+    for text in ("", "{}", "[1]", '{"places": 3}', "\0"):
+        path.write_text(text)
+        refused = pytest.raises(ValueError, match="path must be a file that")
+        with refused, tdjax.tuning(path):
+            pass
+    path.write_bytes(b"\xff\x00")
+    with pytest.raises(ValueError, match="path must be a file"), tdjax.tuning(path):
+        pass
+    for error, message, context in (
+        (ValueError, "of a file, got the folder", lambda: tdjax.tuning(tmp_path)),
+        (TypeError, "path must be that of a file", lambda: tdjax.tuning(3)),
+        (TypeError, "path must be that of a file", lambda: tdjax.tuning("")),
+        (TypeError, "path must be that of a file", lambda: tdjax.tuning("a\0b")),
+        (ValueError, "budget must be positive", lambda: tdjax.tuning(path, budget=0)),
+        (TypeError, "gradient must be a bool", lambda: tdjax.tuning(path, gradient=1)),
+    ):
+        with pytest.raises(error, match=message), context():
+            pass
+
+
+def test_a_file_that_cannot_be_written_is_a_warning(tmp_path):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "t.json"
+    with (
+        tdjax.tuning(path, **SHORT),
+        pytest.warns(UserWarning, match="can't be written"),
+    ):
+        y = auto()(PARAMS, X)
+    assert_trees_close(y, tdjax.dense(PARAMS, X))
