@@ -73,13 +73,13 @@ def test_what_is_far_behind_is_measured_once(clock):
 
 def test_what_is_behind_alone_has_a_second_chance_and_is_not_in_the_rounds(clock):
     seconds, measured = clock
-    seconds.update({None: lambda i: 1.0, 2: lambda i: 1.7})
+    seconds.update({None: lambda i: 1.0, 2: lambda i: 1.4})
     by_size, _ = tune([2], budget=1000)
     assert by_size[2].verdict == "behind"
-    assert measured[2] == 1 + 3 + 1
-    assert by_size[2].ratio == pytest.approx(1.7)
+    assert measured[2] == 1 + 1 + 1
+    assert by_size[2].ratio == pytest.approx(1.4)
     # Disturbed in each run but the last.
-    seconds[2] = lambda i: 0.9 if i >= measured_before + 5 else 1.7
+    seconds[2] = lambda i: 0.9 if i >= measured_before + 2 else 1.4
     measured_before = measured[2]
     by_size, result = tune([2], budget=1000)
     assert by_size[2].measured
@@ -128,7 +128,7 @@ def test_a_gain_beyond_the_noise_is_found(clock, seed):
 
 def test_a_little_behind_is_behind_after_enough_rounds(clock):
     seconds, measured = clock
-    seconds.update({None: lambda i: 0.1, 2: lambda i: 0.11})
+    seconds.update({None: lambda i: 0.05, 2: lambda i: 0.0535})
     by_size, _ = tune([2])
     assert by_size[2].verdict == "behind"
     assert measured[2] == 1 + 3 + rounds._ENOUGH_ROUNDS

@@ -2,10 +2,10 @@
 
 A machine that is busy, hot or throttled is slower for a while, and then for all
 programs. So times of different moments say little, and their ratios do. In each round
-every contender is measured once, in random order, and between any two of them the
+every contender is measured once, in random order, and after every two of them the
 *yardstick*: the default, if it is not far behind. A contender's ratio is its time
-divided by the mean of the yardstick's times right before and after. The yardstick's
-ratios to itself, one after the other, are the noise.
+divided by the mean of the yardstick's times before and after. The yardstick's ratios to
+itself, one after the other, are the noise.
 """
 
 import dataclasses
@@ -19,15 +19,22 @@ from tdjax._tuning.clock import timed
 from tdjax._tuning.processes import agreed
 
 # A contender that is this many times slower than the fastest is dropped: after its
-# first run, which others disturb; after a run of its own; and after rounds.
-_FAR_BEHIND, _BEHIND, _A_LITTLE_BEHIND = 4.0, 1.5, 1.05
+# first run, which others disturb; after runs of its own, if the machine is steady; and
+# after each of the first rounds, if it was in all of them.
+_FAR_BEHIND, _BEHIND = 4.0, 1.3
+_BEHIND_IN_ROUNDS = (1.3, 1.2, 1.12, 1.08)
+_A_LITTLE_BEHIND = 1.05
 _MOST_ROUNDS = 13
 # Rounds before a contender may be dropped for a little, and before all are as good.
 _ENOUGH_ROUNDS = 5
 _AS_GOOD = 1.02
 _SHORTEST_MEASUREMENT = 5e-3  # seconds
-# A run that takes less than this part of the time left is repeated before the rounds.
-_SHORT_RUN = 0.003
+# A run that is shorter than this, in seconds, is repeated before the rounds, if it
+# takes less than this part of the time left.
+_SHORT_RUN, _SHORT_PART = 0.1, 0.003
+# In the runs before the rounds the default comes after so many others. What is behind
+# by less than this has another run.
+_OTHERS_BETWEEN, _SECOND_CHANCE = 4, 1.15
 
 
 @dataclasses.dataclass(eq=False)
@@ -50,16 +57,22 @@ class Contender:
 
 
 class Race:
-    """The contenders, the yardstick among them, and those that were dropped."""
+    """The contenders, the yardstick among them, and those that were dropped.
 
-    def __init__(self, contenders: list[Contender], args: tuple, left):
+    `left()` are the seconds that are left, and `enough` those after which it stops,
+    once there were enough rounds.
+    """
+
+    def __init__(self, contenders: list[Contender], args: tuple, left, enough: float):
         self.contenders, self.args, self.left = contenders, args, left
+        self.enough = enough
         self.everyone = [*contenders]
         self.yardstick = contenders[0]
         self._random = random.Random(0)
 
     def run(self) -> bool:
         """Whether it is decided; if not, time has run out."""
+        start = self.left()
         self._drop(lambda c: c.alone > _FAR_BEHIND * self._fastest())
         if not self._run_each_alone():
             return False
@@ -70,43 +83,69 @@ class Race:
                 return False
             self._round()
             self._drop_the_slow(done)
-            if done >= _ENOUGH_ROUNDS and self._is_decided():
+            is_late = start - self.left() > self.enough
+            if done >= _ENOUGH_ROUNDS and (is_late or self._is_decided()):
                 return True
         return True
 
     def _run_each_alone(self) -> bool:
-        """One undisturbed measurement of each, which chooses the yardstick."""
-        for contender in self.contenders:
-            if 2 * contender.alone > self.left():
-                return False
-            # The least of three: a single run may have been disturbed.
-            repeats = 3 if contender.alone < _SHORT_RUN * self.left() else 1
-            contender.alone = min(self._time(contender) for _ in range(repeats))
-        is_slow = lambda c: c.alone > _BEHIND * self._fastest()
-        for contender in filter(is_slow, self.contenders):
-            contender.alone = min(contender.alone, self._time(contender))
-        self._drop(is_slow)
+        """One undisturbed measurement of each, which chooses the yardstick.
+
+        The default comes in between, so that a slow moment is seen as one.
+        """
         defaults = [c for c in self.contenders if c.candidate.is_default]
-        fastest = min(self.contenders, key=lambda c: c.alone)
-        self.yardstick = next(iter(defaults), fastest)
+        control = next(iter(defaults), self.contenders[0])
+        ratios = dict[Contender, float]()
+        noise = self._ratios_to(control, self.contenders, ratios)
+        if len(ratios) < len(self.contenders):
+            return False
+        behind = _BEHIND * noise * min(ratios.values())
+        is_close = lambda c: behind < ratios[c] < _SECOND_CHANCE * behind
+        self._ratios_to(control, [*filter(is_close, self.contenders)], ratios)
+        self._drop(lambda c: ratios[c] > behind)
+        fastest = min(self.contenders, key=ratios.__getitem__)
+        self.yardstick = control if control in self.contenders else fastest
         return True
+
+    def _ratios_to(
+        self, control: Contender, contenders: list[Contender], ratios: dict
+    ) -> float:
+        """Notes the least ratios; returns by what factor the control changed."""
+        controls = [self._time_alone(control)]
+        for i, contender in enumerate(contenders, 1):
+            if 2 * contender.alone > self.left():
+                break
+            contender.alone = self._time_alone(contender)
+            ratio = contender.alone / controls[-1]
+            ratios[contender] = min(ratio, ratios.get(contender, math.inf))
+            if i % _OTHERS_BETWEEN == 0:
+                controls.append(self._time_alone(control))
+        return max(map(_change, controls, controls[1:]), default=1.0)
+
+    def _time_alone(self, contender: Contender) -> float:
+        """The least of three if they are short: a single run may be disturbed."""
+        is_short = contender.alone < min(_SHORT_RUN, _SHORT_PART * self.left())
+        return min(self._time(contender) for _ in range(3 if is_short else 1))
 
     def _fastest(self) -> float:
         return min(c.alone for c in self.contenders)
 
     def _round_seconds(self) -> float:
         one = lambda c: _calls(c.alone) * c.alone
-        others = len(self.contenders) - 1
-        return sum(map(one, self.contenders)) + others * one(self.yardstick)
+        between = len(self.contenders) // 2
+        return sum(map(one, self.contenders)) + between * one(self.yardstick)
 
     def _round(self) -> None:
         others = [c for c in self.contenders if c is not self.yardstick]
+        self._random.shuffle(others)
         before = self._time(self.yardstick)
-        for contender in self._random.sample(others, len(others)):
-            seconds = self._time(contender)
+        for i in range(0, len(others), 2):
+            pair = others[i : i + 2]
+            times = [*map(self._time, pair)]
             after = self._time(self.yardstick)
-            contender.seconds.append(seconds)
-            contender.ratios.append(2 * seconds / (before + after))
+            for contender, seconds in zip(pair, times):
+                contender.seconds.append(seconds)
+                contender.ratios.append(2 * seconds / (before + after))
             self.yardstick.seconds.append(after)
             self.yardstick.ratios.append(after / before)
             before = after
@@ -124,8 +163,9 @@ class Race:
 
     def _drop_the_slow(self, rounds: int) -> None:
         best = self._leader().typical
-        if rounds >= 2:
-            self._drop_others(lambda c: c.typical > _BEHIND * best)
+        if rounds <= len(_BEHIND_IN_ROUNDS):
+            behind = _BEHIND_IN_ROUNDS[rounds - 1]
+            self._drop_others(lambda c: min(c.ratios) > behind * best)
         if rounds >= _ENOUGH_ROUNDS:
             self._drop_others(
                 lambda c: _quartiles(c.ratios)[0] > _A_LITTLE_BEHIND * best
@@ -177,6 +217,11 @@ def _quartiles(values: list[float]) -> Any:
         return None
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, high
+
+
+def _change(before: float, after: float) -> float:
+    """By which factor it changed, up or down."""
+    return max(before / after, after / before)
 
 
 def _calls(seconds: float) -> int:

@@ -107,16 +107,22 @@ def measure_all(
             search.tolerances = None  # Frees the results.
             if not search.contenders:
                 return not any(candidate.is_left for candidate in candidates)
-            race = Race(search.contenders, args, limits.left)
+            race = _race(search)
             is_decided = race.run()
         except KeyboardInterrupt:
             # What is known is returned, if anything is.
             if not search.contenders or jax.process_count() > 1:
                 raise
             interrupted.set()
-            race = race or Race(search.contenders, args, limits.left)
+            race = race or _race(search)
     race.summarise()
     return is_decided and not any(candidate.is_left for candidate in candidates)
+
+
+def _race(search: _Search) -> Race:
+    """A race that takes about as long as what came before."""
+    so_far = search.limits.budget - search.limits.left()
+    return Race(search.contenders, search.args, search.limits.left, so_far)
 
 
 @contextlib.contextmanager
