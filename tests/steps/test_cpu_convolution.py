@@ -162,7 +162,13 @@ def test_a_checkpoint_of_the_users_around_a_convolution_stays():
     (scan,) = [e for e in jax.make_jaxpr(apply)(x).eqns if e.primitive.name == "scan"]
     names = ("remat2", "checkpoint")
     inside = scan.params["jaxpr"].jaxpr.eqns
-    (block,) = [eqn for eqn in inside if eqn.primitive.name in names]
-    assert block.params["policy"] is policy
-    assert block.params["prevent_cse"] is False
-    assert str(block.params["jaxpr"]).count("conv_general_dilated") == 1
+    (choice,) = [eqn for eqn in inside if eqn.primitive.name == "cond"]
+    blocks = [
+        [eqn for eqn in branch.jaxpr.eqns if eqn.primitive.name in names]
+        for branch in choice.params["branches"]
+    ]
+    assert [*map(len, blocks)] == [1, 1]
+    for block in [*blocks[0], *blocks[1]]:
+        assert block.params["policy"] is policy
+        assert block.params["prevent_cse"] is False
+        assert str(block.params["jaxpr"]).count("conv_general_dilated") == 1

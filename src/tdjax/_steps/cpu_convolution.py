@@ -25,18 +25,28 @@ from tdjax._jaxprs import CALLS, bind, evaluate, open_program
 def with_transposed_convolutions(fun):
     """`fun`, a function of one pytree, with the same results and faster gradients.
 
-    These stay as they are: grouped convolutions, and those inside of `fun`'s own loops,
-    branches and functions with custom derivatives.
+    On other platforms than a CPU it runs as it is. So do everywhere: grouped
+    convolutions, and those inside of `fun`'s own loops, branches and functions with
+    custom derivatives.
     """
 
     @functools.wraps(fun)
     def rewritten(args):
         program, shapes = jax.make_jaxpr(fun, return_shape=True)(args)
         # `fun` is not called again: it may make modules, as Haiku's functions do.
-        results = _run(program, jax.tree.leaves(args))
+        results = _run_by_platform(program, jax.tree.leaves(args))
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return rewritten
+
+
+def _run_by_platform(program, args) -> list[Any]:
+    """The program, rewritten where it is compiled for a CPU."""
+    as_it_is = lambda *args: evaluate(*open_program(program), args, bind)
+    if not _has_convolution(open_program(program)[0]):
+        return as_it_is(*args)
+    rewritten = lambda *args: _run(program, args)
+    return jax.lax.platform_dependent(*args, cpu=rewritten, default=as_it_is)
 
 
 def _has_convolution(jaxpr) -> bool:

@@ -171,7 +171,7 @@ def _loop(call, inputs: Inputs, out_axes, chunk: int, lowering: Lowering):
             f"unroll={unroll} needs a known number of steps, got the symbolic size "
             f"{timesteps}. Use unroll=1."
         )
-    if unroll is not True and jax.default_backend() == "cpu":
+    if unroll is not True:
         call = with_transposed_convolutions(call)
     if chunk == 1:
         block = _step_block(call, inputs.mapped_axes, out_axes)

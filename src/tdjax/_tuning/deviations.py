@@ -9,6 +9,7 @@ import jax.experimental
 import jax.numpy as jnp
 
 from tdjax._mesh import like_type_of
+from tdjax._tuning.device_time import platform_of
 
 # The largest deviation from the reference, relative to its largest value. Another order
 # of summation causes errors that grow with the square root of the number of terms.
@@ -30,7 +31,9 @@ class Tolerances:
         self._reference, self._run, self._args = reference, run, args
         self._given, self._is_sharp = given, False
         leaves = jax.tree.leaves(reference)
-        self._limits = [given or default_tolerance(x.dtype) for x in leaves]
+        self._limits = [
+            given or default_tolerance(x.dtype, platform_of(x)) for x in leaves
+        ]
 
     def has_shapes_of(self, results: Any) -> bool:
         """Whether results have the shapes and dtypes of the reference."""
@@ -131,12 +134,12 @@ def _deviation(got, want):
     return jnp.max(jnp.where(same, 0, jnp.where(jnp.isnan(error), jnp.inf, error)))
 
 
-def default_tolerance(dtype) -> float:
+def default_tolerance(dtype, platform: str) -> float:
     """The deviation that another order of summation may cause."""
     if not jnp.issubdtype(dtype, jnp.inexact):
         return 0.0
     name = jnp.finfo(dtype).dtype.name  # of a complex number's parts
     tolerance = _TOLERANCES.get(name, _MATRIX_UNIT_TOLERANCE)
-    if name == "float32" and jax.default_backend() != "cpu":
+    if name == "float32" and platform != "cpu":
         return max(tolerance, _MATRIX_UNIT_TOLERANCE)
     return tolerance

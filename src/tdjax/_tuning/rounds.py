@@ -16,7 +16,8 @@ from typing import Any
 
 from tdjax._tuning.candidates import Candidate
 from tdjax._tuning.clock import timed
-from tdjax._tuning.processes import agreed
+from tdjax._tuning.device_time import busy_seconds, mark, platform_of, profiled
+from tdjax._tuning.processes import agreed, in_all
 
 # A contender that is this many times slower than the fastest is dropped: after its
 # first run, which others disturb; after runs of its own, if the machine is steady; and
@@ -138,17 +139,34 @@ class Race:
     def _round(self) -> None:
         others = [c for c in self.contenders if c is not self.yardstick]
         self._random.shuffle(others)
-        before = self._time(self.yardstick)
-        for i in range(0, len(others), 2):
-            pair = others[i : i + 2]
-            times = [*map(self._time, pair)]
-            after = self._time(self.yardstick)
-            for contender, seconds in zip(pair, times):
+        pairs = [others[i : i + 2] for i in range(0, len(others), 2)]
+        order = [self.yardstick]
+        for pair in pairs:
+            order += [*pair, self.yardstick]
+        times = iter(self._time_in_turn(order))
+        before = next(times)
+        for pair in pairs:
+            measured = [next(times) for _ in pair]
+            after = next(times)
+            for contender, seconds in zip(pair, measured):
                 contender.seconds.append(seconds)
                 contender.ratios.append(2 * seconds / (before + after))
             self.yardstick.seconds.append(after)
             self.yardstick.ratios.append(after / before)
             before = after
+
+    def _time_in_turn(self, order: list[Contender]) -> list[float]:
+        """Seconds per call of each; of an accelerator, the time that it was busy."""
+        seconds = []
+        with profiled(platform_of(self.args)) as profile:
+            for i, contender in enumerate(order):
+                with mark(i):
+                    seconds.append(self._time(contender))
+        busy = busy_seconds(profile[0], len(order)) if profile else [0.0] * len(order)
+        per_call = [total / _calls(c.alone) for total, c in zip(busy, order)]
+        # All by the same clock: where one has no device time, none is used.
+        are_known = all(0 < d <= 1.05 * h for d, h in zip(per_call, seconds))
+        return [*map(agreed, per_call)] if in_all(are_known) else seconds
 
     def _time(self, contender: Contender) -> float:
         """Seconds per call, as process 0 measures them."""

@@ -13,8 +13,6 @@ from tdjax._keras.modules.activations import Activation
 from tdjax._keras.modules.initializers import glorot_uniform, orthogonal
 
 LAYOUT = "(batch, time, features)"
-# Inputs and mask have a time axis, which comes first; the products have none.
-AXES: Any = (0, 0, nn.broadcast, nn.broadcast)
 TANH, SIGMOID = Activation("tanh"), Activation("sigmoid")
 
 
@@ -71,10 +69,18 @@ class Recurrent(nn.Module):
         inputs = Product(kernel, input_bias, self._input_noise(x, train))
         noise = self._noise(self.recurrent_dropout, self.gates, states[0], train)
         recurrent = Product(recurrent_kernel, recurrent_bias, noise)
-        if is_faster_before_the_loop():
-            x, inputs = self.split_gates(inputs(x)), None
-        states, outputs = nn.scan(_step, in_axes=AXES, unroll=self.unroll or 1)(
-            self, states, x, valid, inputs, recurrent
+
+        def run(x, inputs):
+            step = lambda states, now: _step(self, states, *now, inputs, recurrent)
+            return jax.lax.scan(step, states, (x, valid), unroll=self.unroll or 1)
+
+        # One product for all steps, before the loop, is faster on an accelerator. On a
+        # CPU its results, and in the gradient their cotangents, would have to go
+        # through memory, which costs more than it saves.
+        states, outputs = jax.lax.platform_dependent(
+            x,
+            cpu=lambda x: run(x, inputs),
+            default=lambda x: run(self.split_gates(inputs(x)), None),
         )
         output = self._output(states[0], outputs, valid)
         return (output, *states) if self.return_state else output
@@ -172,15 +178,6 @@ class Recurrent(nn.Module):
         if valid is not None and self.unroll:
             return jnp.cumsum(valid, axis=0) > 0
         return valid if self.zero_output_for_mask else None
-
-
-def is_faster_before_the_loop() -> bool:
-    """Whether inputs meet their kernel in one product for all steps.
-
-    On a CPU the results of all steps, and in the gradient their cotangents, would have
-    to go through memory, which costs more than it saves.
-    """
-    return jax.default_backend() != "cpu"
 
 
 class Product(NamedTuple):
