@@ -3,12 +3,14 @@
 import collections
 import random
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 import tdjax
+from helpers import assert_trees_close, normal
 from tdjax._steps.lowering import Lowering
-from tdjax._tuning import rounds, search
+from tdjax._tuning import programs, rounds, search
 from tdjax._tuning.candidates import Candidate, choose
 from tdjax._tuning.deviations import default_tolerance
 from tuning.tuned_dense import X, tune_dense
@@ -25,6 +27,9 @@ class Program:
 
     def memory_analysis(self):
         return self.program.memory_analysis()
+
+    def as_text(self):
+        return self.program.as_text()
 
 
 @pytest.fixture
@@ -220,3 +225,51 @@ def test_unknown_compiler_options_are_rows(params):
     ][:1]
     assert row.verdict.startswith("failed: ")
     assert result.compiler_options == {}
+
+
+def test_a_program_that_may_end_the_process_is_not_run():
+    """jax-ml/jax issue 39257: it did, on JAX 0.10.2."""
+    a, b = normal(0, 3, 2, 1, 2, 8, 8, 8), normal(1, 3, 2, 1, 2, 8, 8, 8)
+    result = tdjax.autotune(lambda a, b: jnp.sum(a * b, axis=2), a, b, budget=20)
+    verdicts = {each.verdict for each in result.candidates}
+    assert verdicts <= {"measured", "behind", search.MAY_CRASH}
+    one_by_one = tdjax.time_distributed(
+        lambda a, b: jnp.sum(a * b, axis=2), chunk_size=1
+    )
+    assert_trees_close(result.tuned(a, b), one_by_one(a, b))
+
+
+def text_of(program):
+    class Compiled:
+        def as_text(self):
+            return program
+
+    return Compiled()
+
+
+def fusion(shape, kind="__ynn_fusion"):
+    return text_of(f"""HloModule jit_f
+
+%fused.1 (p: f32[{shape}]) -> f32[] {{
+  ROOT %r = f32[] reduce(%p)
+}}
+
+ENTRY %main (a: f32[{shape}]) -> f32[] {{
+  ROOT %f = f32[] fusion(%a), kind=kCustom, calls=%fused.1, config={{"kind":"{kind}"}}
+}}""")
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ >= (0, 12), reason="newer fusions take any rank"
+)
+def test_what_may_crash_is_seen_in_the_program():
+    assert programs.may_crash(fusion("3,1,2,2,8,8,8"))
+    assert programs.may_crash(fusion("3,1,2,2,8,8,8,9"))
+    assert not programs.may_crash(fusion("3,1,2,2,8,8"))
+    assert not programs.may_crash(fusion("3,1,2,2,8,8,8", kind="__other"))
+
+
+def test_if_every_program_may_crash_the_error_says_so(monkeypatch):
+    monkeypatch.setattr(search, "may_crash", lambda program: True)
+    with pytest.raises(ValueError, match=r"7 axes or more(.|\n)*issue 39257"):
+        tdjax.autotune(jnp.sin, X, budget=5)

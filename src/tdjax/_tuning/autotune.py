@@ -25,7 +25,13 @@ from tdjax._tuning.processes import agreed_text, is_first, together
 from tdjax._tuning.programs import with_gradient
 from tdjax._tuning.report import progress_bar
 from tdjax._tuning.result import Tuning
-from tdjax._tuning.search import Limits, agree, find_reference, measure_all
+from tdjax._tuning.search import (
+    MAY_CRASH,
+    Limits,
+    agree,
+    find_reference,
+    measure_all,
+)
 from tdjax._tuning.settings import Settings
 from tdjax._tuning.table import key_of, plain_if_auto
 
@@ -281,6 +287,13 @@ def require_measured(candidates: list[Candidate], limits: Limits) -> None:
     """Refuses a search in which nothing fits the memory."""
     if any(candidate.measured for candidate in candidates):
         return
+    if any(candidate.verdict == MAY_CRASH for candidate in candidates):
+        raise ValueError(
+            f"fun has arrays of 7 axes or more, and JAX {jax.__version__} may crash on "
+            "a program of it (jax-ml/jax issue 39257). Take JAX 0.12 or later, or "
+            "fewer axes. Without the tuner, jax.jit(..., "
+            "compiler_options={'xla_cpu_experimental_ynn_fusion_type': ''}) is safe."
+        )
     used = [c.temporary_bytes for c in candidates if c.temporary_bytes]
     raise ValueError(
         f"memory_limit={limits.memory_limit} bytes is too small for every lowering "

@@ -1,5 +1,6 @@
 """The programs that are measured: a call, or a call and its gradient, compiled."""
 
+import re
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -47,6 +48,29 @@ def compile_lowered(lowered: Lowered, options: dict[str, Any]) -> tuple[Any, flo
     start = time.perf_counter()
     program = lowered.program.compile(compiler_options=options or None)
     return program, lowered.seconds + time.perf_counter() - start
+
+
+# XLA's library fusions for CPUs, and an array of at least 7 axes.
+_LIBRARY_FUSION = re.compile(r"calls=%?([\w.-]+).*__ynn_fusion")
+_MANY_AXES = re.compile(r"\[\d+(?:,\d+){6,}\]")
+# The first version of JAX whose fusions take them: jax-ml/jax issue 39257.
+_FIRST_WITH_MANY_AXES = (0, 12)
+
+
+def may_crash(program: Any) -> bool:
+    """Whether a compiled program has a fusion that may end the process when it runs.
+
+    On a CPU, the library fusions of some versions of XLA fail on arrays of 7 axes.
+    """
+    if jax.__version_info__ >= _FIRST_WITH_MANY_AXES:
+        return False
+    text = program.as_text() or ""
+    fused = set(_LIBRARY_FUSION.findall(text))
+    for computation in text.split("\n\n") if fused else ():
+        name = computation.lstrip().removeprefix("%").split(" ", 1)[0]
+        if name in fused and _MANY_AXES.search(computation):
+            return True
+    return False
 
 
 def with_gradient(reference: Callable, argnums: list[int], args: tuple) -> tuple:

@@ -23,7 +23,7 @@ from tdjax._tuning.candidates import NO_TIME, Candidate
 from tdjax._tuning.clock import timed
 from tdjax._tuning.deviations import Tolerances
 from tdjax._tuning.processes import agreed, in_all
-from tdjax._tuning.programs import Lowered, compile_lowered, lower
+from tdjax._tuning.programs import Lowered, compile_lowered, lower, may_crash
 from tdjax._tuning.rounds import Contender, Race
 
 # The part of the budget that may be spent before the candidates are timed in turn.
@@ -32,6 +32,7 @@ _FOR_TRIALS = 0.7
 _MOST_THREADS = 4
 # A first run that is shorter than this, in seconds, may be mostly one of warming up.
 _WARM_UP = 0.02
+MAY_CRASH = "may crash: XLA's CPU fusion of arrays with 7 axes"
 # How many of the fastest lowerings are tried with the options of the compiler.
 _WITH_COMPILER_OPTIONS = 2
 
@@ -166,7 +167,7 @@ def _try_all(candidates: list[Candidate], search: _Search, report) -> None:
                 started.append(_start(_next_reference(waiting), search))
             continue
         else:
-            trial.candidate.verdict = "no reference fits the memory limit"
+            trial.candidate.verdict = "no reference can be run"
         report(trial.candidate)
 
 
@@ -255,6 +256,9 @@ def _finish(trial: _Trial, search: _Search) -> None:
         return
     program, seconds = compiled
     candidate.compile_seconds = agreed(seconds)
+    if not in_all(not may_crash(program)):
+        candidate.verdict = MAY_CRASH
+        return
     used = candidate.temporary_bytes = temporary_bytes(candidate, program)
     limit = search.limits.memory_limit
     if not in_all(used is None or limit is None or used <= limit):
