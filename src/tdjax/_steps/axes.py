@@ -52,6 +52,12 @@ class Inputs(NamedTuple):
         leaves, axes = zip(*map(change, self.leaves, self.axes))
         return Inputs([*leaves], [*axes], self.treedef)
 
+    def with_mapped(self, mapped) -> "Inputs":
+        """The inputs with other leaves in place of those that have a time axis."""
+        mapped = iter(mapped)
+        change = lambda x, axis: (x if axis is None else next(mapped), axis)
+        return self.replace(change)
+
     def rebuild(self, mapped) -> Any:
         """The arguments, with `mapped` in place of the leaves that have a time axis."""
         mapped = iter(mapped)

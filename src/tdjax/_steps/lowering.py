@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from tdjax._checks import describe, is_array, require_sizes
+from tdjax._jaxprs import bind, evaluate, open_program
 from tdjax._steps.axes import (
     Axis,
     Inputs,
@@ -27,6 +28,7 @@ from tdjax._steps.axes import (
 from tdjax._steps.cpu_convolution import with_transposed_convolutions
 from tdjax._steps.fold import check_shapes, fold_block, shapes_of
 from tdjax._steps.loops import compiled_loop, maybe_remat, straight_line
+from tdjax._steps.rules import block_size, platform_of
 
 METHODS = ("vmap", "fold")
 AUTO = "auto"  # Another of the methods and options, chosen at the call (`places`).
@@ -93,6 +95,8 @@ class Lowering:
 def distribute(call, inputs: Inputs, out_axes: Any, lowering: Lowering) -> Any:
     """Runs `call`, a function of the leaves that have a time axis, over all steps."""
     call = functools.partial(call_and_check, call, check_out_axis, out_axes)
+    if lowering.method == AUTO:
+        return _by_rules(call, inputs, out_axes, lowering)
     if lowering.method == "fold" or lowering.chunk_size is not None:
         _check_shared_results(call, inputs, out_axes)
     chunk, timesteps = lowering.chunk_size, time_size(inputs)
@@ -105,6 +109,33 @@ def distribute(call, inputs: Inputs, out_axes: Any, lowering: Lowering) -> Any:
     if lowering.method == "fold":
         check_shapes(call, inputs, out_axes, y)
     return y
+
+
+def _by_rules(call, inputs: Inputs, out_axes, lowering: Lowering) -> Any:
+    """The results of all steps at once, or of blocks if these are faster."""
+    whole = _block(call, inputs, out_axes, lowering)
+    axes = jax.tree.leaves(out_axes, is_leaf=lambda node: node is None)
+    timesteps = time_size(inputs)
+    is_whole = lowering.axis_name is not None or None in axes
+    if is_whole or not isinstance(timesteps, int):
+        return whole(inputs.mapped)
+    program, shapes = jax.make_jaxpr(whole, return_shape=True)(inputs.mapped)
+    results = lambda leaves: jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    at_once = lambda *mapped: evaluate(*open_program(program), mapped, bind)
+    chunk = block_size(program, timesteps)
+    if chunk is None:
+        return results(at_once(*inputs.mapped))
+
+    def in_blocks(*mapped):
+        block = _block(call, inputs, out_axes, lowering)
+        some = inputs.with_mapped(mapped)
+        return jax.tree.leaves(straight_line(block, some, out_axes, chunk, False))
+
+    platform = platform_of(inputs.mapped)
+    if platform is None:
+        by_platform = {"cpu": in_blocks, "default": at_once}
+        return results(jax.lax.platform_dependent(*inputs.mapped, **by_platform))
+    return results((in_blocks if platform == "cpu" else at_once)(*inputs.mapped))
 
 
 def call_and_check(call, check: Callable, out_axes, mapped):

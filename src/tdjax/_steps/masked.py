@@ -103,7 +103,7 @@ def has_company(valid, lowering: Lowering):
     `valid` is bool, `(steps,)`. Under `"vmap"` each step has a call of its own, under
     `"fold"` each block.
     """
-    if lowering.method == "vmap" or lowering.chunk_size == 1:
+    if lowering.method != "fold" or lowering.chunk_size == 1:
         return valid
     if lowering.chunk_size is None:
         return jnp.broadcast_to(jnp.any(valid), valid.shape)
