@@ -9,7 +9,13 @@ from flax.errors import CallCompactUnboundModuleError
 
 import tdjax
 import zoo
-from helpers import assert_trees_close, assert_trees_equal, normal, slow_but
+from helpers import (
+    assert_trees_close,
+    assert_trees_equal,
+    lowerings,
+    normal,
+    slow_but,
+)
 from tdjax.linen import FlattenDense, PerStepDense, TimeDistributed
 
 B, T = 3, 4
@@ -410,8 +416,17 @@ def dropped(y):
     return np.asarray(y) == 0
 
 
-def run_dropout(key, calls=1, **options):
-    model = TimeDistributed(nn.Dropout(0.5, deterministic=False), **options)
+class InnerDropout(nn.Module):
+    """Its noise is drawn in a submodule."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dropout(0.5, deterministic=False)(x)
+
+
+def run_dropout(key, calls=1, layer=None, **options):
+    layer = layer or nn.Dropout(0.5, deterministic=False)
+    model = TimeDistributed(layer, **options)
     apply = lambda model, x: [model(x) for _ in range(calls)]
     ones = jnp.ones((8, 6, 32))
     return nn.apply(apply, model)({}, ones, rngs={"dropout": key})
@@ -454,11 +469,13 @@ def test_share_rng_gives_all_steps_the_same_noise(key):
         assert (drops == drops[:, :1]).all()
 
 
-def test_noise_does_not_depend_on_the_chunk_size_and_changes_with_each_call(key):
-    first, second = run_dropout(key, calls=2)
+@pytest.mark.parametrize("layer", [None, InnerDropout()], ids=["bare", "inside"])
+def test_noise_does_not_depend_on_the_chunk_size_and_changes_with_each_call(key, layer):
+    first, second = run_dropout(key, calls=2, layer=layer)
     assert (first != second).any()
-    for chunk_size in (1, 2, 4):
-        np.testing.assert_array_equal(run_dropout(key, chunk_size=chunk_size)[0], first)
+    for options in lowerings(6, methods=["vmap"]):
+        got = run_dropout(key, calls=2, layer=layer, **options)
+        assert_trees_equal(got, [first, second])
 
 
 # Flax's own tools

@@ -94,14 +94,15 @@ def lift_over_time(call, options, lowering: Lowering, mask, kwargs):
     written = True if initializing else DenyList(("params",))
 
     def lifted(scopes, *args):
-        counters = [dict(scope.rng_counters) for scope in jax.tree.leaves(scopes)]
+        counters = [_copy(scope.rng_counters) for scope in jax.tree.leaves(scopes)]
 
         def over_time(scope_fn, repack, variables, rngs, args):
             def step(kwargs, variables, rngs, *args):
                 scope = scope_fn(_without_names(variables, taken), rngs)
                 # Each block counts its random draws from the same start.
                 for inner, counter in zip(jax.tree.leaves(scope), counters):
-                    inner.rng_counters.update(counter)
+                    inner.rng_counters.clear()
+                    inner.rng_counters.update(_copy(counter))
                 with _rules_without(taken):
                     return call(scope, *args, **kwargs), repack(scope)
 
@@ -114,6 +115,11 @@ def lift_over_time(call, options, lowering: Lowering, mask, kwargs):
         return lift.pack(over_time, (True,), (written,), (True,))(scopes, args)
 
     return lifted
+
+
+def _copy(counters: dict) -> dict:
+    """Counters of random draws, with those of submodules, which are dicts inside."""
+    return {k: _copy(v) if isinstance(v, dict) else v for k, v in counters.items()}
 
 
 @contextlib.contextmanager

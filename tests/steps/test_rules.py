@@ -66,8 +66,8 @@ def test_outside_of_jit_too():
 def test_packed_steps_too():
     auto, vmap = (over_time(m, capacity=24) for m in ("auto", "vmap"))
     packed = lambda run: lambda kernel, x: run(kernel, x, mask=MASK)
-    assert count(packed(auto), KERNEL, IMAGES) == 8
-    args = KERNEL, IMAGES
+    args = jnp.tile(KERNEL, 4), IMAGES
+    assert count(packed(auto), *args) == 8
     got, want = packed(auto)(*args), packed(vmap)(*args)
     assert_trees_close(got, want)
 
