@@ -25,10 +25,12 @@ from tdjax._dense import (
 from tdjax._influence.plot import plot_step_influence
 from tdjax._influence.step_influence import assert_causal, step_influence
 from tdjax._masks import lengths_to_mask, masked_mean
+from tdjax._steps.places import set_default as _set_default
 from tdjax._steps.transform import time_distributed
 from tdjax._tuning.autotune import autotune
 from tdjax._tuning.on_miss import tuning
 from tdjax._tuning.result import Tuning
+from tdjax._tuning.shipped import Shipped as _Shipped
 
 if TYPE_CHECKING:
     from tdjax import keras as keras
@@ -60,6 +62,8 @@ __all__ = [
     "time_distributed",
     "tuning",
 ]
+_set_default(_Shipped())
+
 # Whoever lists or imports all names must not fail for want of Keras on JAX.
 if os.environ.get("KERAS_BACKEND") == "jax" and find_spec("keras"):
     __all__ += ["keras"]

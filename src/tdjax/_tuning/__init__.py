@@ -7,5 +7,5 @@
 - `search` tries them, `rounds` times them in turn, `going_on` continues a search.
 - `result` is what users get, `report` shows it, `cache` keeps it under its `key`.
 - `table` puts options in effect, `tuned` binds them to a model, `on_miss` finds them
-  while a function is traced.
+  while a function is traced, `shipped` has those that come with the library.
 """

@@ -36,7 +36,7 @@ def key_of(place: Place) -> str:
         "fixed": value_text([*place.fixed, place.sharding], {}),
         "named": [str(getattr(lowering, name)) for name in names],
         "given": {name: getattr(lowering, name) for name in OPTIONS},
-        "device": _device_kind(),
+        "device": device_kind(),
     }
     return json.dumps(fields)
 
@@ -46,7 +46,8 @@ def plain_if_auto(lowering: Lowering) -> Lowering:
     return change(lowering) if lowering.method == AUTO else lowering
 
 
-def _device_kind() -> str:
+def device_kind() -> str:
+    """The kind of the device that arrays go to by default."""
     default = jax.config.jax_default_device  # pyright: ignore
     if default is None or isinstance(default, str):
         return jax.devices(default)[0].device_kind
