@@ -6,19 +6,30 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import machine, report
+from benchmarks import machine, own, report
+from benchmarks.compare import compare
 from benchmarks.suites import SUITES, Settings, Task
 from benchmarks.targets import answers
 
 
 def main() -> None:
     options = _parse()
+    if options.compare:
+        text, console = "\n".join(compare(*options.compare)), Console()
+        console.print(Markdown(text)) if console.is_terminal else print(text)
+        return
+    if options.function:
+        rows = own.rows(options.function, options.budget)
+        report.write_json(options.out, {"about": machine.about(), "rows": rows})
+        return
     quick = options.suite == ["smoke"]
     results = _results(options, quick)
     suites = list(SUITES) if quick else options.suite
-    tasks = [(name, t) for name in suites for t in SUITES[name](Settings(quick))]
+    settings = Settings(quick, options.trace)
+    tasks = [(name, task) for name in suites for task in SUITES[name](settings)]
     with _progress() as bar:
         line = bar.add_task("benchmarks", total=len(tasks))
         tell = lambda text: bar.update(line, advance=1, description=text)
@@ -44,6 +55,21 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--resume", action="store_true", help="go on with the run that is in --out"
     )
+    parser.add_argument(
+        "function", nargs="?", metavar="MODULE:FUNCTION",
+        help="instead of the suites: your own function, see benchmarks/own.py",
+    )  # fmt: skip
+    parser.add_argument(
+        "--budget", type=float, default=60.0, help="seconds for your own function"
+    )
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("A.json", "B.json"),
+        help="instead of a run: what has changed between two of them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--trace", type=Path, metavar="FOLDER",
+        help="write a profile of one call of every candidate, for XProf or Perfetto",
+    )  # fmt: skip
     options = parser.parse_args()
     if "smoke" in options.suite and len(options.suite) > 1:
         parser.error("smoke is a quick run of all suites; give it alone")
@@ -85,8 +111,9 @@ def _progress() -> Progress:
 
 def _show(results: dict[str, Any], out: Path) -> None:
     console = Console()
-    for measure, target, figure in answers(results["rows"]):
+    for measure, target, figure, noise in answers(results["rows"]):
         text = f"{measure}\n  target: {target}\n  here:   {figure}"
+        text += f"\n  noise:  {noise}" if noise else ""
         console.print(text, markup=False)
     missing = {row["candidate"] for row in results["rows"] if "missing" in row}
     if missing:

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from benchmarks.measure import is_control
 from benchmarks.targets import geometric_mean
 
 Row = dict[str, Any]
@@ -24,7 +25,7 @@ LINES = {
 
 def headlines(rows: list[Row]) -> list[tuple[str, str, str]]:
     """`(what, beside, figure)`; a figure below 1 means that tdjax is faster."""
-    rows = [row for row in rows if "missing" not in row]
+    rows = [row for row in rows if "missing" not in row and not is_control(row)]
     lines = []
     for (what, peer), line in LINES.items():
         least = 128 if peer == "Keras 3 on JAX" else 0

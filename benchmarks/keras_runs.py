@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from benchmarks.keras_models import RATE, Reported
-from benchmarks.measure import Effort, deviation, summary, take_turns
+from benchmarks.measure import Effort, deviation, original, summary, take_turns
 from benchmarks.programs import Row
 
 KERAS, DROP_IN, FLAX = "Keras", "drop-in", "Flax conversion"
@@ -80,9 +80,9 @@ def _measure(about: Row, case, of: str, candidates, effort: Effort) -> list[Row]
             **about,
             "candidate": name,
             **summary(times, base),
-            "first_seconds": started[name].first_seconds,
-            "compile_seconds": started[name].compile_seconds,
-            "deviation": differs[name],
+            "first_seconds": started[original(name)].first_seconds,
+            "compile_seconds": started[original(name)].compile_seconds,
+            "deviation": differs[original(name)],
         }
         for name, times in per_step.items()
     ]

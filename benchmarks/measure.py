@@ -5,6 +5,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,11 +22,29 @@ TOLERANCES = {"float32": 5e-4, "bfloat16": 6e-2}
 _MATRIX_UNITS = 3e-2  # float32 products on an accelerator
 
 
+# The first of each case is timed twice: the ratio of the two is the noise.
+AGAIN = ", again"
+
+
 class Effort(NamedTuple):
-    """How long one case may be measured, in seconds, and how many times at most."""
+    """How long one case may be measured, in seconds, and how many times at most.
+
+    `trace` is a folder for the profile of one call of each, or None.
+    """
 
     seconds: float = 15.0
     rounds: int = 15
+    trace: Path | None = None
+
+
+def is_control(row: dict[str, Any]) -> bool:
+    """Whether it is of the program that another row of its case is of."""
+    return row["candidate"].endswith(AGAIN)
+
+
+def original(name: str) -> str:
+    """The candidate that a control repeats; others are their own."""
+    return name.removesuffix(AGAIN)
 
 
 def compile_all(
@@ -89,7 +108,15 @@ def deviation(name: str, got: list[np.ndarray], want: list[np.ndarray]) -> float
 
 
 def take_turns(calls: dict[str, Callable[[], Any]], effort: Effort) -> dict[str, list]:
-    """Seconds of one call of each, in turn, in another order each round."""
+    """Seconds of one call of each, in turn, in another order each round.
+
+    The first is there twice, unless there is a control already.
+    """
+    first = next(iter(calls))
+    if not any(name.endswith(AGAIN) for name in calls):
+        calls = {**calls, first + AGAIN: calls[first]}
+    if effort.trace is not None:
+        _profile(calls, effort.trace)
     repeats = {name: _repeats(call) for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     order = random.Random(0)
@@ -105,6 +132,16 @@ def take_turns(calls: dict[str, Callable[[], Any]], effort: Effort) -> dict[str,
                 call()
             seconds[name].append((time.perf_counter() - start) / repeats[name])
     return seconds
+
+
+def _profile(calls: dict[str, Callable[[], Any]], folder: Path) -> None:
+    """Writes a profile of one call of each, under its name."""
+    for call in calls.values():
+        call()
+    with jax.profiler.trace(folder):
+        for name, call in calls.items():
+            with jax.profiler.TraceAnnotation(name):
+                call()
 
 
 def _warm_up(call: Callable[[], Any]) -> None:
@@ -143,7 +180,7 @@ def measure(
     base = statistics.median(next(iter(seconds.values())))
     rows = []
     for name, times in seconds.items():
-        program = programs[name][1]
+        program = programs[original(name)][1]
         rows.append(
             {
                 "case": case.name,
@@ -154,7 +191,7 @@ def measure(
                 **summary(times, base),
                 "compile_seconds": program.compile_seconds,
                 "temporary_bytes": program.temporary_bytes,
-                "deviation": deviations[name],
+                "deviation": deviations[original(name)],
             }
         )
     return rows + missing

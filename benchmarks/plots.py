@@ -26,6 +26,7 @@ from benchmarks.drawing import (
     new_figure,
     times,
 )
+from benchmarks.measure import is_control
 from benchmarks.targets import geometric_mean
 
 Row = dict[str, Any]
@@ -60,7 +61,7 @@ KERAS = {"Keras": "Keras", "drop-in": "tdjax.keras", "Flax conversion": "tdjax t
 
 def draw_all(out: Path, results: dict[str, Any]) -> None:
     """Writes `<suite>.png` for each suite that has something to show."""
-    rows = [row for row in results["rows"] if "missing" not in row]
+    rows = [r for r in results["rows"] if "missing" not in r and not is_control(r)]
     with matplotlib.style.context("tdjax.plots"):
         for suite in dict.fromkeys(row["suite"] for row in rows):
             chosen = [row for row in rows if row["suite"] == suite]
@@ -212,7 +213,7 @@ def _tuner(rows: list[Row], about: Row) -> Figure:
     """Every choice as a faint dot, with the default and the tuner's pick."""
     cases: dict[str, list[Row]] = {}
     for row in [*_of("gradient", rows), *_of("forward", rows)]:
-        cases.setdefault(f"{row['layer']}, {row['of']}", []).append(row)
+        cases.setdefault(f"{row['case']}, {row['of']}", []).append(row)
     figure, (ax,) = new_figure([" "], 1.9 + 0.4 * len(cases))
     points = {kind: [] for kind in ("others", "default", "pick")}
     for place, found in enumerate(cases.values()):
@@ -232,6 +233,17 @@ def _tuner(rows: list[Row], about: Row) -> Figure:
     near = f"{sum(ratio <= 1.1 for ratio in lost)} of {len(lost)} cases"
     title = f"The tuner's pick is within 1.1 times the fastest choice in {near}"
     return name_figure(figure, f"{title}, at worst {max(lost):.2f} times", about)
+
+
+def _models(rows: list[Row], about: Row) -> Figure:
+    """Whole models, relative to what they were given as."""
+    names = {"tuned as a whole": "tuned", '"auto", no table': '"auto"'}
+    kinds = dict.fromkeys(row["of"] for row in rows)
+    panels = {of: ratios_to("as given", _of(of, rows), names) for of in kinds}
+    figure = _ratio_figure(panels, "time, the model as it was given = 1")
+    steps = panels.get("training step", next(iter(panels.values())))["tuned"]
+    took = f"{geometric_mean(steps):.2f} of the time"
+    return name_figure(figure, f"A tuned model takes {took} for a step", about)
 
 
 def _packing(rows: list[Row], about: Row) -> Figure:
@@ -278,7 +290,7 @@ def _operations(rows: list[Row], about: Row) -> Figure | None:
 
 def _overhead(rows: list[Row], about: Row) -> Figure:
     """Ways to call an NNX layer, relative to the layer alone."""
-    calls = {row["candidate"]: 1e6 * row["seconds"] for row in rows}
+    calls = {r["candidate"]: 1e6 * r["seconds"] for r in _of("forward", rows)}
     alone, *others = calls
     ratios = {name: [calls[name] / calls[alone]] for name in others}
     figure = _ratio_figure({"": ratios}, f"time of a call; {alone} = 1")
@@ -360,5 +372,5 @@ PICTURES: dict[str, Callable[[list[Row], Row], Figure | None]] = {
     "dense": _beside_peers, "blocks": _beside_peers, "video": _beside_peers,
     "compile": draw_compile_time, "memory": _memory, "tuner": _tuner,
     "packing": _packing, "loss": _loss, "keras": _keras, "mesh": _mesh,
-    "operations": _operations, "overhead": _overhead,
+    "operations": _operations, "overhead": _overhead, "models": _models,
 }  # fmt: skip

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from benchmarks.candidate import Program, to_numpy
-from benchmarks.measure import Effort, deviation, summary, take_turns
+from benchmarks.measure import Effort, deviation, original, summary, take_turns
 
 Row = dict[str, Any]
 
@@ -32,7 +32,7 @@ def measure_programs(
         name: program if isinstance(program, Program) else compiled(program, args)
         for name, program in programs.items()
     }
-    rows = []
+    rows = {}
     for name, program in made.items():
         got = program.results(program.call())
         want = want or got
@@ -43,12 +43,13 @@ def measure_programs(
             "compile_seconds": program.compile_seconds,
             "temporary_bytes": program.temporary_bytes,
         }
-        rows.append({**about, "candidate": name, "deviation": differs, **sizes})
+        rows[name] = {**about, "deviation": differs, **sizes}
     seconds = take_turns({name: p.call for name, p in made.items()}, effort)
     base = statistics.median(next(iter(seconds.values())))
-    for row, times in zip(rows, seconds.values()):
-        row.update(summary(times, base))
-    return rows
+    return [
+        {**rows[original(name)], "candidate": name, **summary(times, base)}
+        for name, times in seconds.items()
+    ]
 
 
 def compiled(fun: Callable, args: tuple) -> Program:

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 
 import tdjax
 from benchmarks.layers import LAYERS, attention, dense, layer_norm
+from benchmarks.peers import torch_nested
 from benchmarks.programs import Row, measure_programs
 
+NESTED = "PyTorch, nested tensors"
 SHARES = (0.1, 0.3, 0.6, 1.0)
 
 
@@ -65,7 +67,7 @@ def block(params, x):
 
 
 def rows(case: Ragged, of: str, effort) -> list[Row]:
-    """Padded and packed under both methods; the mask is known at run time only."""
+    """Padded, packed, and PyTorch; the mask is known at run time only."""
     batch, timesteps = case.x.shape[:2]
     # Lengths differ, and their mean is the share.
     spread = 2 * (jnp.arange(batch) % 2) - 1
@@ -86,7 +88,7 @@ def rows(case: Ragged, of: str, effort) -> list[Row]:
 
         return forward if of == "forward" else gradient
 
-    programs = {
+    programs: dict[str, Any] = {
         "padded": program(),
         'padded, "fold"': program(method="fold"),
         "packed": program(capacity=capacity),
@@ -94,4 +96,10 @@ def rows(case: Ragged, of: str, effort) -> list[Row]:
     }
     about = {"case": case.name, "of": of, "layer": case.layer, "share": case.share}
     about["capacity_share"] = capacity / mask.size
-    return measure_programs(about, programs, (case.params, case.x, mask), effort, 2e-3)
+    missing = []
+    try:
+        programs[NESTED] = torch_nested.program(case, of, lengths)
+    except (ImportError, NotImplementedError) as error:
+        missing.append({**about, "candidate": NESTED, "missing": str(error)})
+    args = case.params, case.x, mask
+    return measure_programs(about, programs, args, effort, 2e-3) + missing

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import is_control
 from benchmarks.plots import draw_all
 from benchmarks.targets import answers, geometric_mean
 
@@ -56,7 +57,9 @@ def markdown(results: dict[str, Any]) -> str:
         f"Python {about['python']}; {versions}.",
         "",
         "Ratios are of medians to the first row of each case; quartiles in brackets. "
-        "All candidates of a case ran in turn, on the same numbers, and agree.",
+        "All candidates of a case ran in turn, on the same numbers, and agree. *Again* "
+        "is the first once more: its ratio is the noise, which stands beside the "
+        "targets too.",
         "",
         *promises(results["rows"]),
         "",
@@ -71,8 +74,8 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def promises(rows: list[Row]) -> list[str]:
-    """The project's targets, each with the figure of this run."""
-    return _table(("measure", "target", "figure"), answers(rows))
+    """The project's targets, each with the figure of this run and its noise."""
+    return _table(("measure", "target", "figure", "noise"), answers(rows))
 
 
 def overview(rows: list[Row]) -> list[str]:
@@ -80,7 +83,8 @@ def overview(rows: list[Row]) -> list[str]:
     columns = [(suite, of) for suite in ("dense", "blocks", "video") for of in BOTH]
     ratios: dict[str, dict[tuple, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        if (row["suite"], row["of"]) in columns and "ratio" in row:
+        is_asked = (row["suite"], row["of"]) in columns and not is_control(row)
+        if is_asked and "ratio" in row:
             ratios[row["candidate"]][row["suite"], row["of"]].append(row["ratio"])
     lengths = lambda key: [len(each[key]) for each in ratios.values()]
     most = {key: max(lengths(key), default=0) for key in columns}

@@ -67,7 +67,6 @@ def rows(case: Vocabulary, of: str, effort) -> list[Row]:
     programs: dict[str, Any] = {
         "Optax, all logits": _by_optax,
         "linear_cross_entropy": tdjax.linear_cross_entropy,
-        "linear_cross_entropy, again": tdjax.linear_cross_entropy,
         "vocab_chunk_size=1024": functools.partial(
             tdjax.linear_cross_entropy, chunk_size=1024, vocab_chunk_size=1024
         ),
@@ -174,9 +173,8 @@ def _packed(args: tuple) -> dict[str, Any]:
     mask = jax.random.permutation(jax.random.key(3), jnp.arange(steps) < 0.3 * steps)
     count = int(mask.sum())
     loss = functools.partial(tdjax.linear_cross_entropy, mask=mask)
-    again = {"padded": loss, "padded, again": loss}
     packed = functools.partial(loss, capacity=count)
-    return {n: _gradient(f) for n, f in {**again, "packed": packed}.items()}
+    return {"padded": _gradient(loss), "packed": _gradient(packed)}
 
 
 def _log_probs() -> dict[str, Any]:
@@ -192,11 +190,9 @@ def _log_probs() -> dict[str, Any]:
         log_probs, entropies = fun(*args)
         return jnp.mean(log_probs) + 0.01 * jnp.mean(entropies)
 
-    ours = functools.partial(total, tdjax.linear_log_probs)
     programs = {
         "plain JAX, all logits": functools.partial(total, plain),
-        "linear_log_probs": ours,
-        "linear_log_probs, again": ours,
+        "linear_log_probs": functools.partial(total, tdjax.linear_log_probs),
         "linear_cross_entropy": tdjax.linear_cross_entropy,
     }
     return {name: _gradient(fun) for name, fun in programs.items()}

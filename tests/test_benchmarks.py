@@ -1,11 +1,12 @@
 """The committed results are what a run wrote, and the README quotes them."""
 
+import gzip
 import itertools
 import json
 from pathlib import Path
 
 import pytest
-from benchmarks import drawing, plots, report
+from benchmarks import compare, drawing, measure, own, plots, report, targets
 from benchmarks.headlines import headlines
 
 ROOT = Path(__file__).parent.parent
@@ -111,7 +112,7 @@ def tuned(*picks):
         {**row, "chosen": row["candidate"] == "pick"}
         for place, pick in enumerate(picks)
         for row in rows(
-            "tuner", "seconds", {"vmap": 1.0, "pick": pick}, layer=str(place)
+            "tuner", "seconds", {"vmap": 1.0, "pick": pick}, case=str(place)
         )
     ]
 
@@ -215,3 +216,93 @@ def test_the_roofline_is_a_fraction_of_the_measured_ceilings():
     rates = {"matmul float32": 1e9, "copy": 1e9}
     assert report.roofline(row, rates) == 1.0  # four seconds for the bytes alone
     assert report.roofline({**row, "bytes": 0.0}, rates) == 0.5
+
+
+def test_the_first_of_each_case_is_timed_twice():
+    calls = {"one": lambda: None, "other": lambda: None}
+    seconds = measure.take_turns(calls, measure.Effort(0.01, 3))
+    assert list(seconds) == ["one", "other", "one, again"]
+    named = {"one": lambda: None, "one, again": lambda: None}
+    assert list(measure.take_turns(named, measure.Effort(0.01, 3))) == list(named)
+
+
+def test_a_trace_has_every_candidate(tmp_path):
+    effort = measure.Effort(0.01, 3, tmp_path)
+    measure.take_turns({"one of them": lambda: None}, effort)
+    (trace,) = tmp_path.rglob("*.trace.json.gz")
+    assert "one of them" in gzip.decompress(trace.read_bytes()).decode()
+
+
+def test_the_noise_stands_beside_the_targets():
+    found = [*beside(1.2, 2.0), *rows("dense", "seconds", {"raw jnp, again": 1.1})]
+    found = [{**row, "suite": "blocks"} for row in found]
+    found += rows("video", "seconds", {"raw jnp": 1.0, "raw jnp, again": 3.0})
+    answers = {
+        what: (figure, noise) for what, _, figure, noise in targets.answers(found)
+    }
+    figure, noise = answers["tuned against the best JAX peer, above 100 µs"]
+    # The control is no peer.
+    assert "largest 1.20" in figure
+    assert noise == "1.10 to 3.00"
+
+
+def run_of(path, ratios, memory=100):
+    """A file with a candidate of each name, and these ratios."""
+    about = {"suite": "dense", "case": "one", "of": "forward"}
+    found = [
+        {**about, "candidate": name, "ratio": ratio, "temporary_bytes": memory}
+        for name, ratio in ratios.items()
+    ]
+    path.write_text(json.dumps({"rows": found}))
+    return path
+
+
+def test_two_runs_are_compared_beyond_their_noise(tmp_path):
+    first = run_of(tmp_path / "a.json", {"x": 1.0, "y": 2.0, "z": 1.0, "x, again": 1.1})
+    after = {"x": 1.0, "y": 2.1, "z": 0.5, "new": 1.0, "x, again": 1.0}
+    second = run_of(tmp_path / "b.json", after)
+    text = "\n".join(compare.compare(first, second))
+    assert "4 candidates are in both" in text
+    assert "| z | time, as a ratio to the first | 1 | 0.5 | 0.50 |" in text
+    # Within the noise of 1.1.
+    assert "| y | time" not in text
+    assert "| dense | y | 1 | 1.05 |" in text
+    smaller = run_of(tmp_path / "c.json", after, memory=50)
+    assert "memory | 100 | 50 | 0.50" in "\n".join(compare.compare(second, smaller))
+    assert "Nothing has changed." in compare.compare(second, second)
+
+
+def test_runs_that_cannot_be_compared_say_why(tmp_path):
+    (tmp_path / "other.json").write_text("{}")
+    good = run_of(tmp_path / "a.json", {"x": 1.0})
+    with pytest.raises(SystemExit, match="can't be read"):
+        compare.compare(good, tmp_path / "other.json")
+    with pytest.raises(SystemExit, match="no case in common"):
+        compare.compare(good, run_of(tmp_path / "b.json", {"y": 1.0}))
+
+
+OWN = """
+import jax.numpy as jnp
+
+def case():
+    keywords = {"argnums": 0, "candidates": [{"chunk_size": 2}]}
+    return jnp.sin, (jnp.ones((2, 4, 3)),), keywords
+
+def wrong():
+    return 1
+"""
+
+
+def test_a_users_own_function_is_measured(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_own_case.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    found = own.rows("my_own_case:case", budget=20)
+    assert {row["candidate"] for row in found} >= {"method='vmap'"}
+    assert {row["of"] for row in found} == {"gradient"}
+    assert sum(row["chosen"] for row in found) == 1
+    assert "default" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"must return \(fun, args"):
+        own.rows("my_own_case:wrong", budget=1)
+    for spec in ("my_own_case", "my_own_case:none", "no_such_module:case"):
+        with pytest.raises(SystemExit, match=r"module:function|can't be found"):
+            own.rows(spec, budget=1)

@@ -15,6 +15,7 @@ NAMES = (
     "haiku_batch_apply",
     "equinox_vmap",
     "flax_linen_vmap",
+    "flax_batch_apply",
     "flax_nnx_vmap",
     "keras_time_distributed",
     "torch_folded",
