@@ -40,7 +40,7 @@ LAYERS = {
     "time_distributed, tuned": "tdjax, tuned", "time_distributed": "tdjax",
     "jax.vmap": VMAP, "flax nn.vmap": VMAP, "flax nnx.vmap": VMAP,
     "Haiku BatchApply": "Haiku", "Equinox, vmap twice": "Equinox",
-    "Keras TimeDistributed": "Keras",
+    "flax nn.BatchApply": "Flax BatchApply", "Keras TimeDistributed": "Keras",
     "PyTorch": "PyTorch", "PyTorch, compiled": "PyTorch, compiled",
 }  # fmt: skip
 COMPILED = {

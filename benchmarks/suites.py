@@ -176,18 +176,19 @@ def tuner(settings: Settings) -> Iterator[Task]:
 
 def _tuner_rows(case, of: str, settings: Settings) -> list[Row]:
     budget = 2.0 if settings.quick else 40.0
-    spent, picks, tried = {}, {}, {}
+    default, spent, picks, tried = "", {}, {}, {}
     for search in (*ALONE, *BUSY):
         with busy_processes(2 if search in BUSY else 0):
             start = time.perf_counter()
             tuning = ours.tune(case, of, budget)
             spent[search] = time.perf_counter() - start
         picks[search] = str(tuning.best)
+        default = str(tuning.candidates[0])
         worth = [c for c in tuning.candidates if c.is_default or _is_near(c)]
         tried |= {str(c): c.options for c in worth if c.run_seconds}
     candidates = [ours.transform(case, name, **tried[name]) for name in tried]
     # The default is what others are measured by.
-    candidates.sort(key=lambda each: each.name != str(tuning.candidates[0]))
+    candidates.sort(key=lambda each: each.name != default)
     used = {"budget": budget, "spent": spent}
     return [
         {**row, **used, "chosen": _searches(picks, row["candidate"])}

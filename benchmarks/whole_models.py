@@ -1,6 +1,6 @@
 """Whole models: as given, tuned by `tdjax.linen.autotune`, and with `method="auto"`."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -28,7 +28,7 @@ class VideoModel(nn.Module):
     """A conv net over every frame, a GRU, and a head at every step."""
 
     classes: int = 10
-    method: str = "vmap"
+    method: Literal["vmap", "auto"] = "vmap"
 
     @nn.compact
     def __call__(self, frames):
@@ -85,7 +85,8 @@ def _step(model: nn.Module):
     """The loss, and the parameters after a step of gradient descent."""
 
     def loss(variables: Any, x, labels):
-        log_probs = jax.nn.log_softmax(model.apply(variables, x))
+        logits: Any = model.apply(variables, x)
+        log_probs = jax.nn.log_softmax(logits)
         chosen = jnp.take_along_axis(log_probs, labels[..., None], -1)
         return -jnp.mean(chosen)
 

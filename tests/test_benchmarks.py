@@ -234,9 +234,10 @@ def test_a_trace_has_every_candidate(tmp_path):
 
 
 def test_the_noise_stands_beside_the_targets():
-    found = [*beside(1.2, 2.0), *rows("dense", "seconds", {"raw jnp, again": 1.1})]
+    found = beside(1.2, 2.0) + rows("dense", "seconds", {"raw jnp, again": 1.1})
+    found += beside(1.2, 2.0, case="two")
+    found += rows("dense", "seconds", {"raw jnp, again": 3.0}, case="two")
     found = [{**row, "suite": "blocks"} for row in found]
-    found += rows("video", "seconds", {"raw jnp": 1.0, "raw jnp, again": 3.0})
     answers = {
         what: (figure, noise) for what, _, figure, noise in targets.answers(found)
     }

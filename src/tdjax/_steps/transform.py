@@ -95,7 +95,8 @@ def time_distributed(
         for what every step shares, or a tuple or other pytree prefix of these.
       out_axes: that of the results; None if a result does not depend on the step.
       method: `"vmap"`, `"fold"`, or `"auto"`: what the `tdjax.Tuning` in effect says,
-        `chunk_size`, `unroll` and `remat` too; without one, `"vmap"` (docs/tuning.md).
+        `chunk_size`, `unroll` and `remat` too; without one, what was measured for
+        such a layer and device, by default `"vmap"` (docs/tuning.md).
       chunk_size: steps per block; None for all steps in one block. The last block may
         be shorter.
       unroll: blocks per iteration of the loop, as in `jax.lax.scan`, or True for

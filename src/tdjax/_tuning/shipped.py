@@ -32,7 +32,7 @@ class Shipped:
 @functools.cache
 def options_of(device: str) -> Mapping[str, Options]:
     """The table for a kind of device; empty if there is none."""
-    file = importlib.resources.files(__package__) / "tables" / file_name(device)
+    file = importlib.resources.files("tdjax._tuning") / "tables" / file_name(device)
     return json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
 

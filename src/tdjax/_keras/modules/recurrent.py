@@ -71,7 +71,10 @@ class Recurrent(nn.Module):
         recurrent = Product(recurrent_kernel, recurrent_bias, noise)
 
         def run(x, inputs):
-            step = lambda states, now: _step(self, states, *now, inputs, recurrent)
+            def step(states, now):
+                x, valid = now
+                return _step(self, states, x, valid, inputs, recurrent)
+
             return jax.lax.scan(step, states, (x, valid), unroll=self.unroll or 1)
 
         # One product for all steps, before the loop, is faster on an accelerator. On a
