@@ -188,6 +188,41 @@ def test_choose_takes_the_least_memory_of_those_that_are_as_fast():
     assert choose([default, equal]) is equal
 
 
+def test_more_rounds_make_a_small_gain_sure():
+    def make(ratio, rounds, is_default=False):
+        return Candidate(
+            Lowering(), verdict="measured", run_seconds=1.0, ratio=ratio,
+            ratio_spread=(ratio - 0.1, ratio + 0.1), rounds=rounds,
+            is_default=is_default, temporary_bytes=60,
+        )  # fmt: skip
+
+    default = make(1.0, 21, is_default=True)
+    for rounds, is_sure in ((5, False), (21, True)):
+        gain = make(0.9, rounds)
+        assert choose([default, gain]) is (gain if is_sure else default)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_beside_other_programs_the_pick_is_nearly_the_fastest(clock, seed):
+    """The load changes every few measurements, and single ones take twice as long."""
+    seconds, _ = clock
+    draw, load = random.Random(seed), [1.0]
+
+    def busy(typical):
+        def measure(i):
+            if draw.random() < 0.1:
+                load[0] = draw.choice([1.0, 1.5, 2.0])
+            burst = 2 if draw.random() < 0.05 else 1
+            return typical * load[0] * burst * draw.lognormvariate(0, 0.1)
+
+        return measure
+
+    typical = dict(zip((None, 3, 2, 1), draw.sample([0.5, 0.6, 0.8, 1.0], 4)))
+    seconds.update({size: busy(0.1 * t) for size, t in typical.items()})
+    _, result = tune([3, 2, 1])
+    assert typical[result.options["chunk_size"]] < 0.7
+
+
 def test_matrix_units_round_more_than_a_cpu():
     assert default_tolerance(jnp.float32, "cpu") == 2e-4
     expected = {

@@ -36,6 +36,7 @@ class Candidate:
       ratio, ratio_spread: its time as a multiple of the default's (of the fastest's if
         the default was not timed), median and quartiles. Each is a ratio of two
         measurements of the same moment.
+      rounds: the number of these ratios.
       temporary_bytes: the compiled program's memory for temporaries, without inputs
         and outputs.
       deviation: the largest difference from the reference, relative to the largest
@@ -52,6 +53,7 @@ class Candidate:
     spread: tuple[float, float] | None = None
     ratio: float | None = None
     ratio_spread: tuple[float, float] | None = None
+    rounds: int = 0
     temporary_bytes: int | None = None
     deviation: float | None = None
 
@@ -94,6 +96,7 @@ class Candidate:
             verdict=str(fields["verdict"]),
             spread=_pair(fields["spread"]),
             ratio_spread=_pair(fields["ratio_spread"]),
+            rounds=_number(int, fields["rounds"]) or 0,
             temporary_bytes=_number(int, fields["temporary_bytes"]),
             **numbers,
         )
@@ -172,10 +175,20 @@ def _is_as_good(candidate: Candidate, fastest: Candidate) -> bool:
 
 def _is_faster(candidate: Candidate, default: Candidate) -> bool:
     """Whether it beats the default beyond what is noise."""
-    ours, theirs = candidate.ratio_spread, default.ratio_spread
-    if ours is None or theirs is None:  # Of single measurements.
+    spread = candidate.ratio_spread
+    if spread is None or default.ratio_spread is None:  # Of single measurements.
         return _ratio(candidate) < _ratio(default) / _NOISE
-    return ours[1] < theirs[0]
+    return at_most(_ratio(candidate), spread, candidate.rounds) < _ratio(default)
+
+
+def at_most(median: float, quartiles: tuple[float, float], count: int) -> float:
+    """The upper end of a 95 % interval for a median of so many measurements.
+
+    That of the notches in a box plot: McGill, Tukey and Larsen (1978), "Variations of
+    Box Plots", The American Statistician 32(1).
+    """
+    low, high = quartiles
+    return median + 1.57 * (high - low) / math.sqrt(max(count, 1))
 
 
 def list_candidates(

@@ -14,21 +14,24 @@ import random
 import statistics
 from typing import Any
 
-from tdjax._tuning.candidates import Candidate
+from tdjax._tuning.candidates import Candidate, at_most
 from tdjax._tuning.clock import timed
 from tdjax._tuning.device_time import busy_seconds, mark, platform_of, profiled
 from tdjax._tuning.processes import agreed, in_all
 
 # A contender that is this many times slower than the fastest is dropped: after its
-# first run, which others disturb; after runs of its own, if the machine is steady; and
-# after each of the first rounds, if it was in all of them.
+# first run, which others disturb; after runs of its own, and after each of the first
+# rounds if it was in all of them, both times what the noise is.
 _FAR_BEHIND, _BEHIND = 4.0, 1.3
 _BEHIND_IN_ROUNDS = (1.3, 1.2, 1.12, 1.08)
 _A_LITTLE_BEHIND = 1.05
-_MOST_ROUNDS = 13
+_MOST_ROUNDS = 21
 # Rounds before a contender may be dropped for a little, and before all are as good.
 _ENOUGH_ROUNDS = 5
 _AS_GOOD = 1.02
+# With less noise than this, a race need not last longer than all before it; with more,
+# it has at least so many rounds.
+_STEADY, _ROUNDS_IN_NOISE = 1.1, 11
 _SHORTEST_MEASUREMENT = 5e-3  # seconds
 # A run that is shorter than this, in seconds, is repeated before the rounds, if it
 # takes less than this part of the time left.
@@ -84,8 +87,11 @@ class Race:
                 return False
             self._round()
             self._drop_the_slow(done)
-            is_late = start - self.left() > self.enough
-            if done >= _ENOUGH_ROUNDS and (is_late or self._is_decided()):
+            is_steady = self._noise() < _STEADY
+            if done < (_ENOUGH_ROUNDS if is_steady else _ROUNDS_IN_NOISE):
+                continue
+            is_late = is_steady and start - self.left() > self.enough
+            if is_late or self._is_decided():
                 return True
         return True
 
@@ -101,7 +107,7 @@ class Race:
         if len(ratios) < len(self.contenders):
             return False
         behind = _BEHIND * noise * min(ratios.values())
-        is_close = lambda c: behind < ratios[c] < _SECOND_CHANCE * behind
+        is_close = lambda c: behind < ratios[c] < _SECOND_CHANCE * noise * behind
         self._ratios_to(control, [*filter(is_close, self.contenders)], ratios)
         self._drop(lambda c: ratios[c] > behind)
         fastest = min(self.contenders, key=ratios.__getitem__)
@@ -182,12 +188,16 @@ class Race:
     def _drop_the_slow(self, rounds: int) -> None:
         best = self._leader().typical
         if rounds <= len(_BEHIND_IN_ROUNDS):
-            behind = _BEHIND_IN_ROUNDS[rounds - 1]
+            behind = _BEHIND_IN_ROUNDS[rounds - 1] * self._noise()
             self._drop_others(lambda c: min(c.ratios) > behind * best)
         if rounds >= _ENOUGH_ROUNDS:
             self._drop_others(
                 lambda c: _quartiles(c.ratios)[0] > _A_LITTLE_BEHIND * best
             )
+
+    def _noise(self) -> float:
+        """By which factor the yardstick changes from one measurement to the next."""
+        return statistics.median(_change(1.0, r) for r in self.yardstick.ratios)
 
     def _drop_others(self, is_slow) -> None:
         self._drop(lambda c: c is not self.yardstick and is_slow(c))
@@ -203,7 +213,10 @@ class Race:
         others = [c for c in self.contenders if c not in (leader, self.yardstick)]
         if any(c.typical > _AS_GOOD * best for c in others):
             return False
-        return best > 1 / _AS_GOOD or _quartiles(leader.ratios)[1] < 1
+        ratios = leader.ratios
+        return best > 1 / _AS_GOOD or (
+            at_most(leader.typical, _quartiles(ratios), len(ratios)) < 1
+        )
 
     def summarise(self) -> None:
         """Notes times and ratios of everyone in the candidates."""
@@ -212,6 +225,7 @@ class Race:
             candidate, seconds = contender.candidate, contender.seconds
             candidate.run_seconds = statistics.median(seconds or [contender.alone])
             candidate.spread = _quartiles(seconds)
+            candidate.rounds = len(contender.ratios)
             ratio, spread = contender.alone / self.yardstick.alone, None
             if contender is self.yardstick:
                 ratio = 1.0
