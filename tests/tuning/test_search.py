@@ -189,16 +189,16 @@ def test_choose_takes_the_least_memory_of_those_that_are_as_fast():
 
 
 def test_more_rounds_make_a_small_gain_sure():
-    def make(ratio, rounds, is_default=False):
+    def make(ratio, count, is_default=False):
         return Candidate(
             Lowering(), verdict="measured", run_seconds=1.0, ratio=ratio,
-            ratio_spread=(ratio - 0.1, ratio + 0.1), rounds=rounds,
+            ratio_spread=(ratio - 0.1, ratio + 0.1), rounds=count,
             is_default=is_default, temporary_bytes=60,
         )  # fmt: skip
 
     default = make(1.0, 21, is_default=True)
-    for rounds, is_sure in ((5, False), (21, True)):
-        gain = make(0.9, rounds)
+    for count, is_sure in ((5, False), (21, True)):
+        gain = make(0.9, count)
         assert choose([default, gain]) is (gain if is_sure else default)
 
 

@@ -1,6 +1,7 @@
 """Tables of options as contexts, and files that grow while a function is traced."""
 
 import json
+import multiprocessing
 import threading
 import warnings
 
@@ -12,6 +13,9 @@ from flax import nnx
 
 import tdjax
 from helpers import assert_trees_close, normal
+from tdjax._steps.lowering import Lowering
+from tdjax._tuning import on_miss
+from tdjax._tuning.candidates import Candidate
 from tuning.tuned_dense import QUICK, X
 
 PARAMS = tdjax.init_dense(jax.random.key(0), 4, 5)
@@ -224,7 +228,30 @@ def test_threads_share_a_file_and_lose_nothing(tmp_path):
     assert failures == []
     with tdjax.tuning(path, **SHORT):
         auto()(PARAMS, normal(0, 2, 4, 4))
-    assert len(json.loads(path.read_text())["places"]) >= 2
+    assert len(json.loads(path.read_text())["places"]) == 3
+
+
+def _add(path, number):
+    """Twenty places, one after the other, as a process finds them."""
+    measured = Candidate(
+        Lowering(), verdict="measured", run_seconds=1.0, ratio=1.0, deviation=0.0
+    )
+    known = tdjax.Tuning(None, [], {})
+    for i in range(20):
+        name = f"place {i} of {number}"
+        known = known | tdjax.Tuning(None, [measured], {}, name=name, key=name)
+        on_miss._add(path, known)
+
+
+def test_processes_share_a_file_and_lose_nothing(tmp_path):
+    path, context = tmp_path / "t.json", multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_add, args=(path, i)) for i in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert len(json.loads(path.read_text())["places"]) == 60
 
 
 def test_a_damaged_file_is_an_error_before_any_work(tmp_path, user_errors):

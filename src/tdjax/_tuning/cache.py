@@ -4,11 +4,13 @@ An entry is a `Tuning` as JSON. Its file is named by a hash of what was measured
 where. A file is replaced as a whole or not at all, so nobody needs a lock.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,23 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other threads and processes from changing a file there, where it can."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: the last writer wins.
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # Some network drives have no locks.
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)  # It unlocks too.
 
 
 def _warn(path: Path, problem: str) -> None:

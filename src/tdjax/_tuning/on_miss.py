@@ -15,7 +15,7 @@ from tdjax._steps import places
 from tdjax._steps.lowering import Lowering
 from tdjax._steps.places import Place
 from tdjax._tuning.autotune import tune
-from tdjax._tuning.cache import read_text, write_atomically
+from tdjax._tuning.cache import locked, read_text, write_atomically
 from tdjax._tuning.model import gradient_of_all, with_arrays
 from tdjax._tuning.processes import agreed_text, is_first
 from tdjax._tuning.result import Tuning
@@ -135,9 +135,10 @@ def _read(file: Path) -> Tuning:
 def _add(file: Path, known: Tuning) -> None:
     """Writes what is known, and what others have written meanwhile."""
     try:
-        written = Tuning.from_json(read_text(file)) if file.exists() else known
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, (written | known).to_json())
+        with locked(file.parent):
+            written = Tuning.from_json(read_text(file)) if file.exists() else known
+            write_atomically(file, (written | known).to_json())
     except (OSError, ValueError) as error:
         warnings.warn(
             f"The file {str(file)!r} can't be written: {error}.",
