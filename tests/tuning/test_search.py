@@ -202,6 +202,22 @@ def test_more_rounds_make_a_small_gain_sure():
         assert choose([default, gain]) is (gain if is_sure else default)
 
 
+def test_what_is_only_fast_beside_other_programs_is_not_taken():
+    """A loop on one core beats a default on all cores as long as others use them."""
+    fields = {"verdict": "measured", "run_seconds": 1.0, "rounds": 21}
+    default = Candidate(
+        Lowering(), ratio=1.0, ratio_spread=(0.9, 1.1), is_default=True, **fields
+    )
+    loop = Candidate(
+        Lowering(chunk_size=1), ratio=0.6, ratio_spread=(0.5, 0.7), **fields
+    )
+    assert choose([default, loop]) is loop
+    loop.best_ratio = 0.62
+    assert choose([default, loop]) is loop
+    loop.best_ratio = 2.0
+    assert choose([default, loop]) is default
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_beside_other_programs_the_pick_is_nearly_the_fastest(clock, seed):
     """The load changes every few measurements, and single ones take twice as long."""

@@ -15,6 +15,8 @@ _LONGEST_LINE = 32
 _AS_GOOD, _WITHIN_SPREAD = 1.01, 1.03
 # What the ratio of two single measurements may be by chance.
 _NOISE = 1.1
+# By what factor the ratio of the best measurements is another story than the median.
+_ANOTHER = 1.25
 # Verdicts of candidates that another search may still try.
 NO_TIME = "no time left"
 NOT_TRIED = "not tried"
@@ -37,6 +39,8 @@ class Candidate:
         the default was not timed), median and quartiles. Each is a ratio of two
         measurements of the same moment.
       rounds: the number of these ratios.
+      best_ratio: its best measurement divided by the default's. Where other programs
+        use the machine, this is closest to what a quiet one would give.
       temporary_bytes: the compiled program's memory for temporaries, without inputs
         and outputs.
       deviation: the largest difference from the reference, relative to the largest
@@ -54,6 +58,7 @@ class Candidate:
     ratio: float | None = None
     ratio_spread: tuple[float, float] | None = None
     rounds: int = 0
+    best_ratio: float | None = None
     temporary_bytes: int | None = None
     deviation: float | None = None
 
@@ -114,7 +119,7 @@ class Candidate:
         return ", ".join(f"{k}={v!r}" for k, v in shown.items())
 
 
-_NUMBERS = ("compile_seconds", "run_seconds", "ratio", "deviation")
+_NUMBERS = ("compile_seconds", "run_seconds", "ratio", "best_ratio", "deviation")
 
 
 def _pair(values: Any) -> tuple[float, float] | None:
@@ -164,7 +169,13 @@ def choose(candidates: Iterable[Candidate]) -> Candidate:
 
 
 def _ratio(candidate: Candidate) -> float:
-    return candidate.ratio or math.inf
+    """Its ratio; or that of the best measurements, if it is much larger.
+
+    Other programs slow one that uses all cores down more than one that uses one core,
+    which may seem fast only as long as they run.
+    """
+    ratio, best_ratio = candidate.ratio or math.inf, candidate.best_ratio or 0.0
+    return best_ratio if best_ratio > _ANOTHER * ratio else ratio
 
 
 def _is_as_good(candidate: Candidate, fastest: Candidate) -> bool:
@@ -178,7 +189,8 @@ def _is_faster(candidate: Candidate, default: Candidate) -> bool:
     spread = candidate.ratio_spread
     if spread is None or default.ratio_spread is None:  # Of single measurements.
         return _ratio(candidate) < _ratio(default) / _NOISE
-    return at_most(_ratio(candidate), spread, candidate.rounds) < _ratio(default)
+    limit = at_most(candidate.ratio or math.inf, spread, candidate.rounds)
+    return max(limit, _ratio(candidate)) < _ratio(default)
 
 
 def at_most(median: float, quartiles: tuple[float, float], count: int) -> float:

@@ -59,6 +59,10 @@ class Contender:
         """Its time as a multiple of the yardstick's."""
         return statistics.median(self.ratios)
 
+    def best_ratio(self, yardstick: "Contender") -> float:
+        """Its best time as a multiple of the yardstick's best."""
+        return min(self.seconds) / min(yardstick.seconds)
+
 
 class Race:
     """The contenders, the yardstick among them, and those that were dropped.
@@ -186,7 +190,7 @@ class Race:
         self.contenders = [c for c in self.contenders if c not in dropped]
 
     def _drop_the_slow(self, rounds: int) -> None:
-        best = self._leader().typical
+        best = self._typical(self._leader())
         if rounds <= len(_BEHIND_IN_ROUNDS):
             behind = _BEHIND_IN_ROUNDS[rounds - 1] * self._noise()
             self._drop_others(lambda c: min(c.ratios) > behind * best)
@@ -203,19 +207,21 @@ class Race:
         self._drop(lambda c: c is not self.yardstick and is_slow(c))
 
     def _leader(self) -> Contender:
-        ratio = lambda c: 1.0 if c is self.yardstick else c.typical
-        return min(self.contenders, key=ratio)
+        return min(self.contenders, key=self._typical)
+
+    def _typical(self, contender: Contender) -> float:
+        return 1.0 if contender is self.yardstick else contender.typical
 
     def _is_decided(self) -> bool:
         """Whether no more rounds could change the choice by much."""
         leader = self._leader()
-        best = 1.0 if leader is self.yardstick else leader.typical
+        best = self._typical(leader)
         others = [c for c in self.contenders if c not in (leader, self.yardstick)]
-        if any(c.typical > _AS_GOOD * best for c in others):
+        if any(self._typical(c) > _AS_GOOD * best for c in others):
             return False
         ratios = leader.ratios
         return best > 1 / _AS_GOOD or (
-            at_most(leader.typical, _quartiles(ratios), len(ratios)) < 1
+            at_most(best, _quartiles(ratios), len(ratios)) < 1
         )
 
     def summarise(self) -> None:
@@ -231,6 +237,8 @@ class Race:
                 ratio = 1.0
             elif contender.ratios:
                 ratio = contender.typical
+                best_ratio = contender.best_ratio(self.yardstick)
+                candidate.best_ratio = best_ratio / base
             if spread := _quartiles(contender.ratios):
                 spread = spread[0] / base, spread[1] / base
             candidate.ratio, candidate.ratio_spread = ratio / base, spread
