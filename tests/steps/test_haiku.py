@@ -19,7 +19,7 @@ def transformed(fun, **options):
     return net, net.init(jax.random.key(0), X)
 
 
-@pytest.mark.parametrize("method", ["vmap", "fold"])
+@pytest.mark.parametrize("method", ["vmap", "fold", "auto"])
 @pytest.mark.parametrize("out_axes", [1, (1, None)])
 def test_inside_a_transform_modules_are_made_once(method, out_axes):
     def step(x):

@@ -117,9 +117,10 @@ def test_grouped_convolutions_do_not_count():
     assert block_size(program, 9) is None
 
 
-def test_a_symbolic_number_of_steps_is_exported():
-    steps = jax.export.symbolic_shape("t")[0]
-    x = jax.ShapeDtypeStruct((4, steps, 24, 24, 8), jnp.float32)
+@pytest.mark.parametrize("shape", ["4, t", "b, 11", "b, t"])
+def test_symbolic_sizes_are_exported(shape):
+    sizes = jax.export.symbolic_shape(f"{shape}, 24, 24, 8")
+    x = jax.ShapeDtypeStruct(sizes, jnp.float32)
     run = jax.jit(over_time("auto"))
     exported = jax.export.export(run)(KERNEL, x)
     assert_trees_close(exported.call(KERNEL, IMAGES), run(KERNEL, IMAGES))

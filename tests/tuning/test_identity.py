@@ -1,11 +1,13 @@
 """When code is the same code: what a function or layer leads to."""
 
+import dataclasses
 import functools
 import types
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import nnx
 
 from tdjax._tuning.identity import Identity
@@ -95,3 +97,44 @@ def test_circles_end():
     circle = types.SimpleNamespace(fun=even)
     circle.circle = circle
     assert Identity(circle) == Identity(circle)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slots:
+    mix: bool
+
+
+def norm(x, center=False, mix=False):
+    return x - x.mean(0) if mix else x
+
+
+def settings_of(mix):
+    """Things that hold a setting, each in another way."""
+
+    def keyword_default(x, *, mix=mix):
+        return norm(x, mix=mix)
+
+    name = {True: "mix", False: "center"}[mix]
+    return {
+        "keyword default": keyword_default,
+        "name of a keyword": functools.partial(norm, **{name: 1}),
+        "slots": close_over(Slots(mix)),
+        "an attribute called name": close_over(types.SimpleNamespace(name=name)),
+        "name of an attribute": close_over(types.SimpleNamespace(**{name: 1})),
+    }
+
+
+@pytest.mark.parametrize("how", list(settings_of(True)))
+def test_settings_count_wherever_they_are(how):
+    assert Identity(settings_of(True)[how]) != Identity(settings_of(False)[how])
+
+
+def test_an_attribute_of_a_class_that_changes_counts():
+    class Layer:
+        mix = False
+
+    layer = Layer()
+    before = Identity(layer)
+    assert before == Identity(layer)
+    Layer.mix = True
+    assert before != Identity(layer)

@@ -16,6 +16,7 @@ from helpers import assert_trees_close, normal
 from tdjax._steps.lowering import Lowering
 from tdjax._tuning import on_miss
 from tdjax._tuning.candidates import Candidate
+from tdjax._tuning.table import in_effect, key_of
 from tuning.tuned_dense import QUICK, X
 
 PARAMS = tdjax.init_dense(jax.random.key(0), 4, 5)
@@ -189,6 +190,81 @@ def test_a_miss_is_tuned_while_tracing_and_kept(tmp_path):
     with tdjax.tuning(path, gradient=False, **SHORT):
         jax.grad(lambda p: auto()(p, X[:, :3]).sum())(PARAMS)
     assert len(tdjax.Tuning.from_json(path.read_text()).places) == 2
+
+
+def test_the_same_file_is_the_same_program_to_jit(tmp_path):
+    path = tmp_path / "t.json"
+    run = jax.jit(auto())
+    for _ in range(3):
+        with tdjax.tuning(path, **SHORT):
+            run(PARAMS, X)
+    assert run._cache_size() == 1
+    with tdjax.tuning(tmp_path / "other.json", **SHORT):
+        run(PARAMS, X)
+    assert run._cache_size() == 2
+
+
+def closes_over_a_tracer():
+    step = lambda w, x: tdjax.time_distributed(lambda x: x @ w, method="auto")(x)
+    return jax.jit(step)(PARAMS["kernel"], X)
+
+
+def names_an_outer_axis():
+    centered = lambda x: x - jax.lax.pmean(x, "outer")
+    step = tdjax.time_distributed(centered, method="auto")
+    return jax.vmap(step, axis_name="outer")(jnp.stack([X, 2 * X]))
+
+
+def has_no_steps():
+    return auto()(PARAMS, X[:, :0])
+
+
+def without_jit():
+    with jax.disable_jit():
+        return auto()(PARAMS, X)
+
+
+def of_any_batch():
+    batch, time = jax.export.symbolic_shape("b, t")
+    x = jax.ShapeDtypeStruct((batch, time, X.shape[-1]), X.dtype)
+    return jax.export.export(jax.jit(auto()))(PARAMS, x).call(PARAMS, X)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        closes_over_a_tracer,
+        names_an_outer_axis,
+        has_no_steps,
+        without_jit,
+        of_any_batch,
+    ],
+)
+def test_what_cannot_be_tuned_by_itself_runs_as_without_a_table(tmp_path, call):
+    want = call()
+    with tdjax.tuning(tmp_path / "t.json", **SHORT):
+        with pytest.warns(UserWarning, match="can't be tuned by itself"):
+            got = call()
+        # It is said once.
+        with warnings.catch_warnings():
+            call()
+    assert_trees_close(got, want)
+
+
+def test_a_fold_inside_is_not_taken_for_the_one_that_is_shown(monkeypatch):
+    inner = tdjax.time_distributed(jnp.sin, method="fold")
+
+    def mixes(x):
+        y = inner(x)
+        return y - y.mean(0), jnp.ones(())
+
+    x = normal(0, 4, 6, 5, 3)
+    outer = tdjax.time_distributed(mixes, method="auto", out_axes=(1, None))
+    table = {key_of(outer.place((x,), {})): FOLD}
+    with in_effect(table), pytest.warns(UserWarning, match="rest of the batch"):
+        got, _ = outer(x)
+    want, _ = tdjax.time_distributed(mixes, out_axes=(1, None))(x)
+    assert_trees_close(got, want)
 
 
 def test_layers_inside_of_scan_and_grad_are_tuned_too(tmp_path, key):

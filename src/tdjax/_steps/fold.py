@@ -38,8 +38,8 @@ _watcher: contextvars.ContextVar[Callable[..., None] | None] = contextvars.Conte
 
 
 @contextlib.contextmanager
-def watch_fold(watch: Callable[..., None]):
-    """Shows the first function that is folded in here to `watch`."""
+def watch_fold(watch: Callable[..., None] | None):
+    """Shows the first function that is folded in here to `watch`; None for nobody."""
     token = _watcher.set(watch)
     try:
         yield
@@ -153,10 +153,14 @@ def shapes_of(fun, mapped) -> Any:
 
     None if that can't be done: `fun` reads parameters or state from outside of it.
     """
-    # Known by its name: Haiku is not imported here.
-    haiku: Any = sys.modules.get("haiku")
-    if not _in_haiku_transform(haiku):
+    with watch_fold(None):  # A fold inside of `fun` is not the one that is watched.
+        return _shapes_of(fun, mapped)
+
+
+def _shapes_of(fun, mapped) -> Any:
+    if not in_haiku_transform():
         return jax.eval_shape(fun, mapped)
+    haiku: Any = sys.modules["haiku"]
     net = haiku.transform_with_state(fun)
 
     def run(key, mapped):
@@ -168,7 +172,10 @@ def shapes_of(fun, mapped) -> Any:
         return None  # Haiku's own errors come from the call itself.
 
 
-def _in_haiku_transform(haiku: Any) -> bool:
+def in_haiku_transform() -> bool:
+    """Whether a call makes parameters and keys, as Haiku's modules do."""
+    # Known by its name: Haiku is not imported here.
+    haiku: Any = sys.modules.get("haiku")
     if not hasattr(haiku, "running_init"):
         return False
     try:

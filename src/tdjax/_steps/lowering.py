@@ -26,7 +26,12 @@ from tdjax._steps.axes import (
     time_size,
 )
 from tdjax._steps.cpu_convolution import with_transposed_convolutions
-from tdjax._steps.fold import check_shapes, fold_block, shapes_of
+from tdjax._steps.fold import (
+    check_shapes,
+    fold_block,
+    in_haiku_transform,
+    shapes_of,
+)
 from tdjax._steps.loops import compiled_loop, maybe_remat, straight_line
 from tdjax._steps.rules import block_size, platform_of
 
@@ -117,7 +122,7 @@ def _by_rules(call, inputs: Inputs, out_axes, lowering: Lowering) -> Any:
     axes = jax.tree.leaves(out_axes, is_leaf=lambda node: node is None)
     timesteps = time_size(inputs)
     is_whole = lowering.axis_name is not None or None in axes
-    if is_whole or not isinstance(timesteps, int):
+    if is_whole or in_haiku_transform() or not isinstance(timesteps, int):
         return whole(inputs.mapped)
     program, shapes = jax.make_jaxpr(whole, return_shape=True)(inputs.mapped)
     results = lambda leaves: jax.tree.unflatten(jax.tree.structure(shapes), leaves)

@@ -50,6 +50,8 @@ def _count(jaxpr: Any) -> tuple[int, float]:
 
 def _multiplications(eqn: Any) -> float:
     kernel, y = eqn.invars[1].aval, eqn.outvars[0].aval
+    if not all(isinstance(size, int) for size in (*kernel.shape, *y.shape)):
+        return 0.0  # Of a symbolic batch, nothing was measured.
     if kernel.ndim < 4 or eqn.params["feature_group_count"] > 1:
         return 0.0
     outputs = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]

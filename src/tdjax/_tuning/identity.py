@@ -14,6 +14,8 @@ from typing import Any
 
 # What these hold does not change while a program runs.
 _FIXED = {"flax", "jax", "jaxlib", "numpy", "optax", *sys.stdlib_module_names}
+# What instances of these hold is numbers, which a proof does not depend on.
+_OF_ARRAYS = {"jax", "jaxlib", "numpy"}
 _MOST = 10_000
 
 
@@ -56,7 +58,7 @@ class Identity:
         if isinstance(thing, list | tuple | set | frozenset):
             return [*thing]
         if isinstance(thing, functools.partial):
-            return [thing.func, *thing.args, *thing.keywords.values()]
+            return [thing.func, thing.args, thing.keywords]
         if isinstance(thing, types.MethodType):
             return [thing.__func__, thing.__self__]
         if not isinstance(thing, types.FunctionType | type):
@@ -69,23 +71,37 @@ class Identity:
         return _of_class(thing) if isinstance(thing, type) else _of_function(thing)
 
 
-# Attributes by which frameworks know where a module is, and not what it does.
+# Attributes by which Flax knows where a module is, and not what it does.
 _PLACE = {"parent", "scope", "name", "_state", "_id", "_pytree__state"}
 
 
 def _of_instance(thing: Any) -> Iterator[Any]:
     if (inner := getattr(thing, "__wrapped__", None)) is not None:
         yield inner  # The function under `jax.jit`, say.
+    kinds = type(thing).__mro__
     yield type(thing)
-    attributes = getattr(thing, "__dict__", {})
-    yield from (x for name, x in attributes.items() if name not in _PLACE)
+    if type(thing).__module__.partition(".")[0] in _OF_ARRAYS:
+        return
+    names = [*getattr(thing, "__dict__", {})]
+    for kind in kinds:
+        slots = vars(kind).get("__slots__", ())
+        names += [slots] if isinstance(slots, str) else [*slots]
+    is_of_flax = any(kind.__module__.startswith("flax.") for kind in kinds)
+    left_out = _PLACE if is_of_flax else set()
+    for name in names:
+        if name not in left_out and not name.startswith("__") and hasattr(thing, name):
+            yield from (name, getattr(thing, name))
 
 
 def _of_class(kind: type) -> Iterator[Any]:
     yield from kind.__mro__[1:]
-    for value in vars(kind).values():
+    for name, value in vars(kind).items():
         inner = getattr(value, "__wrapped__", None) or getattr(value, "fget", None)
+        inner = inner or getattr(value, "__func__", None)
         yield from (x for x in (value, inner) if isinstance(x, types.FunctionType))
+        is_set = not (name.startswith("__") or hasattr(value, "__get__"))
+        if is_set and name != "_abc_impl":
+            yield from (name, value)
 
 
 def _of_function(fun: types.FunctionType) -> Iterator[Any]:
@@ -94,7 +110,7 @@ def _of_function(fun: types.FunctionType) -> Iterator[Any]:
             yield cell.cell_contents
         except ValueError:  # Not filled yet.
             continue
-    yield from fun.__defaults__ or ()
+    yield from (fun.__defaults__, fun.__kwdefaults__)
     names = {*_names(fun.__code__)}
     for name in names & fun.__globals__.keys():
         value = fun.__globals__[name]

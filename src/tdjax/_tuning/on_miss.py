@@ -72,34 +72,56 @@ def tuning(
 
 
 class _OnMiss(Table):
-    """A table that grows. It is the same to JAX's caches as long as it lives."""
+    """A table that grows. To JAX's caches, that of the same file is the same."""
 
     def __init__(self, file: Path, known: Tuning, settings: Settings, gradient: bool):
         outer = places.in_effect.value
         super().__init__(known.options_by_key(), outer=outer)
         self._file, self._known = file, known
         self._settings, self._gradient = settings, gradient
+        self._failed = set[str]()
+        limits = settings.budget, settings.memory_limit, gradient
+        self._same = file.absolute(), *limits, outer
 
     def run_unknown(self, key: str, place: Place, run: Callable[[Lowering], T]) -> T:
         if place.lowering.method != "auto":
             return super().run_unknown(key, place, run)
-        # What is computed here is no part of the program that is being traced.
-        with jax.ensure_compile_time_eval(), places.in_effect(self.outer):
-            settings = self._settings
-            whole = with_arrays(place)
-            if self._gradient:
-                settings = dataclasses.replace(settings, argnums=gradient_of_all(whole))
-            result = tune(whole, lambda lowering: None, settings)
+        if key in self._failed:
+            return super().run_unknown(key, place, run)
+        try:
+            result = self._tune(place)
+        except Exception as error:
+            # The call may still work: it is not run on other arrays, outside of all.
+            self._failed.add(key)
+            line = (str(error).splitlines() or [""])[0]
+            warnings.warn(
+                f"{place.name} can't be tuned by itself, and is called as without a "
+                f"table: {type(error).__name__}: {line}",
+                UserWarning,
+                stacklevel=2,
+            )
+            return super().run_unknown(key, place, run)
         self.of_auto[key] = result.options
         self._known = self._known | result
         if is_first():
             _add(self._file, self._known)
         return run_with(result.options, place, run)
 
-    def __eq__(self, other: object) -> bool:
-        return self is other
+    def _tune(self, place: Place) -> Tuning:
+        # What is computed here is no part of the program that is being traced.
+        with jax.ensure_compile_time_eval(), places.in_effect(self.outer):
+            settings = self._settings
+            whole = with_arrays(place)
+            if self._gradient:
+                settings = dataclasses.replace(settings, argnums=gradient_of_all(whole))
+            return tune(whole, lambda lowering: None, settings)
 
-    __hash__ = object.__hash__
+    # The same file is the same program, entered again: it only grows.
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _OnMiss) and self._same == other._same
+
+    def __hash__(self) -> int:
+        return hash(self._same)
 
 
 def _path(path: str | os.PathLike[str]) -> Path:

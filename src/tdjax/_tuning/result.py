@@ -28,8 +28,8 @@ class Tuning(Generic[T]):
         was loaded by `from_json` or merged.
       candidates: every lowering that was considered, with its `options`, `verdict`,
         `run_seconds`, `spread`, `ratio`, `ratio_spread`, `best_ratio`, `rounds`,
-        `compile_seconds`, `temporary_bytes` and `deviation`. Of a whole model: as it was
-        given, and tuned.
+        `compile_seconds`, `temporary_bytes` and `deviation`. Of a whole model: as it
+        was given, and tuned.
       about: what was measured and where: device, versions, shapes, arguments.
       from_cache: whether the measurements were read from the cache, not made.
       finished: whether all candidates were tried and timed. If not, time ran out or the
