@@ -47,7 +47,7 @@ from tdjax._tuning.autotune import tune
 from tdjax._tuning.model import Model, has_places, tune_model
 from tdjax._tuning.result import Tuning
 from tdjax._tuning.settings import Settings
-from tdjax._tuning.tuned import in_tuning
+from tdjax._tuning.tuned import in_tuning, untuned
 
 __all__ = [
     "CrossEntropyHead",
@@ -367,6 +367,7 @@ def autotune(
       (2, 4, 5)
     """
     require_layer("module", module, nn.Module, "tdjax.linen")
+    module = untuned(module)
     limits = budget, memory_limit, tolerance
     settings = Settings(argnums, *limits, candidates, cache, compiler_options)
     over_time = (

@@ -49,7 +49,7 @@ from tdjax._tuning.autotune import tune
 from tdjax._tuning.model import Model, has_places, tune_model
 from tdjax._tuning.result import Tuning
 from tdjax._tuning.settings import Settings
-from tdjax._tuning.tuned import in_tuning
+from tdjax._tuning.tuned import in_tuning, untuned
 
 __all__ = [
     "CrossEntropyHead",
@@ -359,7 +359,7 @@ def autotune(
     over_time = (
         module if isinstance(module, TimeDistributed) else TimeDistributed(module)
     )
-    graphdef, state = nnx.split(module)
+    graphdef, state = nnx.split(untuned(module))
 
     def call(state, *args):
         # Rebuilt from leaves, the variables belong to the trace that writes them.
@@ -367,7 +367,7 @@ def autotune(
         return model(*args, **kwargs), nnx.state(model, nnx.Not(nnx.Param))
 
     if over_time is not module and has_places(call, state, *args):
-        tuned = functools.partial(in_tuning, module, nnx.Module)
+        tuned = functools.partial(in_tuning, untuned(module), nnx.Module)
         name = type(module).__name__
         return tune_model(Model(name, call, (state, *args), tuned), settings)
     make = functools.partial(_with_lowering, over_time, over_time.layer)
@@ -395,6 +395,6 @@ def _with_lowering(module: TimeDistributed, layer, lowering) -> TimeDistributed:
     """`module` around `layer`, with another lowering."""
     kept = {
         name: getattr(module, name)
-        for name in ("in_axes", "out_axes", "share_rng", "variable_carry")
+        for name in ("in_axes", "out_axes", "share_rng", "variable_carry", "sharding")
     }
     return TimeDistributed(layer, **kept, **vars(lowering))

@@ -105,6 +105,16 @@ def test_product_before_the_loop_is_the_one_in_it(kind, key, monkeypatch):
     assert_trees_close(*results, 1e-5, 1e-5)
 
 
+@each_layer
+def test_what_flax_captures_is_no_value_of_a_step(kind):
+    module, variables = convert(LAYERS[kind](UNITS))
+    capture = {"capture_intermediates": lambda module, name: True}
+    y, captured = module.apply(variables, X, mutable=["intermediates"], **capture)
+    (call,) = captured["intermediates"]["__call__"]
+    assert_trees_equal(call, y)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(captured))
+
+
 @pytest.mark.parametrize("platform", ["cuda", "tpu", "cpu"])
 def test_one_product_for_all_steps_is_only_for_accelerators(platform):
     module, variables = convert(keras.layers.GRU(UNITS))

@@ -139,6 +139,10 @@ def test_the_tuned_model_is_another_program_with_the_same_results(key):
     assert program(again) == program(result.tuned)
     by_name = result.tuned.apply(variables, X, method="end")
     assert_trees_close(by_name, 2 * X)
+    # Tuned once more, it is the plain model that is tuned.
+    once_more = tdjax.linen.autotune(result.tuned, variables, X, **QUICK)
+    assert list(once_more.places) == list(result.places)
+    assert program(once_more.tuned) == program(result.tuned)
 
 
 class NnxModel(nnx.Module):
@@ -162,6 +166,9 @@ def test_an_nnx_model_comes_back_tuned_with_the_same_variables():
     assert tuned.head is model.head
     assert_trees_close(tuned(X), model(X))
     assert_trees_close(nnx.jit(tuned)(X), model(X))
+    once_more = tdjax.nnx.autotune(tuned, X, **QUICK)
+    assert list(once_more.places) == list(result.places)
+    assert_trees_close(once_more.tuned(X), model(X))
     loss = lambda model: jnp.sum(jnp.sin(model(X)))
     assert_trees_close(
         nnx.to_pure_dict(nnx.grad(loss)(tuned)), nnx.to_pure_dict(nnx.grad(loss)(model))

@@ -118,10 +118,30 @@ def test_results_are_merged_saved_and_loaded(found):
     loaded = tdjax.Tuning.from_json(both.to_json())
     assert loaded.options_by_key() == both.options_by_key()
     assert "3 places" in repr(loaded)
+    twice = both | loaded
+    assert twice.options_by_key() == both.options_by_key()
+    moved = tdjax.autotune(auto(), PARAMS, X[:, :3], **QUICK)
+    assert len((both | (moved | found)).options_by_key()) == 4
     with pytest.raises(ValueError, match="best must be asked of a place"):
         _ = loaded.best
     with pytest.raises(TypeError):
         _ = found | 1
+
+
+def test_half_of_a_spread_is_no_result(found):
+    text = json.loads(found.to_json())
+    text["candidates"][0]["ratio_spread"] = [None, 1.0]
+    with pytest.raises(ValueError, match="half of a spread"):
+        tdjax.Tuning.from_json(json.dumps(text))
+
+
+def test_a_tuned_nnx_layer_keeps_its_sharding():
+    sharding = jax.sharding.PartitionSpec("data", None)
+    layer = nnx.Linear(4, 5, rngs=nnx.Rngs(0))
+    with jax.set_mesh(jax.make_mesh((1,), ("data",))):
+        given = tdjax.nnx.TimeDistributed(layer, sharding=sharding)
+        result = tdjax.nnx.autotune(given, X, **QUICK)
+    assert result.tuned.sharding == sharding
 
 
 def test_fold_in_a_table_is_shown_to_be_right_again(found):

@@ -125,8 +125,10 @@ _NUMBERS = ("compile_seconds", "run_seconds", "ratio", "best_ratio", "deviation"
 def _pair(values: Any) -> tuple[float, float] | None:
     if values is None:
         return None
-    low, high = values
-    return _number(float, low), _number(float, high)
+    low, high = (_number(float, value) for value in values)
+    if low is None or high is None:
+        raise ValueError("a candidate has half of a spread")
+    return low, high
 
 
 def check_compiler_options(options: Any) -> dict[str, Any]:

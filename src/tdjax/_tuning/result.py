@@ -1,7 +1,9 @@
 """What `autotune` returns."""
 
 import dataclasses
+import itertools
 import json
+import re
 from typing import Any, Generic, TypeVar, cast
 
 from tdjax._tuning.candidates import Candidate, choose
@@ -105,8 +107,12 @@ class Tuning(Generic[T]):
         by_key = {place.key: place for place in (*self._places(), *other._places())}
         places: dict[str, Tuning[Any]] = {}
         for place in by_key.values():
-            same = sum(name.split(" (")[0] == place.name for name in places)
-            places[f"{place.name} ({same + 1})" if same else place.name] = place
+            name = base = re.sub(r" \(\d+\)$", "", place.name)
+            for number in itertools.count(2):
+                if name not in places:
+                    break
+                name = f"{base} ({number})"
+            places[name] = place
         finished = all(place.finished for place in places.values())
         return Tuning(None, [], {}, finished=finished, places=places)
 

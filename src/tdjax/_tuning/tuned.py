@@ -30,7 +30,18 @@ def in_tuning(module: Any, base: type, changes: dict[str, Options]) -> Any:
     methods["__reduce__"] = _reduce(kind, base, changes)
     subclass = type(kind.__name__, (kind,), {**methods, "__doc__": kind.__doc__})
     subclass.__module__, subclass.__qualname__ = kind.__module__, kind.__qualname__
+    setattr(subclass, _PLAIN, kind)
     return _as(module, subclass)
+
+
+# Where the class of a tuned module has that of the plain one.
+_PLAIN = "_tdjax_plain"
+
+
+def untuned(module: Any) -> Any:
+    """The module that was tuned; one that was not, as it is."""
+    kind = getattr(type(module), _PLAIN, None)
+    return module if kind is None else _as(module, kind)
 
 
 def _with_context(method: Any, changes: dict[str, Options]) -> Any:

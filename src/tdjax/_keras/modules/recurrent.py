@@ -288,12 +288,14 @@ class GRU(Recurrent):
         update, candidate = gates(h, x, recurrent)
         return [update * h + (1 - update) * self.activation(candidate)]
 
+    @nn.nowrap
     def _reset_after(self, h, x, recurrent):
         x_z, x_r, x_h = x
         h_z, h_r, h_h = self.split_gates(recurrent(h))
         reset = self.recurrent_activation(x_r + h_r)
         return self.recurrent_activation(x_z + h_z), x_h + reset * h_h
 
+    @nn.nowrap
     def _reset_before(self, h, x, recurrent):
         x_z, x_r, x_h = x
         kernel, _, noise = recurrent
