@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 
-from helpers import assert_trees_close, normal, x64
+from helpers import assert_trees_close, assert_trees_equal, normal, x64
 from parity.keras_parity import score
 from parity.recurrent_layers import (
     FEATURES,
