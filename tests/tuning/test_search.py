@@ -64,15 +64,30 @@ def tune(sizes, **options):
     return {each.lowering.chunk_size: each for each in result.candidates}, result
 
 
-def test_what_is_far_behind_is_measured_once(clock):
+def test_what_is_far_behind_is_measured_once_and_twice_more_if_it_is_short(clock):
     seconds, measured = clock
     seconds.update({None: lambda i: 0.1, 2: lambda i: 0.5, 1: lambda i: 0.09})
     by_size, result = tune([2, 1])
     assert by_size[2].verdict == "behind"
-    assert measured[2] == 1
+    assert measured[2] == 1 + 2
     assert by_size[2].ratio == pytest.approx(5)
     assert result.options["chunk_size"] == 1
     assert result.finished
+    measured.clear()
+    seconds.update({None: lambda i: 1.0, 2: lambda i: 5.0, 1: lambda i: 0.9})
+    tune([2, 1], budget=6000)
+    assert measured[2] == 1
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_a_first_run_that_was_disturbed_decides_nothing(clock, size):
+    seconds, _ = clock
+    seconds.update({None: lambda i: 4e-5, 2: lambda i: 5e-5})
+    usual = seconds[size]
+    seconds[size] = lambda i: 0.1 if i == 1 else usual(i)
+    by_size, result = tune([2])
+    assert result.best.is_default
+    assert by_size[2].ratio == pytest.approx(1.25, rel=0.01)
 
 
 def test_what_is_behind_alone_has_a_second_chance_and_is_not_in_the_rounds(clock):

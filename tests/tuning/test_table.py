@@ -159,6 +159,44 @@ def test_fold_in_a_table_is_shown_to_be_right_again(found):
     assert_trees_close(y, tdjax.time_distributed(dense, in_axes=(None, 1))(PARAMS, X))
 
 
+class Noisy(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=False, momentum=0.5)(x)
+        self.sow("seen", "x", x)
+        return nn.Dropout(0.5, deterministic=False)(x)
+
+
+def test_what_is_not_shown_leaves_nothing_behind(key):
+    models = [tdjax.linen.TimeDistributed(Noisy(), method=m) for m in ("auto", "vmap")]
+    variables = models[0].init({"params": key, "dropout": key}, X)
+    del variables["seen"]
+    mutable = ["batch_stats", "seen"]
+    run = lambda model: model.apply(
+        variables, X, rngs={"dropout": key}, mutable=mutable
+    )
+    place = models[0]._place_of("__call__", (X,), {}, Lowering("auto"), None)
+    refused = pytest.warns(UserWarning, match="rest of the batch")
+    with in_effect({key_of(place): FOLD}), refused:
+        got = run(models[0])
+    want = run(models[1])
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    assert_trees_close(got, want)
+
+
+def test_a_model_that_is_better_as_it_was_has_no_table():
+    chosen = Candidate(Lowering("fold"), verdict="measured", run_seconds=1.0, ratio=1.0)
+    found = tdjax.Tuning(None, [chosen], {}, name="dense", key="a key")
+    model = Candidate(Lowering(), is_default=True, verdict="measured", ratio=1.0)
+    tuned = Candidate(Lowering(), verdict="other numbers than the reference")
+    places = {"dense": found}
+    refused = tdjax.Tuning(None, [model, tuned], {}, places=places)
+    assert refused.options_by_key() == {}
+    assert (refused | refused).options_by_key() == {}
+    tuned.verdict, tuned.ratio = "measured", 0.5
+    assert refused.options_by_key() == found.options_by_key()
+
+
 def test_layers_take_their_options_from_a_table(key, monkeypatch):
     taken_by(monkeypatch, FOLD)
     linen = tdjax.linen.TimeDistributed(nn.Dense(3), method="auto")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from tdjax._checks import describe, is_array, require_sizes
+from tdjax._checks import describe, is_array, is_concrete, require_sizes
 from tdjax._jaxprs import bind, evaluate, open_program
 from tdjax._steps.axes import (
     Axis,
@@ -33,7 +33,7 @@ from tdjax._steps.fold import (
     shapes_of,
 )
 from tdjax._steps.loops import compiled_loop, maybe_remat, straight_line
-from tdjax._steps.rules import block_size, platform_of
+from tdjax._steps.rules import block_size
 
 METHODS = ("vmap", "fold")
 AUTO = "auto"  # Another of the methods and options, chosen at the call (`places`).
@@ -122,6 +122,8 @@ def _by_rules(call, inputs: Inputs, out_axes, lowering: Lowering) -> Any:
     axes = jax.tree.leaves(out_axes, is_leaf=lambda node: node is None)
     timesteps = time_size(inputs)
     is_whole = lowering.axis_name is not None or None in axes
+    # Outside of jit nothing is fused, and blocks are only more calls.
+    is_whole = is_whole or all(map(is_concrete, inputs.mapped))
     if is_whole or in_haiku_transform() or not isinstance(timesteps, int):
         return whole(inputs.mapped)
     program, shapes = jax.make_jaxpr(whole, return_shape=True)(inputs.mapped)
@@ -136,11 +138,8 @@ def _by_rules(call, inputs: Inputs, out_axes, lowering: Lowering) -> Any:
         some = inputs.with_mapped(mapped)
         return jax.tree.leaves(straight_line(block, some, out_axes, chunk, False))
 
-    platform = platform_of(inputs.mapped)
-    if platform is None:
-        by_platform = {"cpu": in_blocks, "default": at_once}
-        return results(jax.lax.platform_dependent(*inputs.mapped, **by_platform))
-    return results((in_blocks if platform == "cpu" else at_once)(*inputs.mapped))
+    by_platform = {"cpu": in_blocks, "default": at_once}
+    return results(jax.lax.platform_dependent(*inputs.mapped, **by_platform))
 
 
 def call_and_check(call, check: Callable, out_axes, mapped):

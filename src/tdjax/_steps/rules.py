@@ -9,9 +9,6 @@ operations would compile for long. Everything else is `"vmap"`.
 import math
 from typing import Any
 
-import jax
-
-from tdjax._checks import is_concrete
 from tdjax._jaxprs import CALLS_AND_CUSTOM_DERIVATIVES, open_program
 
 _BLOCKS = 8
@@ -56,10 +53,3 @@ def _multiplications(eqn: Any) -> float:
         return 0.0
     outputs = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
     return float(y.size) * kernel.size / outputs
-
-
-def platform_of(arrays: list[Any]) -> str | None:
-    """Where arrays are; None while a program is traced, for whatever platform."""
-    if not all(isinstance(x, jax.Array) and is_concrete(x) for x in arrays):
-        return None
-    return next(iter(arrays[0].devices())).platform

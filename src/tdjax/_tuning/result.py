@@ -91,8 +91,7 @@ class Tuning(Generic[T]):
 
     def options_by_key(self) -> dict[str, Options]:
         """The options of all places, by what a context looks up."""
-        own = {self.key: self.options} if self.key else {}
-        return own | {place.key: place.options for place in self.places.values()}
+        return {place.key: place.options for place in self._places()}
 
     def __enter__(self) -> "Tuning[T]":
         enter(self.options_by_key())
@@ -117,7 +116,11 @@ class Tuning(Generic[T]):
         return Tuning(None, [], {}, finished=finished, places=places)
 
     def _places(self) -> "list[Tuning[Any]]":
-        return [*([self] if self.key else []), *self.places.values()]
+        """Itself, or its places; none of a model that is better as it was given."""
+        if self.key:
+            return [self]
+        is_refused = bool(self.candidates) and self.best.is_default
+        return [] if is_refused else [*self.places.values()]
 
     def show(self) -> None:
         """Prints a table of all candidates; of a whole model, one for each place."""

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from tdjax._checks import is_array
 from tdjax._steps import places
 from tdjax._steps.fold import watch_fold
 from tdjax._steps.lowering import AUTO, Lowering
@@ -102,8 +103,8 @@ def _is_auto(place: Place) -> bool:
     return place.lowering.method == AUTO
 
 
-# The code for which `"fold"` was shown to be right, by the key of the place.
-_shown: dict[str, Identity] = {}
+# Of the code of each place, by its key, what in it may mix examples, or None.
+_shown: dict[str, tuple[Identity, str | None]] = {}
 
 
 def run_with(options: Options, place: Place, run: Callable[[Lowering], T]) -> T:
@@ -119,17 +120,12 @@ def run_with(options: Options, place: Place, run: Callable[[Lowering], T]) -> T:
     if lowering.chunk_size == 1:  # The same program under every method.
         return run(lowering)
     key, identity = key_of(place), Identity(place.called)
-    if _shown.get(key) == identity:
-        return run(lowering)
-    reasons: list[str | None] = []
-    with watch_fold(lambda *fold: reasons.append(find_mixing(*fold))):
-        y = run(lowering)
-    if not reasons:  # Nothing was folded.
-        return y
-    (reason,) = reasons
+    known, reason = _shown.get(key, (None, None))
+    if known != identity:
+        reason = _why_not_folded(place, lowering)
+        _shown[key] = identity, reason
     if reason is None:
-        _shown[key] = identity
-        return y
+        return run(lowering)
     warnings.warn(
         f"{place.name} has method='fold' in the tuning in effect, and may depend on "
         f"the rest of the batch: {reason}. It is called as without a tuning. Tune it "
@@ -138,6 +134,34 @@ def run_with(options: Options, place: Place, run: Callable[[Lowering], T]) -> T:
         stacklevel=2,
     )
     return run(plain)
+
+
+def _why_not_folded(place: Place, lowering: Lowering) -> str | None:
+    """What in a place may mix examples, if it is folded; None if nothing does.
+
+    The place is traced by itself, so that the call leaves nothing behind.
+    """
+    reasons: list[str | None] = []
+    try:
+        of, variables = place.program()
+        everything = (variables, place.args, place.kwargs)
+        leaves, treedef = jax.tree.flatten(everything)
+        is_traced = [is_array(leaf) for leaf in leaves]
+
+        def call(arrays):
+            fill = iter(arrays)
+            filled = [next(fill) if t else x for t, x in zip(is_traced, leaves)]
+            variables, args, kwargs = treedef.unflatten(filled)
+            return of(lowering)(*variables, *args, **kwargs)
+
+        arrays = [x for x, is_one in zip(leaves, is_traced) if is_one]
+        watch = lambda *fold: reasons.append(find_mixing(*fold))
+        with places.in_effect(None), watch_fold(watch):
+            jax.eval_shape(call, arrays)
+    except Exception as error:
+        line = (str(error).splitlines() or [""])[0]
+        return f"it can't be traced by itself ({type(error).__name__}: {line})"
+    return reasons[0] if reasons else None  # Or nothing was folded.
 
 
 @contextlib.contextmanager
