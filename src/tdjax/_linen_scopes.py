@@ -202,6 +202,29 @@ def module_text(module: nn.Module) -> str:
     return f"{type_text(type(module))}({', '.join(texts)})"
 
 
+def variables_by_itself(layer: nn.Module) -> dict[str, Any]:
+    """The variables that a bound layer has when it is unbound.
+
+    Layers in its fields may have been made outside, as those of an `nn.Sequential` in a
+    compact method are. Their variables are the parent's; unbound, they are its own,
+    under the name of the field.
+    """
+    variables = {kind: dict(tree) for kind, tree in layer.variables.items()}
+    own: Any = layer.scope
+    for field in dataclasses.fields(layer):
+        value = getattr(layer, field.name, None)
+        if field.name in _OF_SCOPES:
+            continue
+        for path, inner in jax.tree_util.tree_flatten_with_path(value)[0]:
+            scope = inner.scope if isinstance(inner, nn.Module) else None
+            if scope is None or scope.path[: len(own.path)] == own.path:
+                continue
+            keys = [str(getattr(key, "idx", getattr(key, "key", key))) for key in path]
+            for kind, tree in inner.variables.items():
+                variables.setdefault(kind, {})["_".join([field.name, *keys])] = tree
+    return variables
+
+
 _OF_SCOPES = ("parent", "name")
 _KINDS = {nn.Module: module_text}
 

@@ -39,6 +39,7 @@ from tdjax._linen_scopes import (
     module_text,
     rename,
     thaw,
+    variables_by_itself,
 )
 from tdjax._steps.mesh import check_sharding
 from tdjax._steps.places import Place, Program, resolver_for
@@ -191,7 +192,7 @@ class TimeDistributed(nn.Module):
         scope: Any = owner.scope or self.scope
 
         def program() -> Program:
-            (layer, _), variables = self.layer.unbind(), owner.variables
+            (layer, _), variables = self.layer.unbind(), variables_by_itself(owner)
             by_itself = self.clone(layer=layer, parent=None, name=None)
             rngs = {name: jax.random.key(0) for name in scope.rngs}
             options = {"rngs": rngs, "mutable": scope.mutable, "method": method}

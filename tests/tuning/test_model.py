@@ -145,6 +145,28 @@ def test_the_tuned_model_is_another_program_with_the_same_results(key):
     assert program(once_more.tuned) == program(result.tuned)
 
 
+class InlineLayers(nn.Module):
+    """Layers that are made here, and called inside of others."""
+
+    @nn.compact
+    def __call__(self, x):
+        layers = [nn.Dense(4), nn.relu, nn.Dense(3)]
+        over_time = tdjax.linen.TimeDistributed(nn.Sequential(layers), name="layers")
+        return over_time(x)
+
+
+def test_layers_that_are_made_outside_of_their_place_are_tuned(key):
+    model = InlineLayers()
+    variables = model.init(key, X)
+    result = tdjax.linen.autotune(model, variables, X, argnums=0, **QUICK)
+    assert result.failures == {}
+    (place,) = result.places.values()
+    # The gradient is by their parameters.
+    assert place.about["argnums"] == [0]
+    run = lambda model: jax.grad(lambda v: jnp.sum(jnp.sin(model.apply(v, X))))
+    assert_trees_close(run(result.tuned)(variables), run(model)(variables))
+
+
 class NnxModel(nnx.Module):
     def __init__(self, rngs):
         layers = [nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 3, rngs=rngs)]

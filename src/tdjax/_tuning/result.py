@@ -119,7 +119,8 @@ class Tuning(Generic[T]):
         """Itself, or its places; none of a model that is better as it was given."""
         if self.key:
             return [self]
-        is_refused = bool(self.candidates) and self.best.is_default
+        was_tried = any(not (c.is_default or c.is_left) for c in self.candidates)
+        is_refused = was_tried and self.best.is_default
         return [] if is_refused else [*self.places.values()]
 
     def show(self) -> None:

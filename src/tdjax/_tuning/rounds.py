@@ -193,7 +193,10 @@ class Race:
         return agreed(timed(contender.program, self.args, calls)[0])
 
     def _drop(self, is_slow) -> None:
-        dropped = [c for c in self.contenders if is_slow(c)]
+        # A short default stays, to be compared with: beside other programs it may seem
+        # much slower than it is (`candidates.choose`).
+        stays = lambda c: c.candidate.is_default and c.alone < _SHORT_RUN
+        dropped = [c for c in self.contenders if is_slow(c) and not stays(c)]
         for contender in dropped:
             contender.candidate.verdict = "behind"
         self.contenders = [c for c in self.contenders if c not in dropped]
