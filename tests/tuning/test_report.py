@@ -39,7 +39,7 @@ def test_the_table_has_the_chosen_first_then_others_by_time_then_the_refused():
             "2 ms", "0.50±0.02", "1.5 kB", "250 ms", "3e-07", "chosen",
         ),
         (
-            "vmap", "4", "True", "yes fast=1",
+            "vmap", "4", "True", "yes, options 1",
             "3 ms", "0.75", "2.0 MB", "2.5 s", "0e+00", "measured",
         ),
         ("vmap", "all", "1", "no", "5 s", "1.00", "", "1 s", "", "default, behind"),
@@ -47,7 +47,11 @@ def test_the_table_has_the_chosen_first_then_others_by_time_then_the_refused():
     ]  # fmt: skip
     assert [row.style for row in table.rows] == ["bold", "", "dim", "dim"]
     assert table.title == "title"
-    assert table.caption.startswith("Not finished: 1 more were not tried")
+    options, rest = table.caption.split("\n")
+    assert options == "options 1: {'fast': 1}"
+    assert rest.startswith("Not finished: 1 more were not tried")
+    nothing_left = report.rich_table([best], best, "title", finished=False)
+    assert nothing_left.caption.startswith("Not finished: more rounds are needed")
     assert report.rich_table([best], best, "title").caption is None
 
 

@@ -339,3 +339,8 @@ def test_if_every_program_may_crash_the_error_says_so(monkeypatch):
     monkeypatch.setattr(search, "may_crash", lambda program: True)
     with pytest.raises(ValueError, match=r"7 axes or more(.|\n)*issue 39257"):
         tdjax.autotune(jnp.sin, X, budget=5)
+
+
+def test_auto_is_no_candidate(user_errors):
+    with pytest.raises(ValueError, match="candidates must be lowerings to measure"):
+        tdjax.autotune(jnp.sin, X, candidates=[{"method": "auto"}])

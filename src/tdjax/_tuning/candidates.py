@@ -260,6 +260,11 @@ def _checked(options: Any) -> Mapping[str, Any]:
             f"candidates must be mappings with the keys {', '.join(OPTIONS)}, got "
             f"{options!r}."
         )
+    if options.get("method") == "auto":
+        raise ValueError(
+            "candidates must be lowerings to measure, got method='auto', which is "
+            "whatever a table says. Write 'vmap' or 'fold'."
+        )
     return options
 
 

@@ -49,24 +49,35 @@ def rich_table(
             verdict = "default" if candidate.measured else f"default, {verdict}"
             verdict = f"{verdict}, chosen" if candidate is best else verdict
         style = "bold" if candidate is best else "" if candidate.measured else "dim"
-        what = _of_model(candidate) if is_model else _of_lowering(candidate)
+        what = _of_model(candidate) if is_model else _of_lowering(candidate, candidates)
         table.add_row(*what, *_measures(candidate), verdict, style=style)
     left = len(candidates) - len(tried)
+    notes = [f"options {i}: {text}" for i, text in enumerate(_options(candidates), 1)]
     if not finished:
-        table.caption = (
-            f"Not finished: {left} more were not tried. A larger budget= gives them "
-            "time; with cache= the next call goes on."
+        missing = f"{left} more were not tried" if left else "more rounds are needed"
+        notes.append(
+            f"Not finished: {missing}. A larger budget= gives them time; with cache= "
+            "the next call goes on."
         )
+    table.caption = "\n".join(notes) or None
     return table
+
+
+def _options(candidates: list[Candidate]) -> list[str]:
+    """The options of the compiler that some candidates have, each once."""
+    texts = [str(c.compiler_options) for c in candidates if c.compiler_options]
+    return [*dict.fromkeys(texts)]
 
 
 def _of_model(candidate: Candidate) -> list[str]:
     return ["as given" if candidate.is_default else "tuned"]
 
 
-def _of_lowering(candidate: Candidate) -> list[str]:
-    lowering = candidate.lowering
-    options = "".join(f" {k}={v}" for k, v in candidate.compiler_options.items())
+def _of_lowering(candidate: Candidate, candidates: list[Candidate]) -> list[str]:
+    lowering, options = candidate.lowering, ""
+    if candidate.compiler_options:
+        number = 1 + _options(candidates).index(str(candidate.compiler_options))
+        options = f", options {number}"
     return [
         lowering.method,
         "all" if lowering.chunk_size is None else str(lowering.chunk_size),
