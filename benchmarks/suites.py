@@ -175,7 +175,7 @@ def tuner(settings: Settings) -> Iterator[Task]:
 
 
 def _tuner_rows(case, of: str, settings: Settings) -> list[Row]:
-    budget = 2.0 if settings.quick else 40.0
+    budget = 0.5 if settings.quick else 40.0
     default, spent, picks, tried = "", {}, {}, {}
     for search in (*ALONE, *BUSY):
         with busy_processes(2 if search in BUSY else 0):
@@ -221,12 +221,12 @@ def busy_processes(count: int) -> Iterator[None]:
 
 def models(settings: Settings) -> Iterator[Task]:
     """Whole models, tuned and not."""
-    budget = 3.0 if settings.quick else 120.0
+    budget = 1.0 if settings.quick else 120.0
     run = lambda case, of, settings: whole_models.rows(
         case, of, settings.effort, budget
     )
-    listing = whole_models.cases(settings.quick)
-    return _tasks(listing, run, settings, whole_models.OF)
+    listing, of = whole_models.cases(settings.quick), whole_models.OF
+    return _tasks(listing, run, settings, of[:1] if settings.quick else of)
 
 
 def packing(settings: Settings) -> Iterator[Task]:
