@@ -8,7 +8,8 @@ import pytest
 
 import tdjax
 from tdjax._tuning import rounds
-from tdjax._tuning.device_time import busy_seconds, mark, platform_of, profiled
+from tdjax._tuning.clock import device_of
+from tdjax._tuning.device_time import busy_seconds, mark, profiled
 
 
 def event(name, start, end):
@@ -102,7 +103,7 @@ def test_while_the_user_profiles_there_is_no_profile(tmp_path):
 
 def test_on_a_cpu_nothing_is_profiled(monkeypatch):
     monkeypatch.setattr(jax.profiler, "start_trace", pytest.fail)
-    assert platform_of({"x": jnp.ones(3), "n": 1}) == "cpu"
+    assert device_of({"x": jnp.ones(3), "n": 1}).platform == "cpu"
     with profiled("cpu") as profile:
         pass
     assert profile == []

@@ -68,6 +68,18 @@ class Inputs(NamedTuple):
         return jax.tree.unflatten(self.treedef, leaves)
 
 
+def partition(tree: Any, chosen: list[bool]) -> tuple[list[Any], Callable]:
+    """Some leaves, and `rebuild(leaves)`: the tree with others in their places."""
+    leaves, treedef = jax.tree.flatten(tree)
+
+    def rebuild(others) -> Any:
+        others = iter(others)
+        pairs = zip(leaves, chosen)
+        return treedef.unflatten([next(others) if c else x for x, c in pairs])
+
+    return [x for x, is_chosen in zip(leaves, chosen) if is_chosen], rebuild
+
+
 def flatten_inputs(args: tuple, in_axes: Any) -> Inputs:
     """Pairs each leaf of `args` with its time axis, and checks that the leaf has it."""
     if not args:

@@ -30,6 +30,7 @@ from tdjax._steps.axes import (
     Inputs,
     batch_size,
     output_position,
+    partition,
     position,
     step_shape,
 )
@@ -136,12 +137,4 @@ def _run_with_compiler(run: Callable, args: Any, split: Split, specs_of) -> Any:
 
 def _typed_arrays(args: Any) -> tuple[list, Callable]:
     """The arrays whose types say how they are split, and `rebuild(arrays) -> args`."""
-    leaves, treedef = jax.tree.flatten(args)
-    is_typed = [isinstance(x, jax.Array) for x in leaves]
-
-    def rebuild(arrays) -> Any:
-        rest = iter(arrays)
-        pairs = zip(leaves, is_typed)
-        return treedef.unflatten([next(rest) if typed else x for x, typed in pairs])
-
-    return [x for x, typed in zip(leaves, is_typed) if typed], rebuild
+    return partition(args, [isinstance(x, jax.Array) for x in jax.tree.leaves(args)])

@@ -134,9 +134,8 @@ def _by_rules(call, inputs: Inputs, out_axes, lowering: Lowering) -> Any:
         return results(at_once(*inputs.mapped))
 
     def in_blocks(*mapped):
-        block = _block(call, inputs, out_axes, lowering)
         some = inputs.with_mapped(mapped)
-        return jax.tree.leaves(straight_line(block, some, out_axes, chunk, False))
+        return jax.tree.leaves(straight_line(whole, some, out_axes, chunk, False))
 
     by_platform = {"cpu": in_blocks, "default": at_once}
     return results(jax.lax.platform_dependent(*inputs.mapped, **by_platform))

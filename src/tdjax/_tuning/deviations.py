@@ -9,7 +9,7 @@ import jax.experimental
 import jax.numpy as jnp
 
 from tdjax._mesh import like_type_of
-from tdjax._tuning.device_time import platform_of
+from tdjax._tuning.clock import device_of
 
 # The largest deviation from the reference, relative to its largest value. Another order
 # of summation causes errors that grow with the square root of the number of terms.
@@ -32,7 +32,7 @@ class Tolerances:
         self._given, self._is_sharp = given, False
         leaves = jax.tree.leaves(reference)
         self._limits = [
-            given or default_tolerance(x.dtype, platform_of(x)) for x in leaves
+            given or default_tolerance(x.dtype, device_of(x).platform) for x in leaves
         ]
 
     def has_shapes_of(self, results: Any) -> bool:

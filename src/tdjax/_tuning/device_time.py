@@ -19,12 +19,6 @@ _PROGRAMS, _QUEUE = "XLA Modules", "Stream"
 Interval = tuple[float, float]
 
 
-def platform_of(args: Any) -> str:
-    """The platform of the first array."""
-    arrays = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
-    return next(iter(arrays[0].devices())).platform if arrays else "cpu"
-
-
 def mark(number: int) -> Any:
     """A context around a measurement."""
     return jax.profiler.TraceAnnotation(f"{_MARK} {number}")

@@ -3,7 +3,7 @@
 A proof holds for a program. To find out the program costs as much as to prove something
 of it again, so it is remembered by what makes the program: the functions and classes
 that a layer leads to, through attributes, closures and the names in their code. A class
-that is defined anew, in a notebook say, is another object.
+that is defined again, in a notebook say, is another object.
 """
 
 import functools
@@ -63,7 +63,7 @@ class Identity:
             return [thing.__func__, thing.__self__]
         if not isinstance(thing, types.FunctionType | type):
             return _of_instance(thing)  # Of a new one, only what it holds counts.
-        # A function made anew by the same line has the same code.
+        # A function that the same line makes again has the same code.
         code = thing if isinstance(thing, type) else thing.__code__
         self._code[id(code)] = code
         if str(thing.__module__).partition(".")[0] in _FIXED:

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tdjax._checks import is_concrete
 from tdjax._jaxprs import constants
 from tdjax._tuning.candidates import Candidate
+from tdjax._tuning.clock import device_of
 from tdjax._tuning.settings import Settings
 
 
@@ -47,7 +48,7 @@ def describe_measurements(
 
 def describe_machine(args: tuple) -> dict[str, Any]:
     """The device of the arguments, the versions, and what changes every program."""
-    device = _device(args)
+    device = device_of(args)
     return {
         "device": device.device_kind,
         "platform": device.client.platform_version,
@@ -58,12 +59,6 @@ def describe_machine(args: tuple) -> dict[str, Any]:
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "precision": getattr(jax.config, "jax_default_matmul_precision", None),
     }
-
-
-def _device(args) -> Any:
-    arrays = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
-    devices = sorted(arrays[0].devices(), key=lambda d: d.id) if arrays else []
-    return devices[0] if devices else jax.devices()[0]
 
 
 def _placement(x: jax.Array) -> str | int:

@@ -21,6 +21,7 @@ from jax.core import Tracer
 from jax.interpreters import ad
 
 from tdjax._steps import places
+from tdjax._steps.axes import partition
 from tdjax._steps.lowering import Lowering
 from tdjax._steps.places import Place, Program
 from tdjax._tuning.autotune import require_arrays, require_measured, tune
@@ -91,17 +92,15 @@ def has_places(call: Callable, *args: Any) -> bool:
 
 def record_gradient(model: Model, argnums: list[int]) -> list[list[bool]]:
     """Of each place, whether a gradient reaches its arguments, one after the other."""
-    leaves, treedef = jax.tree.flatten(model.args)
-    owners = [i for i, arg in enumerate(model.args) for _ in jax.tree.leaves(arg)]
-    chosen = [i in argnums and is_float(x) for i, x in zip(owners, leaves)]
-    primals = [x for x, is_chosen in zip(leaves, chosen) if is_chosen]
-
-    def call(primals):
-        fill = iter(primals)
-        filled = [next(fill) if c else x for c, x in zip(chosen, leaves)]
-        return model.call(*treedef.unflatten(filled))
+    chosen = [
+        i in argnums and is_float(x)
+        for i, arg in enumerate(model.args)
+        for x in jax.tree.leaves(arg)
+    ]
+    primals, rebuild = partition(model.args, chosen)
 
     def derive(primals):
+        call = lambda primals: model.call(*rebuild(primals))
         return jax.jvp(call, (primals,), (primals,))
 
     reached: list[list[bool]] = []

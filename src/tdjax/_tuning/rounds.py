@@ -15,16 +15,16 @@ import statistics
 from typing import Any
 
 from tdjax._tuning.candidates import Candidate, at_most
-from tdjax._tuning.clock import timed
-from tdjax._tuning.device_time import busy_seconds, mark, platform_of, profiled
+from tdjax._tuning.clock import device_of, timed
+from tdjax._tuning.device_time import busy_seconds, mark, profiled
 from tdjax._tuning.processes import agreed, in_all
 
 # A contender that is this many times slower than the fastest is dropped: after its
 # first run, which others disturb; after runs of its own, and after each of the first
 # rounds if it was in all of them, both times what the noise is.
 _FAR_BEHIND, _BEHIND = 4.0, 1.3
-# A first run that is shorter than this, in seconds, may be far behind by chance alone.
-_MAY_BE_CHANCE = 1.0
+# A first run that is shorter than this, in seconds, may be long by chance alone.
+MAY_BE_CHANCE = 1.0
 _BEHIND_IN_ROUNDS = (1.3, 1.2, 1.12, 1.08)
 _A_LITTLE_BEHIND = 1.05
 _MOST_ROUNDS = 21
@@ -85,7 +85,7 @@ class Race:
         start = self.left()
         is_far_behind = lambda c: c.alone > _FAR_BEHIND * self._fastest()
         for contender in filter(is_far_behind, [*self.contenders]):
-            if contender.alone < _MAY_BE_CHANCE:
+            if contender.alone < MAY_BE_CHANCE:
                 again = [self._time(contender) for _ in range(2)]
                 contender.alone = min(contender.alone, *again)
         self._drop(is_far_behind)
@@ -177,7 +177,7 @@ class Race:
     def _time_in_turn(self, order: list[Contender]) -> list[float]:
         """Seconds per call of each; of an accelerator, the time that it was busy."""
         seconds = []
-        with profiled(platform_of(self.args)) as profile:
+        with profiled(device_of(self.args).platform) as profile:
             for i, contender in enumerate(order):
                 with mark(i):
                     seconds.append(self._time(contender))

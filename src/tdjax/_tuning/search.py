@@ -24,15 +24,14 @@ from tdjax._tuning.clock import timed
 from tdjax._tuning.deviations import Tolerances
 from tdjax._tuning.processes import agreed, in_all
 from tdjax._tuning.programs import Lowered, compile_lowered, lower, may_crash
-from tdjax._tuning.rounds import Contender, Race
+from tdjax._tuning.rounds import MAY_BE_CHANCE, Contender, Race
 
 # The part of the budget that may be spent before the candidates are timed in turn.
 _FOR_TRIALS = 0.7
 # More threads than this only take memory: a compilation uses several itself.
 _MOST_THREADS = 4
-# A first run that is shorter than this, in seconds, may be mostly one of warming up;
-# one that is shorter than the other may be long by chance.
-_WARM_UP, _MAY_BE_CHANCE = 0.02, 1.0
+# A first run that is shorter than this, in seconds, may be mostly one of warming up.
+_WARM_UP = 0.02
 MAY_CRASH = "may crash: XLA's CPU fusion of arrays with 7 axes"
 # How many of the fastest lowerings are tried with the options of the compiler.
 _WITH_COMPILER_OPTIONS = 2
@@ -280,7 +279,7 @@ def _finish(trial: _Trial, search: _Search) -> None:
     if candidate.measured:
         seconds = agreed(seconds)
         # All ratios are to the default's time, so chance must not decide it.
-        is_short = seconds < (_MAY_BE_CHANCE if candidate.is_default else _WARM_UP)
+        is_short = seconds < (MAY_BE_CHANCE if candidate.is_default else _WARM_UP)
         for _ in range((2 if candidate.is_default else 1) * is_short):
             seconds = min(seconds, agreed(timed(program, search.args)[0]))
         search.contenders.append(Contender(candidate, program, seconds))

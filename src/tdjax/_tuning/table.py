@@ -11,6 +11,7 @@ import jax
 
 from tdjax._checks import is_array
 from tdjax._steps import places
+from tdjax._steps.axes import partition
 from tdjax._steps.fold import watch_fold
 from tdjax._steps.lowering import AUTO, Lowering
 from tdjax._steps.places import Place, value_text
@@ -145,16 +146,13 @@ def _why_not_folded(place: Place, lowering: Lowering) -> str | None:
     try:
         of, variables = place.program()
         everything = (variables, place.args, place.kwargs)
-        leaves, treedef = jax.tree.flatten(everything)
-        is_traced = [is_array(leaf) for leaf in leaves]
+        chosen = [*map(is_array, jax.tree.leaves(everything))]
+        arrays, rebuild = partition(everything, chosen)
 
         def call(arrays):
-            fill = iter(arrays)
-            filled = [next(fill) if t else x for t, x in zip(is_traced, leaves)]
-            variables, args, kwargs = treedef.unflatten(filled)
+            variables, args, kwargs = rebuild(arrays)
             return of(lowering)(*variables, *args, **kwargs)
 
-        arrays = [x for x, is_one in zip(leaves, is_traced) if is_one]
         watch = lambda *fold: reasons.append(find_mixing(*fold))
         with places.in_effect(None), watch_fold(watch):
             jax.eval_shape(call, arrays)
