@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -17,6 +18,8 @@ from benchmarks.targets import answers
 
 def main() -> None:
     options = _parse()
+    # Times of compilation are those without a cache on the disk.
+    jax.config.update("jax_enable_compilation_cache", False)
     if options.compare:
         text, console = "\n".join(compare(*options.compare)), Console()
         console.print(Markdown(text)) if console.is_terminal else print(text)
@@ -71,6 +74,8 @@ def _parse() -> argparse.Namespace:
         help="write a profile of one call of every candidate, for XProf or Perfetto",
     )  # fmt: skip
     options = parser.parse_args()
+    if not options.budget > 0:
+        parser.error(f"--budget must be positive, got {options.budget}.")
     if "smoke" in options.suite and len(options.suite) > 1:
         parser.error("smoke is a quick run of all suites; give it alone")
     return options

@@ -43,6 +43,7 @@ class Candidate:
 
     def compile(self, case: Case, of: str) -> Program:
         args = self._arguments(case, of)
+        jax.clear_caches()  # What others have traced.
         start = time.perf_counter()
         run = jax.jit(self.apply if of == "forward" else _with_gradient(self.apply))
         program = run.lower(*args).compile()

@@ -44,7 +44,10 @@ def _read(path: Path) -> dict[Key, Row]:
         case = lambda r: {**r, "case": f"{r['case']} {r.get('devices', '')}".strip()}
         return {tuple(case(row)[n] for n in names): row for row in rows}  # pyright: ignore
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise SystemExit(f"--compare: {path} can't be read: {error}") from None
+        raise SystemExit(
+            f"--compare: {path} must be the results.json of a run "
+            f"({type(error).__name__}: {error})."
+        ) from None
 
 
 def _noise(key: Key, rows: dict[Key, Row]) -> float:

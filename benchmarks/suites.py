@@ -34,7 +34,7 @@ Row = dict[str, Any]
 BOTH = ("forward", "gradient")
 # Candidates of the tuner that take longer than this, beside the default, are not timed
 # again.
-_NEAR = 1.1
+_NEAR = 1.25
 
 
 class Task(NamedTuple):
@@ -197,7 +197,7 @@ def _tuner_rows(case, of: str, settings: Settings) -> list[Row]:
 
 
 def _is_near(candidate) -> bool:
-    """Whether it may be the fastest."""
+    """Whether it may be the fastest: what is dropped early was timed once or more."""
     return candidate.measured or (candidate.ratio or math.inf) < _NEAR
 
 

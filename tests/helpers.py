@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 
 def slow_but(quick, items):
@@ -113,3 +114,11 @@ def run_on_devices(program, *arguments):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def printed(thing) -> str:
+    """What rich prints of it."""
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(thing)
+    return captured.get()

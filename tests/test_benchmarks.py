@@ -276,7 +276,7 @@ def test_two_runs_are_compared_beyond_their_noise(tmp_path):
 def test_runs_that_cannot_be_compared_say_why(tmp_path):
     (tmp_path / "other.json").write_text("{}")
     good = run_of(tmp_path / "a.json", {"x": 1.0})
-    with pytest.raises(SystemExit, match="can't be read"):
+    with pytest.raises(SystemExit, match=r"must be the results.json of a run"):
         compare.compare(good, tmp_path / "other.json")
     with pytest.raises(SystemExit, match="no case in common"):
         compare.compare(good, run_of(tmp_path / "b.json", {"y": 1.0}))

@@ -45,7 +45,7 @@ class TorchCandidate(Candidate):
         self.weights_of = _WEIGHTS.get(case.layer, _linear)
         x = to_torch(case.x).requires_grad_(of == "gradient")
         cotangent, params = to_torch(case.cotangent), list(model.parameters())
-        run = torch.compile(model, dynamic=False) if self.compiled else model
+        run = _compiled(torch, model) if self.compiled else model
 
         def call():
             if of == "forward":
@@ -72,6 +72,13 @@ class TorchCandidate(Candidate):
         weights = self.weights_of(common[2], gradient=True)
         arrays = [*common[:2], *(weights[name] for name in self.names)]
         return [as_numpy(a) for a in arrays]
+
+
+def _compiled(torch, model):
+    # After a few models PyTorch would run the next one without compiling it.
+    torch.compiler.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(model, dynamic=False)
 
 
 def _to_torch(torch, a, device: str):

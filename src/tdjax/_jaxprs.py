@@ -4,8 +4,11 @@ A jaxpr goes in with a value for each of its inputs, and the values of its outpu
 out. `env` maps the variables to the values that are known so far.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
+
+import jax
 
 # Primitives that only call a program, and the parameter that holds it. (Not shard_map:
 # its program sees other shapes.)
@@ -47,9 +50,16 @@ def evaluate(jaxpr, consts, args, run_equation: Callable) -> list[Any]:
 def evaluate_equations(eqns, env: dict, run_equation: Callable | None = None) -> None:
     """Runs equations in their order, on the values in `env`, and adds the results."""
     for eqn in eqns:
-        with eqn.ctx.manager:
+        # Profiles show operations by the names of layers.
+        with eqn.ctx.manager, _named(eqn):
             outs = (run_equation or bind)(eqn, read(env, eqn.invars))
         env.update(zip(eqn.outvars, outs, strict=True))
+
+
+def _named(eqn) -> Any:
+    """The scope with the name under which an equation was traced."""
+    name = str(eqn.source_info.name_stack)
+    return jax.named_scope(name) if name else contextlib.nullcontext()
 
 
 def read(env: dict, atoms) -> list[Any]:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import re
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +20,7 @@ from flax.core import DenyList, FrozenDict, Scope, lift
 from flax.core.scope import in_filter
 from flax.linen import module as flax_module
 
+from tdjax._checks import describe
 from tdjax._mesh import names_in
 from tdjax._steps.hints import explained
 from tdjax._steps.lowering import Lowering
@@ -26,6 +28,15 @@ from tdjax._steps.mesh import mesh_axes
 from tdjax._steps.mesh_layers import distribute_layer
 from tdjax._steps.places import type_text, value_text
 from tdjax._steps.stateful import LayerState
+
+
+def require_variables(variables: Any) -> None:
+    """Refuses what is no dict of collections, an input in its place above all."""
+    if not isinstance(variables, Mapping):
+        raise TypeError(
+            "variables must be a dict of collections, as module.init returns, got "
+            f"{describe(variables)}. Write autotune(module, variables, x)."
+        )
 
 
 def adopt(layer: nn.Module, scope: Scope) -> nn.Module:

@@ -24,6 +24,17 @@ def check_filter(carry: Any) -> None:
     )
 
 
+def set_paths(paths: dict[int, str], model: nnx.Module, kind: type) -> None:
+    """Keeps the path of each module by its identity; a layer has its wrapper's.
+
+    `kind` is the class of the wrappers.
+    """
+    paths.clear()
+    nodes = [(".".join(map(str, path)), node) for path, node in nnx.iter_graph(model)]
+    paths |= {id(x): path for path, x in nodes if isinstance(x, nnx.Module)}
+    paths |= {id(x.layer): path for path, x in nodes if isinstance(x, kind)}
+
+
 def is_in(state, carry: Any) -> Callable[[Any], bool]:
     """A test of whether a variable, by its path, goes from step to step."""
     if carry is False:

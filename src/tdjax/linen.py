@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import Scope
+from flax.core.scope import in_filter
 from flax.errors import CallCompactUnboundModuleError
 from flax.linen.dtypes import promote_dtype
 from jax.sharding import PartitionSpec
@@ -38,6 +39,7 @@ from tdjax._linen_scopes import (
     lift_over_time,
     module_text,
     rename,
+    require_variables,
     thaw,
     variables_by_itself,
 )
@@ -45,9 +47,9 @@ from tdjax._steps.mesh import check_sharding
 from tdjax._steps.places import Place, Program, resolver_for
 from tdjax._steps.stateful import check_carry, first_steps, make_lowering
 from tdjax._tuning.autotune import tune
-from tdjax._tuning.model import Model, has_places, tune_model
+from tdjax._tuning.model import Model, tune_model_or_layer
 from tdjax._tuning.result import Tuning
-from tdjax._tuning.settings import Settings
+from tdjax._tuning.settings import Settings, refuse_lowering
 from tdjax._tuning.tuned import in_tuning, untuned
 
 __all__ = [
@@ -190,9 +192,10 @@ class TimeDistributed(nn.Module):
         """What a resolver knows of a call of this bound module."""
         owner = _innermost(self.layer)  # Of variables and of the name.
         scope: Any = owner.scope or self.scope
+        variables = variables_by_itself(owner)
 
         def program() -> Program:
-            (layer, _), variables = self.layer.unbind(), variables_by_itself(owner)
+            layer, _ = self.layer.unbind()
             by_itself = self.clone(layer=layer, parent=None, name=None)
             rngs = {name: jax.random.key(0) for name in scope.rngs}
             options = {"rngs": rngs, "mutable": scope.mutable, "method": method}
@@ -200,19 +203,21 @@ class TimeDistributed(nn.Module):
             of = lambda lowering: functools.partial(make(lowering).apply, **options)
             return Program(of, (variables,))
 
-        place = self._place_of(method, args, kwargs, lowering, program)
-        return place._replace(name=".".join(scope.path) or place.name)
+        # A layer may do something else where it can write: training is another place.
+        written = [name for name in variables if in_filter(scope.mutable, name)]
+        depends = lambda: (sorted(scope.rngs), str(jax.tree.structure(variables)))
+        place = self._place_of(method, args, kwargs, lowering, program, written)
+        name = ".".join(scope.path) or place.name
+        return place._replace(name=name, depends=depends)
 
     @nn.nowrap
-    def _place_of(self, method, args, kwargs, lowering, program) -> Place:
+    def _place_of(self, method, args, kwargs, lowering, program, written) -> Place:
+        name, layer = type(self.layer).__name__, self.layer
+        text = functools.partial(module_text, layer)
         axes = thaw(self.in_axes), thaw(self.out_axes)
-        fixed = method, self.share_rng, self.variable_carry
-        name, text = (
-            type(self.layer).__name__,
-            functools.partial(module_text, self.layer),
-        )
+        fixed = method, self.share_rng, self.variable_carry, *written
         given = lowering, *axes, self.sharding, fixed
-        return Place(name, self.layer, text, program, args, kwargs, *given)
+        return Place(name, layer, text, program, args, kwargs, *given)
 
     def _init_layer(self, call, *args, **kwargs):
         """Makes the variables by one plain call, as without a wrapper."""
@@ -368,24 +373,28 @@ def autotune(
       (2, 4, 5)
     """
     require_layer("module", module, nn.Module, "tdjax.linen")
+    require_variables(variables)
     module = untuned(module)
     limits = budget, memory_limit, tolerance
     settings = Settings(argnums, *limits, candidates, cache, compiler_options)
-    over_time = (
-        module if isinstance(module, TimeDistributed) else TimeDistributed(module)
-    )
+    is_wrapped = isinstance(module, TimeDistributed)
+    over_time = module if is_wrapped else TimeDistributed(module)
+    refuse_lowering(type(over_time.layer).__call__, kwargs)
     make = lambda lowering: over_time.clone(**vars(lowering))
     options = {"rngs": rngs, "mutable": mutable}
 
     def call(variables, *args):
         return module.apply(variables, *args, **options, **kwargs)
 
-    if over_time is not module and has_places(call, variables, *args):
-        tuned = functools.partial(in_tuning, module, nn.Module)
-        name = type(module).__name__
-        return tune_model(Model(name, call, (variables, *args), tuned), settings)
-    of = lambda lowering: functools.partial(make(lowering).apply, **options)
-    program = lambda: Program(of, (variables,))
-    lowering = make_lowering(over_time)
-    place = over_time._place_of("__call__", args, kwargs, lowering, program)
-    return tune(place, make, settings)
+    def tune_layer():
+        of = lambda lowering: functools.partial(make(lowering).apply, **options)
+        given = make_lowering(over_time), lambda: Program(of, (variables,))
+        written = [name for name in variables if in_filter(mutable, name)]
+        place = over_time._place_of("__call__", args, kwargs, *given, written)
+        return tune(place, make, settings)
+
+    if is_wrapped:
+        return tune_layer()
+    tuned = functools.partial(in_tuning, module, nn.Module)
+    model = Model(type(module).__name__, call, (variables, *args), tuned)
+    return tune_model_or_layer(model, tune_layer, settings)

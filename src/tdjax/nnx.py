@@ -33,6 +33,7 @@ from tdjax._nnx_state import (
     module_text,
     refuse_new_attributes,
     refuse_rngs,
+    set_paths,
     static_attributes,
 )
 from tdjax._steps.hints import explained
@@ -40,15 +41,11 @@ from tdjax._steps.lowering import Lowering
 from tdjax._steps.mesh import check_sharding
 from tdjax._steps.mesh_layers import distribute_layer
 from tdjax._steps.places import Place, Program, resolver_for
-from tdjax._steps.stateful import (
-    LayerState,
-    check_carry,
-    make_lowering,
-)
+from tdjax._steps.stateful import LayerState, check_carry, make_lowering
 from tdjax._tuning.autotune import tune
-from tdjax._tuning.model import Model, has_places, tune_model
+from tdjax._tuning.model import Model, tune_model_or_layer
 from tdjax._tuning.result import Tuning
-from tdjax._tuning.settings import Settings
+from tdjax._tuning.settings import Settings, refuse_lowering
 from tdjax._tuning.tuned import in_tuning, untuned
 
 __all__ = [
@@ -164,10 +161,8 @@ class TimeDistributed(nnx.Module):
         """What a resolver knows of a call."""
         text = functools.partial(module_text, self.layer)
         name, program = type(self.layer).__name__, lambda: _program(self, method)
-        axes, fixed = (
-            (self.in_axes, self.out_axes),
-            (method, self.share_rng, self.variable_carry),
-        )
+        axes = self.in_axes, self.out_axes
+        fixed = method, self.share_rng, self.variable_carry
         given = make_lowering(self), *axes, self.sharding, fixed
         return Place(name, self.layer, text, program, args, kwargs, *given)
 
@@ -356,22 +351,27 @@ def autotune(
     require_layer("module", module, nnx.Module, "tdjax.nnx")
     limits = budget, memory_limit, tolerance
     settings = Settings(argnums, *limits, candidates, cache, compiler_options)
-    over_time = (
-        module if isinstance(module, TimeDistributed) else TimeDistributed(module)
-    )
+    is_wrapped = isinstance(module, TimeDistributed)
+    over_time = module if is_wrapped else TimeDistributed(module)
+    refuse_lowering(type(over_time.layer).__call__, kwargs)
     graphdef, state = nnx.split(untuned(module))
+    paths = dict[int, str]()
 
     def call(state, *args):
         # Rebuilt from leaves, the variables belong to the trace that writes them.
         model = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))
+        set_paths(paths, model, TimeDistributed)
         return model(*args, **kwargs), nnx.state(model, nnx.Not(nnx.Param))
 
-    if over_time is not module and has_places(call, state, *args):
-        tuned = functools.partial(in_tuning, untuned(module), nnx.Module)
-        name = type(module).__name__
-        return tune_model(Model(name, call, (state, *args), tuned), settings)
     make = functools.partial(_with_lowering, over_time, over_time.layer)
-    return tune(over_time._place("__call__", args, kwargs), make, settings)
+    tune_layer = lambda: tune(
+        over_time._place("__call__", args, kwargs), make, settings
+    )
+    if is_wrapped:
+        return tune_layer()
+    tuned = functools.partial(in_tuning, untuned(module), nnx.Module)
+    model = Model(type(module).__name__, call, (state, *args), tuned, paths)
+    return tune_model_or_layer(model, tune_layer, settings)
 
 
 def _program(module: TimeDistributed, method: str) -> Program:

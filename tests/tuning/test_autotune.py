@@ -227,6 +227,26 @@ def test_a_function_and_arrays_are_needed(user_errors, key):
         tdjax.linen.autotune(nn.Dense, {}, X)
     with pytest.raises(TypeError, match=r"module must be an instance of flax.nnx"):
         tdjax.nnx.autotune(nn.Dense(3), X)
+    with pytest.raises(TypeError, match=r"fun must be .* Use tdjax.linen.autotune"):
+        tdjax.autotune(nn.Dense(3), X)
+    with pytest.raises(TypeError, match=r"Write autotune\(module, variables, x\)"):
+        tdjax.linen.autotune(nn.Dense(3), X)
+
+
+def test_what_is_chosen_is_not_given(user_errors, key):
+    fixed = {"chunk_size": 2}
+    with pytest.raises(TypeError, match=r"method is what autotune chooses, got .*fold"):
+        tdjax.autotune(scale, X, method="fold")
+    with pytest.raises(TypeError, match=r"chunk_size is .* candidates=\[\{...\}\]"):
+        tdjax.autotune(tdjax.time_distributed(scale), X, **fixed)
+    layer = nn.Dense(3)
+    with pytest.raises(TypeError, match="chunk_size is what autotune chooses"):
+        tdjax.linen.autotune(layer, layer.init(key, X), X, **fixed)
+    with pytest.raises(TypeError, match="chunk_size is what autotune chooses"):
+        tdjax.nnx.autotune(nnx.Linear(X.shape[-1], 3, rngs=nnx.Rngs(0)), X, **fixed)
+    # A function may have an argument of that name.
+    power = lambda x, unroll: x**unroll
+    assert tdjax.autotune(power, X, unroll=2, **QUICK).best.measured
 
 
 def test_some_steps_are_needed(user_errors):

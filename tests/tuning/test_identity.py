@@ -1,12 +1,15 @@
 """When code is the same code: what a function or layer leads to."""
 
 import dataclasses
+import enum
 import functools
+import sys
 import types
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -108,6 +111,36 @@ def norm(x, center=False, mix=False):
     return x - x.mean(0) if mix else x
 
 
+class Choice(enum.Enum):
+    MIX = True
+    KEEP = False
+
+
+def with_derivative(derivative):
+    @jax.custom_vjp
+    def fun(x):
+        return x
+
+    fun.defvjp(close_over, derivative)
+    return fun
+
+
+def importing(helper):
+    module = sys.modules.setdefault("imported_for_a_test", types.ModuleType("imported"))
+    module.helper = helper
+    return import_and_call
+
+
+def import_and_call(x):
+    import imported_for_a_test
+
+    return imported_for_a_test.helper(x)
+
+
+def helper_of(mix):
+    return norm if mix else module_of
+
+
 def settings_of(mix):
     """Things that hold a setting, each in another way."""
 
@@ -115,18 +148,33 @@ def settings_of(mix):
         return norm(x, mix=mix)
 
     name = {True: "mix", False: "center"}[mix]
+    helper = {True: lambda x: x - x.mean(0), False: lambda x: x}[mix]
+    package, inner = types.ModuleType("package"), types.ModuleType("package.inner")
+    package.inner, inner.helper = inner, helper
+    user = module_of("def user(x): return package.inner.helper(x)")
+    user.package = package
     return {
         "keyword default": keyword_default,
         "name of a keyword": functools.partial(norm, **{name: 1}),
         "slots": close_over(Slots(mix)),
         "an attribute called name": close_over(types.SimpleNamespace(name=name)),
         "name of an attribute": close_over(types.SimpleNamespace(**{name: 1})),
+        "number of NumPy": close_over(np.int64(mix)),
+        "array of NumPy": close_over(np.array([mix])),
+        "slice": close_over(slice(mix)),
+        "member of an enum": close_over(Choice(mix)),
+        "derivative": with_derivative(helper),
+        "module in a module": user.user,
+        "import in a function": importing(helper),
+        "order": functools.partial(norm, *[jnp.sin, jnp.cos][:: 1 if mix else -1]),
+        "which one twice": functools.partial(norm, *(norm, module_of, helper_of(mix))),
     }
 
 
 @pytest.mark.parametrize("how", list(settings_of(True)))
 def test_settings_count_wherever_they_are(how):
-    assert Identity(settings_of(True)[how]) != Identity(settings_of(False)[how])
+    before = Identity(settings_of(True)[how])
+    assert before != Identity(settings_of(False)[how])
 
 
 def test_an_attribute_of_a_class_that_changes_counts():

@@ -30,29 +30,35 @@ def test_the_table_has_the_chosen_first_then_others_by_time_then_the_refused():
         verdict="behind", compile_seconds=1.0, run_seconds=5.0, ratio=1.0,
     )  # fmt: skip
     refused = Candidate(Lowering(unroll=2), verdict="other numbers than the reference")
+    failed = Candidate(Lowering("fold", unroll=2), verdict="failed: TypeError: no")
     late = Candidate(Lowering(unroll=3), verdict="no time left")
-    everyone = [late, refused, behind, slower, best]
+    everyone = [late, refused, failed, behind, slower, best]
     table = report.rich_table(everyone, best, "title", finished=False)
     assert texts(table) == [
         (
-            "fold", "all", "1", "no",
+            "fold", "all", "1", "no", "",
             "2 ms", "0.50±0.02", "1.5 kB", "250 ms", "3e-07", "chosen",
         ),
         (
-            "vmap", "4", "True", "yes, options 1",
-            "3 ms", "0.75", "2.0 MB", "2.5 s", "0e+00", "measured",
+            "vmap", "4", "True", "yes", "1",
+            "3 ms", "0.75", "2.0 MB", "2.5 s", "0e+00", "measured once",
         ),
-        ("vmap", "all", "1", "no", "5 s", "1.00", "", "1 s", "", "default, behind"),
-        ("vmap", "all", "2", "no", "", "", "", "", "", refused.verdict),
+        ("vmap", "all", "1", "no", "", "5 s", "1.00", "", "1 s", "", "default, behind"),
+        ("vmap", "all", "2", "no", "", "", "", "", "", "", refused.verdict),
+        ("fold", "all", "2", "no", "", "", "", "", "", "", "failed (1)"),
     ]  # fmt: skip
-    assert [row.style for row in table.rows] == ["bold", "", "dim", "dim"]
+    assert [row.style for row in table.rows] == ["bold", "", "dim", "dim", "dim"]
     assert table.title == "title"
-    options, rest = table.caption.split("\n")
+    options, reason, rest = table.caption.split("\n")
     assert options == "options 1: {'fast': 1}"
+    assert reason == "(1) failed: TypeError: no"
     assert rest.startswith("Not finished: 1 more were not tried")
     nothing_left = report.rich_table([best], best, "title", finished=False)
     assert nothing_left.caption.startswith("Not finished: more rounds are needed")
     assert report.rich_table([best], best, "title").caption is None
+    late.verdict = "not tried"
+    stopped = report.rich_table([best, late], best, "title", finished=False)
+    assert stopped.caption.startswith("Interrupted: 1 more were not tried")
 
 
 @pytest.mark.parametrize(

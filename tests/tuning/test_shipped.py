@@ -93,5 +93,5 @@ def test_the_table_for_a_cpu_has_the_benchmarks_shapes(api):
     else:
         model = tdjax.linen.TimeDistributed(nn.Dense(64), method="auto")
         lowering = Lowering("auto")
-        place = model._place_of("__call__", (x,), {}, lowering, None)
+        place = model._place_of("__call__", (x,), {}, lowering, None, ())
     assert key_of(place) in shipped.options_of(device_kind())

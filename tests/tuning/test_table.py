@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import tdjax
-from helpers import assert_trees_close, normal
+from helpers import assert_trees_close, normal, printed
 from tdjax._steps.lowering import Lowering
 from tdjax._tuning import on_miss
 from tdjax._tuning.candidates import Candidate
@@ -175,13 +175,65 @@ def test_what_is_not_shown_leaves_nothing_behind(key):
     run = lambda model: model.apply(
         variables, X, rngs={"dropout": key}, mutable=mutable
     )
-    place = models[0]._place_of("__call__", (X,), {}, Lowering("auto"), None)
+    place = models[0]._place_of("__call__", (X,), {}, Lowering("auto"), None, ())
     refused = pytest.warns(UserWarning, match="rest of the batch")
     with in_effect({key_of(place): FOLD}), refused:
         got = run(models[0])
     want = run(models[1])
     assert jax.tree.structure(got) == jax.tree.structure(want)
     assert_trees_close(got, want)
+
+
+def over_examples(x):
+    return jax.nn.softmax(x, 0)
+
+
+def over_features(x):
+    return jax.nn.softmax(x, -1)
+
+
+def test_what_was_shown_of_one_argument_is_not_said_of_another():
+    plain = tdjax.time_distributed(lambda x, *, norm: norm(x))
+    over_time = tdjax.time_distributed(lambda x, *, norm: norm(x), method="auto")
+    over_features.__qualname__ = over_examples.__qualname__  # As those of lambdas are.
+    keywords = [{"norm": over_features}, {"norm": over_examples}]
+    keys = {key_of(over_time.place((X,), given)) for given in keywords}
+    with in_effect(dict.fromkeys(keys, FOLD)):
+        assert len(keys) == 1
+        right = jax.jit(lambda x: over_time(x, **keywords[0]))(X)
+        with pytest.warns(UserWarning, match="may depend on the rest of the batch"):
+            refused = jax.jit(lambda x: over_time(x, **keywords[1]))(X)
+    assert_trees_close(right, plain(X, **keywords[0]))
+    assert_trees_close(refused, plain(X, **keywords[1]))
+
+
+class Centred(nn.Module):
+    """Subtracts the running mean; in training, that of the batch."""
+
+    @nn.compact
+    def __call__(self, x):
+        running = self.variable("batch_stats", "mean", lambda: jnp.zeros(x.shape[-1]))
+        mean = running.value
+        if self.is_mutable_collection("batch_stats") and not self.is_initializing():
+            mean = running.value = x.mean(0)
+        return x - mean
+
+
+def test_what_was_shown_of_inference_is_not_said_of_training(key):
+    model = tdjax.linen.TimeDistributed(Centred(), method="auto")
+    variables = model.init(key, X)
+    training = {"mutable": ["batch_stats"]}
+    keys = [
+        tdjax.linen.autotune(model, variables, X, **QUICK, **options).key
+        for options in ({}, training)
+    ]
+    assert keys[0] != keys[1]
+    with in_effect(dict.fromkeys(keys, FOLD)):
+        jax.jit(model.apply)(variables, X)
+        with pytest.warns(UserWarning, match="may depend on the rest of the batch"):
+            y, _ = jax.jit(lambda v, x: model.apply(v, x, **training))(variables, X)
+    plain = tdjax.linen.TimeDistributed(Centred())
+    assert_trees_close(y, plain.apply(variables, X, **training)[0])
 
 
 def test_a_model_that_is_better_as_it_was_has_no_table():
@@ -193,6 +245,8 @@ def test_a_model_that_is_better_as_it_was_has_no_table():
     refused = tdjax.Tuning(None, [model, tuned], {}, places=places)
     assert refused.options_by_key() == {}
     assert (refused | refused).options_by_key() == {}
+    unchanged = tdjax.Tuning(None, [], {"argnums": []}, name="Model", places={})
+    assert "Model: stays as it was given" in printed(unchanged)
     tuned.verdict, tuned.ratio = "measured", 0.5
     assert refused.options_by_key() == found.options_by_key()
 
@@ -248,6 +302,21 @@ def test_a_miss_is_tuned_while_tracing_and_kept(tmp_path):
     with tdjax.tuning(path, gradient=False, **SHORT):
         jax.grad(lambda p: auto()(p, X[:, :3]).sum())(PARAMS)
     assert len(tdjax.Tuning.from_json(path.read_text()).places) == 2
+
+
+def test_fold_is_shown_while_tracing_as_it_is_outside(tmp_path):
+    @tdjax.time_distributed(method="auto")
+    def over_time(x):
+        # Each of them makes constants of the batch's size, here or in its derivative.
+        x = jnp.where(x > 0, jax.nn.relu(x), 0.0) + jnp.zeros((x.shape[0], 1))
+        return jax.lax.scan(lambda c, _: (c + x, None), jnp.zeros_like(x), None, 2)[0]
+
+    file = tmp_path / "table.json"
+    with tdjax.tuning(file, budget=5):
+        jax.jit(over_time)(X)
+    (place,) = tdjax.Tuning.from_json(file.read_text()).places.values()
+    folds = [c.verdict for c in place.candidates if c.options == FOLD]
+    assert folds in (["measured"], ["behind"])
 
 
 def test_the_same_file_is_the_same_program_to_jit(tmp_path):

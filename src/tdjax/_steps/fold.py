@@ -30,6 +30,7 @@ from tdjax._steps.axes import (
     position,
     time_size,
 )
+from tdjax._steps.effect import in_effect
 
 # Is told what the next block folds: `watch(call, folded, axes, out_axes, batch)`.
 _watcher: contextvars.ContextVar[Callable[..., None] | None] = contextvars.ContextVar(
@@ -133,7 +134,8 @@ def check_shapes(call, inputs: Inputs, out_axes, results) -> None:
     """
     step = lambda mapped: call([*map(first_step, mapped, inputs.mapped_axes)])
     with_time = functools.partial(_with_time, time_size(inputs))
-    shapes = shapes_of(step, inputs.mapped)
+    with in_effect(None):  # Of shapes that never run, nothing is tuned.
+        shapes = shapes_of(step, inputs.mapped)
     if shapes is None:
         return
     wanted = map_results(with_time, shapes, out_axes)

@@ -97,6 +97,14 @@ class Lowering:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class OnPlatform(Lowering):
+    """`"auto"` that is `chosen` where a program is compiled for `platform`."""
+
+    platform: str = "cpu"
+    chosen: Lowering = Lowering()
+
+
 def distribute(call, inputs: Inputs, out_axes: Any, lowering: Lowering) -> Any:
     """Runs `call`, a function of the leaves that have a time axis, over all steps."""
     call = functools.partial(call_and_check, call, check_out_axis, out_axes)
@@ -117,7 +125,7 @@ def distribute(call, inputs: Inputs, out_axes: Any, lowering: Lowering) -> Any:
 
 
 def _by_rules(call, inputs: Inputs, out_axes, lowering: Lowering) -> Any:
-    """The results of all steps at once, or of blocks if these are faster."""
+    """The results of all steps at once, or of what is faster on the platform."""
     whole = _block(call, inputs, out_axes, lowering)
     axes = jax.tree.leaves(out_axes, is_leaf=lambda node: node is None)
     timesteps = time_size(inputs)
@@ -129,15 +137,19 @@ def _by_rules(call, inputs: Inputs, out_axes, lowering: Lowering) -> Any:
     program, shapes = jax.make_jaxpr(whole, return_shape=True)(inputs.mapped)
     results = lambda leaves: jax.tree.unflatten(jax.tree.structure(shapes), leaves)
     at_once = lambda *mapped: evaluate(*open_program(program), mapped, bind)
-    chunk = block_size(program, timesteps)
-    if chunk is None:
-        return results(at_once(*inputs.mapped))
+    if isinstance(lowering, OnPlatform):
+        platform, chosen = lowering.platform, lowering.chosen
+    else:
+        platform, chunk = "cpu", block_size(program, timesteps)
+        if chunk is None:
+            return results(at_once(*inputs.mapped))
+        chosen = Lowering(chunk_size=chunk, unroll=True)
 
-    def in_blocks(*mapped):
+    def faster(*mapped):
         some = inputs.with_mapped(mapped)
-        return jax.tree.leaves(straight_line(whole, some, out_axes, chunk, False))
+        return jax.tree.leaves(distribute(call, some, out_axes, chosen))
 
-    by_platform = {"cpu": in_blocks, "default": at_once}
+    by_platform = {platform: faster, "default": at_once}
     return results(jax.lax.platform_dependent(*inputs.mapped, **by_platform))
 
 

@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from tdjax._checks import is_array
+from tdjax._steps.effect import in_effect as in_effect
 from tdjax._steps.lowering import AUTO, Lowering
 
 T = TypeVar("T")
@@ -29,7 +31,8 @@ class Place(NamedTuple):
 
     `name` is for people; `text()` says what is called, the same in every process;
     `called` is the function or layer itself.
-    `fixed` are the options of an adapter that no tuner changes.
+    `fixed` are the options of an adapter that no tuner changes, and `depends()` is what
+    else the program of a call depends on.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Place(NamedTuple):
     out_axes: Any
     sharding: PartitionSpec | None = None
     fixed: tuple = ()
+    depends: Callable[[], Any] = tuple
 
 
 @runtime_checkable
@@ -59,9 +63,23 @@ class Resolver(Protocol):
         ...
 
 
-# The value is part of the keys of JAX's caches: another resolver, another program.
-in_effect = jax.make_user_context(None)
 _default: list[Resolver] = []
+
+
+class FirstAsGiven:
+    """A resolver that leaves the first place as it is, and is done: others are inside.
+
+    They ask `outer`.
+    """
+
+    asks_all = True
+
+    def __init__(self, outer: Resolver):
+        self._outer = outer
+
+    def run(self, place: Place, run: Callable[[Lowering], T]) -> T:
+        with in_effect(self._outer):
+            return run(place.lowering)
 
 
 def set_default(resolver: Resolver) -> None:
@@ -118,6 +136,8 @@ def value_text(value: Any, kinds: dict[type, Callable[[Any], str]]) -> str:
         return f"{{{', '.join(f'{name}: {text}' for name, text in items)}}}"
     if isinstance(value, tuple | list):
         return f"({', '.join(map(one, value))})"
+    if isinstance(value, np.ndarray | np.generic):
+        value = jax.typeof(value)  # What it is in a program: float32, not float64.
     if is_array(value):
         return f"{value.dtype}{[*value.shape]}"
     if isinstance(value, str | bytes | int | float | complex | None):

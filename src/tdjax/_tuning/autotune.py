@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from tdjax._checks import describe, is_array, is_concrete, leaves_by_path
+from tdjax._checks import adapter_of, describe, is_array, is_concrete, leaves_by_path
+from tdjax._steps import places
 from tdjax._steps.axes import flatten_inputs, time_size
 from tdjax._steps.lowering import Lowering
 from tdjax._steps.mesh import devices_of_time
@@ -32,7 +33,7 @@ from tdjax._tuning.search import (
     find_reference,
     measure_all,
 )
-from tdjax._tuning.settings import Settings
+from tdjax._tuning.settings import Settings, refuse_lowering
 from tdjax._tuning.table import key_of, plain_if_auto
 
 
@@ -101,6 +102,7 @@ def autotune(
       >>> result.tuned(params, x).shape
       (2, 4, 5)
     """
+    refuse_lowering(getattr(fun, "fun", fun), kwargs)
     over_time = _over_time(fun, in_axes, out_axes, capacity)
     make = lambda lowering: dataclasses.replace(over_time, lowering=lowering)
     limits = budget, memory_limit, tolerance
@@ -111,6 +113,7 @@ def autotune(
 def _over_time(fun, in_axes, out_axes, capacity) -> Distributed:
     given = {"in_axes": in_axes, "out_axes": out_axes, "capacity": capacity}
     if not isinstance(fun, Distributed):
+        _refuse_layer(fun)
         _refuse_wrapped(fun)
         return cast(Distributed, time_distributed(fun, **given))
     defaults = {"in_axes": 1, "out_axes": 1, "capacity": None}
@@ -121,6 +124,17 @@ def _over_time(fun, in_axes, out_axes, capacity) -> Distributed:
             "for a function that it has returned. Leave them out."
         )
     return fun
+
+
+def _refuse_layer(fun: Any) -> None:
+    adapter = adapter_of(fun)
+    if adapter is not None:
+        theirs = "a Flax module" if adapter == "tdjax.keras" else "it"
+        module = adapter.replace("keras", "linen")
+        raise TypeError(
+            f"fun must be a function of arrays, got {describe(fun)}. Use "
+            f"{module}.autotune for {theirs}."
+        )
 
 
 def _refuse_wrapped(fun: Any) -> None:
@@ -138,10 +152,15 @@ def _refuse_wrapped(fun: Any) -> None:
             )
 
 
-def tune(place: Place, make: Callable[[Lowering], Any], settings: Settings) -> Tuning:
+def tune(
+    place: Place,
+    make: Callable[[Lowering], Any],
+    settings: Settings,
+    earlier: Tuning | None = None,
+) -> Tuning:
     """Measures the candidates of a place, or finds them in the cache.
 
-    `make(lowering)` is what the user gets back.
+    `make(lowering)` is what the user gets back; `earlier` is an unfinished search.
     """
     if jax.config.jax_disable_jit:  # pyright: ignore
         raise ValueError(
@@ -163,13 +182,18 @@ def tune(place: Place, make: Callable[[Lowering], Any], settings: Settings) -> T
         settings.candidates,
     )
     argnums = settings.positions(args)
-    program_of, others = _with_keywords(program.of, place.kwargs)
+    of = lambda lowering: _as_given(program.of(lowering))
+    program_of, others = _with_keywords(of, place.kwargs)
     args = *args, *others
-    reference = program_of(candidates[0].lowering)
+    reference = candidates[0]
     try:
+        program_of, args = _program_to_measure(
+            program_of, program_of(reference.lowering), args, argnums
+        )
+        measured = program_of(reference), args, argnums
         about = together(
             lambda: describe_measurements(
-                reference, args, argnums, candidates, settings, place.sharding
+                *measured, candidates, settings, place.sharding
             )
         )
     except Exception as error:
@@ -178,9 +202,9 @@ def tune(place: Place, make: Callable[[Lowering], Any], settings: Settings) -> T
             error.add_note(_OTHER_FUNCTION)
         raise
     folder, key = settings.folder(), key_of(place)
-    program_of, args = _program_to_measure(program_of, reference, args, argnums)
     found = cache.load(folder, about) if folder and is_first() else None
-    stored = _of_first_process(found)
+    is_same = earlier is not None and earlier.about == about
+    stored = _of_first_process(found) or (earlier if is_same else None)
     compared_with = stored and find_reference(stored.candidates)
     if stored and compared_with:
         of = dataclasses.replace(base, **compared_with.options)
@@ -200,6 +224,18 @@ def tune(place: Place, make: Callable[[Lowering], Any], settings: Settings) -> T
     if folder and is_first():
         cache.store(folder, tuning)
     return tuning
+
+
+def _as_given(fun: Callable) -> Callable:
+    """`fun`, a place with a lowering, without a question for another one."""
+    if places.in_effect.value is None:
+        return fun
+
+    def call(*args, **kwargs):
+        with places.in_effect(places.FirstAsGiven(places.in_effect.value)):
+            return fun(*args, **kwargs)
+
+    return call
 
 
 def _of_first_process(found: Tuning | None) -> Tuning | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from tdjax._tuning.result import Tuning
 
-LARGEST_ENTRY = 2**24  # bytes
+LARGEST_ENTRY = 2**28  # bytes
 
 
 def load(folder: Path, about: dict[str, Any]) -> Tuning | None:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tdjax._steps.lowering import METHODS, Lowering
+from tdjax._steps.lowering import AUTO, METHODS, Lowering
 
 OPTIONS = ("method", "chunk_size", "unroll", "remat")
 # A straight line of more blocks than this takes too long to compile to be tried.
@@ -13,10 +13,14 @@ _LONGEST_LINE = 32
 # Candidates this close to the fastest are as good; if it is within their spread, those
 # that are this close.
 _AS_GOOD, _WITHIN_SPREAD = 1.01, 1.03
-# What the ratio of two single measurements may be by chance.
-_NOISE = 1.1
+# What the ratio of two single measurements may be by chance on a busy machine.
+_NOISE = 1.25
+# Less memory than this part of the default's is a reason to leave it.
+_LESS_MEMORY = 0.95
 # By what factor the ratio of the best measurements is another story than the median.
 _ANOTHER = 1.25
+# Of a whole model: its places have the options that were found.
+TUNED = Lowering(AUTO)
 # Verdicts of candidates that another search may still try.
 NO_TIME = "no time left"
 NOT_TRIED = "not tried"
@@ -27,7 +31,7 @@ class Candidate:
     """A lowering and what was measured of it.
 
     Attributes:
-      lowering: how the steps are compiled.
+      lowering: how the steps are compiled; of a tuned model, `method="auto"`.
       blocks: the number of blocks of steps.
       compiler_options: options of the compiler, as `jax.jit` takes them.
       is_default: whether it is what was given to be tuned.
@@ -166,7 +170,8 @@ def choose(candidates: Iterable[Candidate]) -> Candidate:
     memory = lambda candidate: candidate.temporary_bytes or 0
     best = min((c for c in measured if _is_as_good(c, fastest)), key=memory)
     default = next((c for c in measured if c.is_default), best)
-    keeps = not _is_faster(best, default) and memory(default) <= memory(best)
+    is_smaller = memory(best) < _LESS_MEMORY * memory(default)
+    keeps = not (_is_faster(best, default) or is_smaller)
     return default if keeps else best
 
 
@@ -198,11 +203,13 @@ def _is_faster(candidate: Candidate, default: Candidate) -> bool:
 def at_most(median: float, quartiles: tuple[float, float], count: int) -> float:
     """The upper end of a 95 % interval for a median of so many measurements.
 
-    That of the notches in a box plot: McGill, Tukey and Larsen (1978), "Variations of
-    Box Plots", The American Statistician 32(1).
+    The standard error of a median is 0.93 of the distance of the quartiles, divided by
+    the root of their number: McGill, Tukey and Larsen (1978), "Variations of Box
+    Plots", The American Statistician 32(1). 2.5 of them are 95 % for four medians at
+    once (Bonferroni); more are seldom close to each other in the end.
     """
     low, high = quartiles
-    return median + 1.57 * (high - low) / math.sqrt(max(count, 1))
+    return median + 2.5 * 0.93 * (high - low) / math.sqrt(max(count, 1))
 
 
 def list_candidates(

@@ -19,6 +19,8 @@ _MATRIX_UNIT_TOLERANCE = 3e-2
 # What is this much smaller in double precision is zero but for rounding, and two
 # programs round to numbers that are at most this many times as large.
 _VANISHES, _ROUNDING = 1e-3, 10.0
+# A sum in half precision that is further off than this has lost its meaning.
+_LARGEST_OF_HALF = 0.5
 
 
 class Tolerances:
@@ -63,7 +65,9 @@ class Tolerances:
         limits = [0.0] * len(leaves)
         if any(_is_half(x) for x in leaves):
             errors = self._with(_is_half, jnp.float32, deviations)
-            limits = [2 * error for error in errors or limits]
+            # What overflows in half precision has no deviation to go by.
+            is_known = lambda error: error <= _LARGEST_OF_HALF
+            limits = [2 * e if is_known(e) else 0.0 for e in errors or limits]
         elif not any(_is_single(x) for x in leaves):
             return limits
         with _double_precision():

@@ -1,9 +1,9 @@
 """Whether code is still the code that was looked at.
 
 A proof holds for a program. To find out the program costs as much as to prove something
-of it again, so it is remembered by what makes the program: the functions and classes
-that a layer leads to, through attributes, closures and the names in their code. A class
-that is defined again, in a notebook say, is another object.
+of it again, so it is remembered by what makes the program: the functions, classes and
+settings that a layer and its arguments lead to, through attributes, closures and the
+names in their code. A class that is defined anew, in a notebook say, is another object.
 """
 
 import functools
@@ -12,63 +12,92 @@ import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
+import numpy as np
+
 # What these hold does not change while a program runs.
 _FIXED = {"flax", "jax", "jaxlib", "numpy", "optax", *sys.stdlib_module_names}
-# What instances of these hold is numbers, which a proof does not depend on.
+# Of instances of these, the class counts, and the rules of derivatives.
 _OF_ARRAYS = {"jax", "jaxlib", "numpy"}
+_DERIVATIVES = ("jvp", "fwd", "bwd")
 _MOST = 10_000
+# NumPy arrays of at most so many entries may be settings.
+_FEW_ENTRIES = 64
 
 
 class Identity:
-    """All that a function or layer leads to; equal if it is the same objects.
+    """All that a thing leads to, in order; equal if it is the same.
 
     It keeps functions and classes alive, so that no other takes the place of one.
-    Arrays are left out: a proof is one for all numbers.
+    JAX' arrays are left out: a proof is one for all numbers.
     """
 
     def __init__(self, thing: Any):
-        self._code: dict[int, Any] = {}
-        self._values: list[str] = []
-        self._seen: set[int] = set()
-        waiting = [thing]
-        while waiting and len(self._seen) < _MOST:
-            waiting += self._look_at(waiting.pop())
+        # Functions and classes as they are; other things as text.
+        self._parts: list[Any] = []
+        self._seen: dict[int, int] = {}
+        waiting, alive = [thing], []
+        while waiting and len(alive) < _MOST:
+            alive.append(waiting.pop())
+            waiting += self._look_at(alive[-1])
         self._is_complete = not waiting
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Identity)
             and self._is_complete
-            and self._values == other._values
-            and self._code.keys() == other._code.keys()
+            and len(self._parts) == len(other._parts)
+            and all(map(_is_same, self._parts, other._parts))
         )
 
     __hash__ = None  # pyright: ignore
 
     def _look_at(self, thing: Any) -> Iterable[Any]:
         """Notes one thing, and returns those that it leads to."""
-        if isinstance(thing, str | bytes | int | float | complex | None):
-            self._values.append(repr(thing))
+        if isinstance(thing, str | bytes | int | float | complex | np.generic | None):
+            self._parts.append(repr(thing))
             return ()
-        if id(thing) in self._seen or isinstance(thing, types.ModuleType):
+        if isinstance(thing, np.ndarray):
+            few = thing.size <= _FEW_ENTRIES
+            self._parts.append(repr(thing) if few else "array")
             return ()
-        self._seen.add(id(thing))
+        if isinstance(thing, types.ModuleType | jax.Array):
+            return ()
+        if id(thing) in self._seen:
+            self._parts.append(f"#{self._seen[id(thing)]}")
+            return ()
+        self._seen[id(thing)] = len(self._seen)
         if isinstance(thing, Mapping):
             return [*thing.keys(), *thing.values()]
         if isinstance(thing, list | tuple | set | frozenset):
+            self._parts.append(f"{len(thing)}")
             return [*thing]
         if isinstance(thing, functools.partial):
             return [thing.func, thing.args, thing.keywords]
         if isinstance(thing, types.MethodType):
             return [thing.__func__, thing.__self__]
         if not isinstance(thing, types.FunctionType | type):
+            if not _has_attributes(thing):  # A slice, say.
+                self._parts.append(repr(thing))
             return _of_instance(thing)  # Of a new one, only what it holds counts.
         # A function that the same line makes again has the same code.
-        code = thing if isinstance(thing, type) else thing.__code__
-        self._code[id(code)] = code
-        if str(thing.__module__).partition(".")[0] in _FIXED:
+        self._parts.append(thing if isinstance(thing, type) else thing.__code__)
+        if _is_fixed(thing.__module__):
             return ()
         return _of_class(thing) if isinstance(thing, type) else _of_function(thing)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return one == other if isinstance(one, str) else one is other
+
+
+def _is_fixed(module: Any) -> bool:
+    return str(module).partition(".")[0] in _FIXED
+
+
+def _has_attributes(thing: Any) -> bool:
+    has_slots = any("__slots__" in vars(kind) for kind in type(thing).__mro__)
+    return has_slots or hasattr(thing, "__dict__")
 
 
 # Attributes by which Flax knows where a module is, and not what it does.
@@ -81,6 +110,7 @@ def _of_instance(thing: Any) -> Iterator[Any]:
     kinds = type(thing).__mro__
     yield type(thing)
     if type(thing).__module__.partition(".")[0] in _OF_ARRAYS:
+        yield from (getattr(thing, name, None) for name in _DERIVATIVES)
         return
     names = [*getattr(thing, "__dict__", {})]
     for kind in kinds:
@@ -111,13 +141,21 @@ def _of_function(fun: types.FunctionType) -> Iterator[Any]:
         except ValueError:  # Not filled yet.
             continue
     yield from (fun.__defaults__, fun.__kwdefaults__)
-    names = {*_names(fun.__code__)}
-    for name in names & fun.__globals__.keys():
-        value = fun.__globals__[name]
+    names = sorted({*_names(fun.__code__)})
+    # A function may import what it uses.
+    imported = {name: sys.modules[name] for name in names if name in sys.modules}
+    yield from _named(names, {**imported, **fun.__globals__}, set())
+
+
+def _named(names: list[str], where: Mapping[str, Any], seen: set[str]) -> Iterator[Any]:
+    """What the names are, and what they are in modules that they lead to."""
+    for name in names:
+        value = where.get(name)
         if not isinstance(value, types.ModuleType):
             yield value
-        elif value.__name__.partition(".")[0] not in _FIXED:
-            yield from (vars(value)[n] for n in names & vars(value).keys())
+        elif value.__name__ not in seen and not _is_fixed(value.__name__):
+            seen.add(value.__name__)
+            yield from _named(names, vars(value), seen)
 
 
 def _names(code: types.CodeType) -> Iterator[str]:

@@ -9,10 +9,11 @@
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -20,12 +21,13 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.interpreters import ad
 
+from tdjax._checks import describe, leaves_by_path
 from tdjax._steps import places
 from tdjax._steps.axes import partition
 from tdjax._steps.lowering import Lowering
 from tdjax._steps.places import Place, Program
 from tdjax._tuning.autotune import require_arrays, require_measured, tune
-from tdjax._tuning.candidates import Candidate, choose
+from tdjax._tuning.candidates import TUNED, Candidate, choose
 from tdjax._tuning.deviations import is_float
 from tdjax._tuning.key import describe_machine
 from tdjax._tuning.programs import with_gradient
@@ -39,12 +41,16 @@ T = TypeVar("T")
 
 
 class Model(NamedTuple):
-    """A model as a function, `call(*args)`, and `make(options by key)`: it, tuned."""
+    """A model as a function, `call(*args)`, and `make(options by key)`: it, tuned.
+
+    `paths` are those of the layers of the last call, by their identity, if known.
+    """
 
     name: str
     call: Callable[..., Any]
     args: tuple
     make: Callable[[dict[str, Options]], Any]
+    paths: Mapping[int, str] = {}
 
 
 class _Recorder:
@@ -53,11 +59,23 @@ class _Recorder:
     asks_all = True
 
     def __init__(self, note: Callable[[Place], None]):
-        self._note, self._outer = note, Table({}, outer=places.in_effect.value)
+        self.note, self._outer = note, Table({}, outer=places.in_effect.value)
 
     def run(self, place: Place, run: Callable[[Lowering], T]) -> T:
-        self._note(place)
+        self.note(place)
         return self._outer.run(place, run)
+
+
+@contextlib.contextmanager
+def _noting(note: Callable[[Place], None]) -> Iterator[None]:
+    """Shows the places to `note`."""
+    recorder = _Recorder(note)
+    try:
+        with places.in_effect(recorder):
+            yield
+    finally:
+        # JAX' caches keep the recorder, which is to keep no arrays.
+        recorder.note = lambda place: None
 
 
 def record(call: Callable[[], Any]) -> list[Place]:
@@ -68,20 +86,55 @@ def record(call: Callable[[], Any]) -> list[Place]:
         program = place.program()  # Later, the variables may be gone.
         found.append(place._replace(program=lambda: program))
 
-    with places.in_effect(_Recorder(note)):
+    with _noting(note):
         call()
     return found
 
 
-def has_places(call: Callable, *args: Any) -> bool:
-    """Whether a module applies a layer to all steps, or is itself one for a step."""
-    found: list[Place] = []
+def tune_model_or_layer(
+    model: Model, tune_layer: Callable[[], Tuning], settings: Settings
+) -> Tuning:
+    """Tunes a module that applies layers to all steps, or is itself one for a step."""
+    _refuse_flags(model.args[1:])
+    failure = None
     try:
-        with places.in_effect(_Recorder(found.append)):
-            jax.eval_shape(call, *args)
+        if _has_places(model):
+            return tune_model(model, settings)
+    except _NoPlacesError as error:
+        failure = error.__cause__
+    try:
+        return tune_layer()
+    except Exception as error:
+        if failure is not None:
+            line = (str(failure).splitlines() or [""])[0]
+            error.add_note(
+                "The module was taken for a layer for one step, since as a model on "
+                f"all steps it failed: {type(failure).__name__}: {line}"
+            )
+        raise
+
+
+def _refuse_flags(args: tuple) -> None:
+    for path, x in leaves_by_path(args).items():
+        if isinstance(x, bool | str):
+            raise TypeError(
+                f"args must be arrays, got {describe(x)} at args{path}. Give flags by "
+                "their names, as in autotune(..., train=False)."
+            )
+
+
+class _NoPlacesError(Exception):
+    """A module failed on all steps before it came to a layer over time."""
+
+
+def _has_places(model: Model) -> bool:
+    found: list[str] = []
+    try:
+        with _noting(lambda place: found.append(place.name)):
+            jax.eval_shape(model.call, *model.args)
     except Exception as error:
         if not found:
-            return False  # A module for one step may fail on all steps.
+            raise _NoPlacesError from error  # As a layer for one step may do.
         error.add_note(
             "autotune called the module on all steps, as a model with layers over time "
             "inside. If it is for one step, give it in a TimeDistributed."
@@ -90,8 +143,8 @@ def has_places(call: Callable, *args: Any) -> bool:
     return bool(found)
 
 
-def record_gradient(model: Model, argnums: list[int]) -> list[list[bool]]:
-    """Of each place, whether a gradient reaches its arguments, one after the other."""
+def record_gradient(model: Model, argnums: list[int]) -> dict[str, list[bool]]:
+    """By key, whether a gradient reaches the arguments of a place."""
     chosen = [
         i in argnums and is_float(x)
         for i, arg in enumerate(model.args)
@@ -103,13 +156,14 @@ def record_gradient(model: Model, argnums: list[int]) -> list[list[bool]]:
         call = lambda primals: model.call(*rebuild(primals))
         return jax.jvp(call, (primals,), (primals,))
 
-    reached: list[list[bool]] = []
+    reached: dict[str, list[bool]] = {}
 
     def note(place: Place) -> None:
         is_reached = lambda arg: any(map(_is_reached, jax.tree.leaves(arg)))
-        reached.append([is_reached(arg) for arg in place.args])
+        now, key = [is_reached(arg) for arg in place.args], key_of(place)
+        reached[key] = [*map(operator.or_, now, reached.get(key, now))]
 
-    with places.in_effect(_Recorder(note)):
+    with _noting(note):
         jax.eval_shape(derive, primals)
     return reached
 
@@ -134,7 +188,9 @@ def tune_model(model: Model, settings: Settings) -> Tuning:
             continue
         parts = len(found) - len(tunings) - len(failures) + 1  # One is for the whole.
         budget = max(limits.left() / parts, 1e-3)
-        of_place = dataclasses.replace(settings, argnums=positions, budget=budget)
+        # Options of the compiler are tried with the whole: they act on all of it.
+        changes = {"argnums": positions, "budget": budget, "compiler_options": ()}
+        of_place = dataclasses.replace(settings, **changes)
         try:
             with in_effect({}, _changes(tunings)):
                 given = with_arrays(place)._replace(name=named[key])
@@ -146,11 +202,12 @@ def tune_model(model: Model, settings: Settings) -> Tuning:
     changes, candidates = _changes(tunings), []
     finished = all(tuning.finished for tuning in tunings.values())
     finished &= not settings.interrupted.is_set()
-    if changes and not settings.interrupted.is_set():
-        candidates = [Candidate(Lowering(), is_default=True), Candidate(Lowering())]
+    if (changes or settings.compiler_options) and not settings.interrupted.is_set():
+        candidates = [Candidate(Lowering(), is_default=True)]
+        candidates += [Candidate(TUNED)] if changes else []
         run = functools.partial(_measure_whole, model, argnums, candidates, changes)
         finished &= run(limits, settings)
-        if choose(candidates).is_default:
+        if choose(candidates).lowering != TUNED:
             changes = {}
     return Tuning(
         model.make(changes),
@@ -166,7 +223,9 @@ def tune_model(model: Model, settings: Settings) -> Tuning:
 def _find(model: Model, argnums: list[int]) -> tuple[dict[str, Any], dict[str, str]]:
     """`({key: (place, argnums of its gradient)}, {key: name})`."""
     found = record(lambda: model.call(*model.args))
-    reached = record_gradient(model, argnums) if argnums else []
+    path = lambda place: model.paths.get(id(place.called)) or place.name
+    found = [place._replace(name=path(place)) for place in found]
+    reached = record_gradient(model, argnums) if argnums else {}
     has_types = lambda place: _has_types((place.args, place.kwargs))
     chosen: dict[str, int] = {}
     for i, place in enumerate(found):
@@ -175,8 +234,13 @@ def _find(model: Model, argnums: list[int]) -> tuple[dict[str, Any], dict[str, s
         if has_types(found[first]) and not has_types(place):
             chosen[key_of(place)] = i
     by_variables = 0 in argnums
-    of = lambda i: _positions(found[i], by_variables, reached[i]) if argnums else None
-    places = {key: (found[i], of(i)) for key, i in chosen.items()}
+
+    def of(key: str, place: Place) -> list[int] | None:
+        # A rule for a derivative may have other places; then all are taken for reached.
+        own = reached.get(key, [True] * len(place.args))
+        return _positions(place, by_variables, own) if argnums else None
+
+    places = {key: (found[i], of(key, found[i])) for key, i in chosen.items()}
     return places, _names(found)
 
 
@@ -210,7 +274,7 @@ def _measure_whole(
         with in_effect({}, changes):
             return model.call(*args)
 
-    calls = lambda candidate: model.call if candidate.is_default else tuned
+    calls = lambda candidate: tuned if candidate.lowering == TUNED else model.call
     program_of, args = calls, model.args
     if argnums:
         differentiate, args = with_gradient(model.call, argnums, args)
@@ -218,7 +282,7 @@ def _measure_whole(
     with progress_bar(len(candidates)) as report:
         given = candidates, program_of, args, limits, report, settings.interrupted
         # Both, however short the time is: without them all was in vain.
-        finished = measure_all(*given, least=2)
+        finished = measure_all(*given, settings.compiler_options, least=2)
     require_measured(candidates, limits)
     return finished
 

@@ -2,13 +2,14 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-import jax
+import jax.core
 
 from tdjax._checks import describe
 from tdjax._steps import places
@@ -71,17 +72,29 @@ def tuning(
         yield
 
 
+_numbers = itertools.count()
+# The files and keys of places that this process has tuned.
+_tuned_here: set[tuple[Path, str]] = set()
+
+
 class _OnMiss(Table):
     """A table that grows. To JAX's caches, that of the same file is the same."""
 
     def __init__(self, file: Path, known: Tuning, settings: Settings, gradient: bool):
         outer = places.in_effect.value
         super().__init__(known.options_by_key(), outer=outer)
-        self._file, self._known = file, known
+        self._file, self._known = file.absolute(), known
+        # What another process has not finished is gone on with here.
+        unfinished = [p for p in known.places.values() if not p.finished]
+        self._earlier = {
+            p.key: p for p in unfinished if (self._file, p.key) not in _tuned_here
+        }
+        for key in self._earlier:
+            del self.of_auto[key]
         self._settings, self._gradient = settings, gradient
-        self._failed = set[str]()
+        self._failed, self._number = set[str](), next(_numbers)
         limits = settings.budget, settings.memory_limit, gradient
-        self._same = file.absolute(), *limits, outer
+        self._same = self._file, *limits, outer
 
     def run_unknown(self, key: str, place: Place, run: Callable[[Lowering], T]) -> T:
         if place.lowering.method != "auto":
@@ -89,7 +102,7 @@ class _OnMiss(Table):
         if key in self._failed:
             return super().run_unknown(key, place, run)
         try:
-            result = self._tune(place)
+            result = self._tune(place, self._earlier.get(key))
         except Exception as error:
             # The call may still work: it is not run on other arrays, outside of all.
             self._failed.add(key)
@@ -103,22 +116,27 @@ class _OnMiss(Table):
             return super().run_unknown(key, place, run)
         self.of_auto[key] = result.options
         self._known = self._known | result
+        _tuned_here.add((self._file, key))
         if is_first():
             _add(self._file, self._known)
         return run_with(result.options, place, run)
 
-    def _tune(self, place: Place) -> Tuning:
-        # What is computed here is no part of the program that is being traced.
-        with jax.ensure_compile_time_eval(), places.in_effect(self.outer):
+    def _tune(self, place: Place, earlier: Tuning | None) -> Tuning:
+        # Outside of the program that is being traced. `jax.ensure_compile_time_eval`
+        # would fold constants in the programs here, and so give others.
+        with jax.core.eval_context(), places.in_effect(self.outer):
             settings = self._settings
             whole = with_arrays(place)
             if self._gradient:
                 settings = dataclasses.replace(settings, argnums=gradient_of_all(whole))
-            return tune(whole, lambda lowering: None, settings)
+            return tune(whole, lambda lowering: None, settings, earlier)
 
-    # The same file is the same program, entered again: it only grows.
+    # The same file is the same program, entered again, as long as it only grows.
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _OnMiss) and self._same == other._same
+        if not isinstance(other, _OnMiss) or self._same != other._same:
+            return False
+        before, after = sorted((self, other), key=lambda table: table._number)
+        return before.of_auto.items() <= after.of_auto.items()
 
     def __hash__(self) -> int:
         return hash(self._same)

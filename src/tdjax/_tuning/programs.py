@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import NamedSharding
 
+from tdjax._steps.axes import partition
 from tdjax._steps.fold import watch_fold
 from tdjax._tuning.candidates import Candidate
+from tdjax._tuning.clock import device_of
 from tdjax._tuning.deviations import is_float
 from tdjax._tuning.independence import find_mixing
 
@@ -83,14 +85,16 @@ def with_gradient(reference: Callable, argnums: list[int], args: tuple) -> tuple
 
     def differentiate(apply):
         def run(args, cotangents):
-            leaves, treedef = jax.tree.flatten([args[i] for i in argnums])
+            chosen = [args[i] for i in argnums]
+            primals, rebuild = partition(
+                chosen, [*map(is_float, jax.tree.leaves(chosen))]
+            )
 
             def floats_of(primals):
-                values = dict(zip(argnums, treedef.unflatten(_merge(leaves, primals))))
+                values = dict(zip(argnums, rebuild(primals)))
                 y = apply(*(values.get(i, x) for i, x in enumerate(args)))
                 return _split_floats(jax.tree.leaves(y))
 
-            primals, _ = _split_floats(leaves)
             floats, pullback, others = jax.vjp(floats_of, primals, has_aux=True)
             return floats, others, pullback(cotangents)
 
@@ -110,15 +114,11 @@ def _random_like(reference: Callable, args: tuple) -> list:
         return list(map(normal, range(len(shapes)), shapes))
 
     if not any(isinstance(x.sharding, NamedSharding) for x in jax.tree.leaves(args)):
-        return draw()
+        with jax.default_device(device_of(args)):
+            return draw()
     shardings = program.lower(*args).compile().output_shardings
     return jax.jit(draw, out_shardings=shardings)()
 
 
 def _split_floats(leaves) -> tuple[list, list]:
     return [x for x in leaves if is_float(x)], [x for x in leaves if not is_float(x)]
-
-
-def _merge(leaves, floats) -> list:
-    fill = iter(floats)
-    return [next(fill) if is_float(x) else x for x in leaves]

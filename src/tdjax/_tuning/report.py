@@ -1,10 +1,13 @@
 """How the tuner shows its work: a bar while it runs, a table of the results."""
 
 import contextlib
+from collections.abc import Iterable
 from typing import Any
 
-from tdjax._tuning.candidates import Candidate
+from tdjax._tuning.candidates import NOT_TRIED, TUNED, Candidate
 from tdjax._tuning.processes import is_first
+
+_MEASURES = ("time", "ratio", "memory", "compile", "error")
 
 
 @contextlib.contextmanager
@@ -35,54 +38,72 @@ def rich_table(
     """
     from rich.table import Table
 
+    order = lambda c: (c is not best, not c.measured, c.ratio or 1e9)
+    tried = sorted((c for c in candidates if not c.is_left), key=order)
+    options = _numbered(str(c.compiler_options) for c in tried if c.compiler_options)
+    reasons = _numbered(c.verdict for c in tried if ": " in c.verdict)
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     for name in ("model",) if is_model else ("method", "chunk", "unroll", "remat"):
         table.add_column(name, no_wrap=True)
-    for name in ("time", "ratio", "memory", "compile", "error"):
+    for name in (*["options"] * bool(options), *_MEASURES):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", overflow="fold")
-    order = lambda c: (c is not best, not c.measured, c.ratio or 1e9)
-    tried = [c for c in candidates if not c.is_left]
-    for candidate in sorted(tried, key=order):
-        verdict = "chosen" if candidate is best else candidate.verdict
+    for candidate in tried:
+        verdict = "chosen" if candidate is best else _verdict(candidate, reasons)
         if candidate.is_default and not is_model:
-            verdict = "default" if candidate.measured else f"default, {verdict}"
-            verdict = f"{verdict}, chosen" if candidate is best else verdict
+            is_plain = candidate.measured and candidate is not best
+            verdict = "default" if is_plain else f"default, {verdict}"
+        if candidate.measured and candidate.ratio_spread is None and not finished:
+            once = "measured once"
+            verdict = once if verdict == "measured" else f"{verdict}, {once}"
         style = "bold" if candidate is best else "" if candidate.measured else "dim"
-        what = _of_model(candidate) if is_model else _of_lowering(candidate, candidates)
+        what = _of_model(candidate) if is_model else _of_lowering(candidate)
+        number = options.get(str(candidate.compiler_options), "")
+        what += [str(number)] * bool(options)
         table.add_row(*what, *_measures(candidate), verdict, style=style)
-    left = len(candidates) - len(tried)
-    notes = [f"options {i}: {text}" for i, text in enumerate(_options(candidates), 1)]
+    notes = [f"options {number}: {text}" for text, number in options.items()]
+    notes += [f"({number}) {text}" for text, number in reasons.items()]
     if not finished:
-        missing = f"{left} more were not tried" if left else "more rounds are needed"
-        notes.append(
-            f"Not finished: {missing}. A larger budget= gives them time; with cache= "
-            "the next call goes on."
-        )
+        notes.append(_unfinished(candidates))
     table.caption = "\n".join(notes) or None
     return table
 
 
-def _options(candidates: list[Candidate]) -> list[str]:
-    """The options of the compiler that some candidates have, each once."""
-    texts = [str(c.compiler_options) for c in candidates if c.compiler_options]
-    return [*dict.fromkeys(texts)]
+def _numbered(texts: Iterable[str]) -> dict[str, int]:
+    """Each text once, with a number from 1."""
+    return {text: i for i, text in enumerate(dict.fromkeys(texts), 1)}
+
+
+def _verdict(candidate: Candidate, reasons: dict[str, int]) -> str:
+    """A verdict; one with a reason is cut short, with the number of its note."""
+    number = reasons.get(candidate.verdict)
+    short = candidate.verdict.split(": ", 1)[0]
+    return f"{short} ({number})" if number else short
+
+
+def _unfinished(candidates: list[Candidate]) -> str:
+    """What is missing in a search, and what to do about it."""
+    left = sum(c.is_left for c in candidates)
+    missing = f"{left} more were not tried" if left else "more rounds are needed"
+    if any(c.verdict == NOT_TRIED for c in candidates):
+        return f"Interrupted: {missing}. With cache= the next call goes on."
+    return (
+        f"Not finished: {missing}. A larger budget= gives them time; with cache= "
+        "the next call goes on."
+    )
 
 
 def _of_model(candidate: Candidate) -> list[str]:
-    return ["as given" if candidate.is_default else "tuned"]
+    return ["tuned" if candidate.lowering == TUNED else "as given"]
 
 
-def _of_lowering(candidate: Candidate, candidates: list[Candidate]) -> list[str]:
-    lowering, options = candidate.lowering, ""
-    if candidate.compiler_options:
-        number = 1 + _options(candidates).index(str(candidate.compiler_options))
-        options = f", options {number}"
+def _of_lowering(candidate: Candidate) -> list[str]:
+    lowering = candidate.lowering
     return [
         lowering.method,
         "all" if lowering.chunk_size is None else str(lowering.chunk_size),
         str(lowering.unroll),
-        ("yes" if lowering.remat else "no") + options,
+        "yes" if lowering.remat else "no",
     ]
 
 

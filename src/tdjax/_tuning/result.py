@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any, Generic, TypeVar, cast
 
-from tdjax._tuning.candidates import Candidate, choose
+from tdjax._tuning.candidates import TUNED, Candidate, choose
 from tdjax._tuning.report import rich_table
 from tdjax._tuning.table import Options, enter, leave
 
@@ -71,9 +71,11 @@ class Tuning(Generic[T]):
     def best(self) -> Candidate:
         """The candidate that was chosen."""
         if not self.candidates:
+            places = ", ".join(self.places) or "none"
             raise ValueError(
-                "best must be asked of a place of a merged Tuning, which has no "
-                f"candidates of its own: .places has {', '.join(self.places)}."
+                "best must be asked of a place here: a Tuning that was merged, or of a "
+                "model of which no place is better than as it was given, has no "
+                f"candidates of its own. .places has {places}."
             )
         return choose(self.candidates)
 
@@ -82,7 +84,7 @@ class Tuning(Generic[T]):
         """The chosen `method`, `chunk_size`, `unroll` and `remat`."""
         if self.key:
             return self.best.options
-        return {name: place.options for name, place in self.places.items()}
+        return {name: place.options for name, place in self._places().items()}
 
     @property
     def compiler_options(self) -> dict[str, Any]:
@@ -91,7 +93,11 @@ class Tuning(Generic[T]):
 
     def options_by_key(self) -> dict[str, Options]:
         """The options of all places, by what a context looks up."""
-        return {place.key: place.options for place in self._places()}
+        return {place.key: place._without_compiler_options() for place in self._all()}
+
+    def _without_compiler_options(self) -> Options:
+        """The best options where the compiler has none: a table gives it none."""
+        return choose(c for c in self.candidates if not c.compiler_options).options
 
     def __enter__(self) -> "Tuning[T]":
         enter(self.options_by_key())
@@ -103,7 +109,7 @@ class Tuning(Generic[T]):
     def __or__(self, other: "Tuning[Any]") -> "Tuning[None]":
         if not isinstance(other, Tuning):
             return NotImplemented
-        by_key = {place.key: place for place in (*self._places(), *other._places())}
+        by_key = {place.key: place for place in (*self._all(), *other._all())}
         places: dict[str, Tuning[Any]] = {}
         for place in by_key.values():
             name = base = re.sub(r" \(\d+\)$", "", place.name)
@@ -115,13 +121,14 @@ class Tuning(Generic[T]):
         finished = all(place.finished for place in places.values())
         return Tuning(None, [], {}, finished=finished, places=places)
 
-    def _places(self) -> "list[Tuning[Any]]":
-        """Itself, or its places; none of a model that is better as it was given."""
-        if self.key:
-            return [self]
-        was_tried = any(not (c.is_default or c.is_left) for c in self.candidates)
-        is_refused = was_tried and self.best.is_default
-        return [] if is_refused else [*self.places.values()]
+    def _all(self) -> "list[Tuning[Any]]":
+        """Itself, or its places."""
+        return [self] if self.key else [*self._places().values()]
+
+    def _places(self) -> "dict[str, Tuning[Any]]":
+        """Those of a model; none if it is better as it was given."""
+        was_tried = any(c.lowering == TUNED and not c.is_left for c in self.candidates)
+        return {} if was_tried and self.best.lowering != TUNED else self.places
 
     def show(self) -> None:
         """Prints a table of all candidates; of a whole model, one for each place."""
@@ -137,6 +144,8 @@ class Tuning(Generic[T]):
         tables = [place.__rich__() for place in self.places.values()]
         failures = [f"{name}: not tuned: {why}" for name, why in self.failures.items()]
         own = [self._table()] if self.candidates else []
+        if self.about and not own and self.finished:
+            own = [f"{self.name}: stays as it was given; no place is better otherwise."]
         return Group(*tables, *failures, *own)
 
     def _table(self):
@@ -185,7 +194,8 @@ class Tuning(Generic[T]):
         ) as error:  # fmt: skip
             raise ValueError(
                 f"text must be what Tuning.to_json writes, got {str(text)[:80]!r} "
-                f"({type(error).__name__}: {error})."
+                f"({type(error).__name__}: {error}). Of a file, give the text in it: "
+                "pathlib.Path(path).read_text()."
             ) from error
 
     @classmethod

@@ -90,6 +90,7 @@ class Race:
                 contender.alone = min(contender.alone, *again)
         self._drop(is_far_behind)
         if not self._run_each_alone():
+            self._run_again()
             return False
         for done in range(1, _MOST_ROUNDS + 1):
             if len(self.contenders) == 1:
@@ -124,6 +125,13 @@ class Race:
         fastest = min(self.contenders, key=ratios.__getitem__)
         self.yardstick = control if control in self.contenders else fastest
         return True
+
+    def _run_again(self) -> None:
+        """Runs the default and the fastest: nothing is compiled beside them now."""
+        defaults = [c for c in self.contenders if c.candidate.is_default]
+        fastest = min(self.contenders, key=lambda c: c.alone)
+        for contender in {*defaults, fastest}:
+            contender.alone = self._time(contender)
 
     def _ratios_to(
         self, control: Contender, contenders: list[Contender], ratios: dict

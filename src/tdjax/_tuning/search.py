@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 
 from tdjax._steps.lowering import Lowering
-from tdjax._tuning.candidates import NO_TIME, Candidate
+from tdjax._tuning.candidates import NO_TIME, TUNED, Candidate
 from tdjax._tuning.clock import timed
 from tdjax._tuning.deviations import Tolerances
 from tdjax._tuning.processes import agreed, in_all
@@ -55,7 +55,7 @@ class _Trial(NamedTuple):
     """A candidate that is being compiled; `program()` waits for it."""
 
     candidate: Candidate
-    run: Callable
+    run: Callable | None
     lowered: Lowered | None
     program: Callable[[], tuple[Any, float]]
 
@@ -191,7 +191,8 @@ def agree(
 
 
 def _may_be_reference(candidate: Candidate) -> bool:
-    return candidate.lowering.method == "vmap" and not candidate.compiler_options
+    is_plain = candidate.lowering.method == "vmap" or candidate.lowering == TUNED
+    return is_plain and not candidate.compiler_options
 
 
 def _next_reference(waiting: collections.deque[Candidate]) -> Candidate:
@@ -232,8 +233,9 @@ def _expected(candidate: Candidate, search: _Search) -> float:
 
 def _start(candidate: Candidate, search: _Search) -> _Trial:
     """Traces a candidate here, since the contexts of JAX are those of a thread."""
-    run, lowered = search.program_of(candidate), None
+    run, lowered = None, None
     try:
+        run = search.program_of(candidate)  # A module may refuse its options.
         lowered = lower(candidate, run, search.args, search.mixing)
         program = search.submit(compile_lowered, lowered, candidate.compiler_options)
     except Exception as error:
@@ -252,7 +254,7 @@ def _finish(trial: _Trial, search: _Search) -> None:
     """Checks a candidate's memory and numbers, and notes the verdict."""
     candidate = trial.candidate
     compiled = _attempt(trial.program, candidate, search)
-    if compiled is None or trial.lowered is None:
+    if compiled is None or trial.lowered is None or trial.run is None:
         return
     program, seconds = compiled
     candidate.compile_seconds = agreed(seconds)

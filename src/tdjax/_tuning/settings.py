@@ -1,17 +1,19 @@
 """The arguments of `autotune` that say how to search, and their checks."""
 
 import dataclasses
+import inspect
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from tdjax._checks import describe
-from tdjax._tuning.candidates import check_compiler_options
+from tdjax._steps.lowering import AUTO, METHODS
+from tdjax._tuning.candidates import OPTIONS, check_compiler_options
 from tdjax._tuning.deviations import is_float
 
 
@@ -81,6 +83,23 @@ class Settings:
                     f"got {describe(args[i])} at {i}."
                 )
         return positions
+
+
+def refuse_lowering(call: Callable, kwargs: Mapping[str, Any]) -> None:
+    """Refuses keyword arguments that name a lowering and that `call` does not take."""
+    try:
+        parameters = inspect.signature(call).parameters
+    except (TypeError, ValueError):  # Of what is no Python function.
+        return
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name in OPTIONS:
+        # Flax has a `method` too, of another kind.
+        is_given = kwargs.get(name) in (*METHODS, AUTO) or name != "method"
+        if name in kwargs and is_given and name not in parameters and not takes_any:
+            raise TypeError(
+                f"{name} is what autotune chooses, got {name}={kwargs[name]!r}. Leave "
+                f"it out, or give the lowerings to try: candidates=[{{...}}]."
+            )
 
 
 def _require_positive(name: str, value: Any) -> None:

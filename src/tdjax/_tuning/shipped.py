@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from tdjax._steps.lowering import Lowering
 from tdjax._steps.places import Place
-from tdjax._tuning.table import Options, device_kind, key_of, run_with
+from tdjax._tuning.table import Options, default_device, device_kind, key_of, run_with
 
 T = TypeVar("T")
 
@@ -24,9 +24,19 @@ class Shipped:
     asks_all = False
 
     def run(self, place: Place, run: Callable[[Lowering], T]) -> T:
-        table = options_of(device_kind())
+        table = options_of(device_kind((place.args, place.kwargs)))
         options = table.get(key_of(place)) if table else None
-        return run(place.lowering) if options is None else run_with(options, place, run)
+        if options is None:
+            return run(place.lowering)
+        return run_with(options, place, run, platform=_platform())
+
+
+def _platform() -> str:
+    """What `jax.lax.platform_dependent` calls the platform of the default device."""
+    device = default_device()
+    if device.platform != "gpu":
+        return device.platform
+    return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
 
 
 @functools.cache

@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 
 import jax
 
-from tdjax._checks import is_array
+from tdjax._checks import is_array, is_concrete
 from tdjax._steps import places
 from tdjax._steps.axes import partition
 from tdjax._steps.fold import watch_fold
-from tdjax._steps.lowering import AUTO, Lowering
+from tdjax._steps.lowering import AUTO, Lowering, OnPlatform
 from tdjax._steps.places import Place, value_text
 from tdjax._tuning.candidates import OPTIONS, change
+from tdjax._tuning.clock import device_of
 from tdjax._tuning.identity import Identity
 from tdjax._tuning.independence import find_mixing
 
@@ -38,7 +39,7 @@ def key_of(place: Place) -> str:
         "fixed": value_text([*place.fixed, place.sharding], {}),
         "named": [str(getattr(lowering, name)) for name in names],
         "given": {name: getattr(lowering, name) for name in OPTIONS},
-        "device": device_kind(),
+        "device": device_kind((place.args, place.kwargs)),
     }
     return json.dumps(fields)
 
@@ -48,12 +49,18 @@ def plain_if_auto(lowering: Lowering) -> Lowering:
     return change(lowering) if lowering.method == AUTO else lowering
 
 
-def device_kind() -> str:
-    """The kind of the device that arrays go to by default."""
+def device_kind(args: Any = ()) -> str:
+    """The kind of the device of arrays; of tracers, that where arrays go by default."""
+    is_known = lambda x: isinstance(x, jax.Array) and is_concrete(x)
+    known = [*filter(is_known, jax.tree.leaves(args))]
+    return (device_of(known) if known else default_device()).device_kind
+
+
+def default_device() -> Any:
+    """Where arrays go by default."""
     default = jax.config.jax_default_device  # pyright: ignore
-    if default is None or isinstance(default, str):
-        return jax.devices(default)[0].device_kind
-    return default.device_kind
+    is_name = default is None or isinstance(default, str)
+    return jax.devices(default)[0] if is_name else default
 
 
 class Table:
@@ -108,25 +115,36 @@ def _is_auto(place: Place) -> bool:
 _shown: dict[str, tuple[Identity, str | None]] = {}
 
 
-def run_with(options: Options, place: Place, run: Callable[[Lowering], T]) -> T:
+def run_with(
+    options: Options,
+    place: Place,
+    run: Callable[[Lowering], T],
+    platform: str | None = None,
+) -> T:
     """`run(lowering)` with these options; `"fold"` only if it is shown to be right.
+
+    With `platform`, only where the program is compiled for it.
 
     A table knows layers and functions by their names, and they may have changed. What
     was shown in this process holds as long as the code is the same.
     """
     plain = plain_if_auto(place.lowering)
     lowering = change(plain, **options)
+    chosen = lowering
+    if platform is not None:
+        chosen = OnPlatform(**vars(place.lowering), platform=platform, chosen=lowering)
     if lowering.method != "fold" or plain.method == "fold":
-        return run(lowering)
+        return run(chosen)
     if lowering.chunk_size == 1:  # The same program under every method.
-        return run(lowering)
-    key, identity = key_of(place), Identity(place.called)
+        return run(chosen)
+    code = place.called, place.args, place.kwargs, place.depends()
+    key, identity = key_of(place), Identity(code)
     known, reason = _shown.get(key, (None, None))
     if known != identity:
         reason = _why_not_folded(place, lowering)
         _shown[key] = identity, reason
     if reason is None:
-        return run(lowering)
+        return run(chosen)
     warnings.warn(
         f"{place.name} has method='fold' in the tuning in effect, and may depend on "
         f"the rest of the batch: {reason}. It is called as without a tuning. Tune it "
