@@ -206,6 +206,7 @@ FOLD = {"budget": 60, "candidates": [{"method": "fold"}]}
 def make_fold_win(folder):
     (entry,) = folder.iterdir()
     wins = {"verdict": "measured", "run_seconds": 1e-9, "ratio": 1e-9}
+    wins["best_ratio"] = 1e-9
     wins["ratio_spread"] = [1e-9, 1e-9]
     damage(entry, lambda e: e["candidates"][1].update(wins))
 
@@ -301,3 +302,15 @@ def test_an_entry_without_a_reference_is_measured_again(params, entry):
     assert (
         search.find_reference([Candidate(Lowering("fold"), verdict="measured")]) is None
     )
+
+
+def test_a_derivative_is_part_of_the_key(tmp_path):
+    def make(scale):
+        double = jax.custom_vjp(lambda x: 2 * x)
+        double.defvjp(lambda x: (2 * x, None), lambda _, g: (scale * g,))
+        return double
+
+    options = {"candidates": [], "cache": tmp_path, "argnums": 0}
+    assert not tdjax.autotune(make(2), X, **options).from_cache
+    assert not tdjax.autotune(make(3), X, **options).from_cache
+    assert tdjax.autotune(make(2), X, **options).from_cache

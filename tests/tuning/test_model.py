@@ -1,16 +1,20 @@
 """Whole models: each place is found, tuned on what reaches it, and put together."""
 
+import gc
 import pickle
+import weakref
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from flax.errors import InvalidRngError
 
 import tdjax
 from helpers import assert_trees_close, normal, printed
 from tdjax._tuning import model as _model
+from tdjax._tuning.table import key_of
 
 X = normal(0, 3, 6, 4)
 wrap = tdjax.linen.TimeDistributed
@@ -195,8 +199,10 @@ def test_only_what_a_gradient_reaches_is_differentiated(key):
     found = _model.record(lambda: model.apply(variables, X))
     assert [place.name for place in found] == ["encoder", "head"]
     # The input of the first layer is data.
-    assert _model.record_gradient(whole, [0]) == [[False], [True]]
-    assert _model.record_gradient(whole, [1]) == [[True], [True]]
+    keys = [key_of(place) for place in found]
+    by_key = lambda *reached: dict(zip(keys, reached))
+    assert _model.record_gradient(whole, [0]) == by_key([False], [True])
+    assert _model.record_gradient(whole, [1]) == by_key([True], [True])
 
 
 def test_arrays_that_reach_a_place_are_the_models_own(key):
@@ -270,3 +276,104 @@ def test_functions_over_time_in_a_model_are_places_too(key):
     variables = Model().init(key, X)
     result = tdjax.linen.autotune(Model(), variables, X, **QUICK)
     assert list(result.places) == ["tanh"]
+
+
+def test_a_model_leaves_nothing_in_memory(key):
+    model = Setup()
+    variables = model.init(key, X)
+    x = normal(3, *X.shape) + 0.0
+    gone = weakref.ref(x)
+    tdjax.linen.autotune(model, variables, x, **QUICK)
+    del x
+    gc.collect()
+    assert gone() is None
+
+
+class Flagged(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dropout(0.1, deterministic=not train)(x)
+        return wrap(nn.Dense(4), name="head")(x)
+
+
+def test_flags_are_given_by_name(key, user_errors):
+    variables = Flagged().init(key, X, False)
+    with pytest.raises(TypeError, match=r"args must be arrays, got bool .* by their"):
+        tdjax.linen.autotune(Flagged(), variables, X, False, **QUICK)
+    result = tdjax.linen.autotune(Flagged(), variables, X, train=False, **QUICK)
+    assert list(result.places) == ["head"]
+
+
+def test_what_fails_before_the_first_place_is_said(key, user_errors):
+    variables = Flagged().init(key, X, False)
+    with pytest.raises(InvalidRngError) as error:
+        tdjax.linen.autotune(Flagged(), variables, X, train=True, **QUICK)
+    notes = "".join(error.value.__notes__)
+    assert "taken for a layer for one step, since as a model on all steps" in notes
+
+
+@jax.custom_vjp
+def _by_hand(w, x):
+    return tdjax.time_distributed(tdjax.dense, in_axes=(None, 1))(w, x)
+
+
+_by_hand.defvjp(
+    lambda w, x: (tdjax.dense(w, x), (w, x)),
+    lambda saved, g: jax.vjp(tdjax.dense, *saved)[1](g),
+)
+
+
+class ByHand(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        init = lambda key: tdjax.init_dense(key, x.shape[-1], 3)
+        return _by_hand(self.param("dense", init), x)
+
+
+def test_a_place_in_a_custom_derivative_is_tuned(key):
+    variables = ByHand().init(key, X)
+    result = tdjax.linen.autotune(ByHand(), variables, X, argnums=0, **QUICK)
+    assert result.failures == {}
+    assert list(result.places) == ["dense"]
+
+
+class TwoWays(nn.Module):
+    """One layer, given once as it is and once in blocks."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = wrap(nn.Dense(4), name="whole")(x)
+        return wrap(nn.Dense(4), name="blocks", chunk_size=2)(x)
+
+
+def test_a_candidate_is_measured_as_it_is_beside_a_place_of_the_same_layer(key):
+    variables = TwoWays().init(key, X)
+    result = tdjax.linen.autotune(TwoWays(), variables, X, **QUICK)
+    alone = tdjax.linen.autotune(
+        wrap(nn.Dense(4)), {"params": variables["params"]["whole"]}, X, **QUICK
+    )
+    memory = lambda tuning: [c.temporary_bytes for c in tuning.candidates]
+    assert memory(result.places["whole"]) == memory(alone)
+
+
+def test_options_of_the_compiler_are_tried_with_the_whole(key):
+    variables = Setup().init(key, X)
+    options = [{"xla_cpu_enable_fast_math": True}]
+    result = tdjax.linen.autotune(
+        Setup(), variables, X, compiler_options=options, **QUICK
+    )
+    whole = [bool(c.compiler_options) for c in result.candidates]
+    assert whole == [False, False, True, True]
+    assert result.compiler_options == options[0]  # The last one is taken here.
+    for place in result.places.values():
+        assert not any(c.compiler_options for c in place.candidates)
+
+
+def test_a_layer_that_carries_its_state_is_tuned(key):
+    norm = nn.BatchNorm(use_running_average=False)
+    layer = wrap(norm, variable_carry="batch_stats")
+    variables = layer.init(key, X)
+    result = tdjax.linen.autotune(layer, variables, X, mutable=["batch_stats"], **QUICK)
+    verdicts = {c.options["method"]: c.verdict for c in result.candidates}
+    assert verdicts["fold"].startswith("failed: ValueError: variable_carry=")
+    assert result.options["method"] == "vmap"

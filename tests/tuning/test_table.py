@@ -8,6 +8,7 @@ import warnings
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -15,7 +16,7 @@ import tdjax
 from helpers import assert_trees_close, normal, printed
 from tdjax._steps.lowering import Lowering
 from tdjax._tuning import on_miss
-from tdjax._tuning.candidates import Candidate
+from tdjax._tuning.candidates import TUNED, Candidate
 from tdjax._tuning.table import in_effect, key_of
 from tuning.tuned_dense import QUICK, X
 
@@ -64,6 +65,16 @@ def test_a_context_sets_the_options_of_the_same_place_only(found):
         assert program(auto(), PARAMS, longer) != program(fold, PARAMS, longer)
         assert "18,4" not in program(auto(lambda p, x: x), PARAMS, X)
     assert program(auto(), PARAMS, X) == plain
+
+
+def test_the_log_says_what_is_in_a_table(found, caplog):
+    caplog.set_level("DEBUG", logger="tdjax")
+    with found:
+        auto()(PARAMS, X)
+        auto()(PARAMS, X[:, :3])
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith("dense: in a table, {'method': 'fold'")
+    assert second.startswith("dense: not in this table, {")
 
 
 def test_a_compiled_function_is_compiled_again_where_a_table_is_in_effect(found):
@@ -175,7 +186,9 @@ def test_what_is_not_shown_leaves_nothing_behind(key):
     run = lambda model: model.apply(
         variables, X, rngs={"dropout": key}, mutable=mutable
     )
-    place = models[0]._place_of("__call__", (X,), {}, Lowering("auto"), None, ())
+    place = models[0]._place_of(
+        "__call__", (X,), {}, Lowering("auto"), None, ["batch_stats"]
+    )
     refused = pytest.warns(UserWarning, match="rest of the batch")
     with in_effect({key_of(place): FOLD}), refused:
         got = run(models[0])
@@ -240,7 +253,7 @@ def test_a_model_that_is_better_as_it_was_has_no_table():
     chosen = Candidate(Lowering("fold"), verdict="measured", run_seconds=1.0, ratio=1.0)
     found = tdjax.Tuning(None, [chosen], {}, name="dense", key="a key")
     model = Candidate(Lowering(), is_default=True, verdict="measured", ratio=1.0)
-    tuned = Candidate(Lowering(), verdict="other numbers than the reference")
+    tuned = Candidate(TUNED, verdict="other numbers than the reference")
     places = {"dense": found}
     refused = tdjax.Tuning(None, [model, tuned], {}, places=places)
     assert refused.options_by_key() == {}
@@ -317,6 +330,39 @@ def test_fold_is_shown_while_tracing_as_it_is_outside(tmp_path):
     (place,) = tdjax.Tuning.from_json(file.read_text()).places.values()
     folds = [c.verdict for c in place.candidates if c.options == FOLD]
     assert folds in (["measured"], ["behind"])
+
+
+def test_a_file_that_was_deleted_is_made_again(tmp_path):
+    path, run = tmp_path / "table.json", jax.jit(auto())
+    for _ in range(2):
+        with tdjax.tuning(path, **SHORT):
+            run(PARAMS, X)
+        assert path.exists()
+        path.unlink()
+
+
+def test_an_unfinished_place_is_gone_on_with_in_the_next_process(tmp_path, monkeypatch):
+    path, run = tmp_path / "table.json", lambda: jax.jit(lambda: auto()(PARAMS, X))()
+    with tdjax.tuning(path, budget=0.01):
+        run()
+    place = lambda: next(iter(tdjax.Tuning.from_json(path.read_text()).places.values()))
+    tried = lambda: sum(not c.is_left for c in place().candidates)
+    assert not place().finished
+    before = tried()
+    with tdjax.tuning(path, budget=0.01):
+        run()
+    assert tried() == before
+    monkeypatch.setattr(on_miss, "_tuned_here", set())
+    with tdjax.tuning(path, budget=0.01):
+        run()
+    assert tried() > before
+
+
+def test_numbers_of_numpy_have_the_key_of_what_they_become():
+    x = np.asarray(X, np.float64)
+    assert tdjax.autotune(auto(), PARAMS, x, **QUICK).key == key_of(
+        auto().place((PARAMS, X), {})
+    )
 
 
 def test_the_same_file_is_the_same_program_to_jit(tmp_path):

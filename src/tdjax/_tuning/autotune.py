@@ -330,6 +330,12 @@ def require_measured(candidates: list[Candidate], limits: Limits) -> None:
             "fewer axes. Without the tuner, jax.jit(..., "
             "compiler_options={'xla_cpu_experimental_ynn_fusion_type': ''}) is safe."
         )
+    if limits.memory_limit is None:
+        raise ValueError(
+            f"fun must fit the memory under some lowering; within budget="
+            f"{limits.budget} s, no vmap lowering that was tried did. Give a larger "
+            "budget=, a smaller chunk_size in candidates=, or smaller inputs."
+        )
     used = [c.temporary_bytes for c in candidates if c.temporary_bytes]
     raise ValueError(
         f"memory_limit={limits.memory_limit} bytes is too small for every lowering "

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ from tdjax._tuning.identity import Identity
 from tdjax._tuning.independence import find_mixing
 
 T = TypeVar("T")
+_log = logging.getLogger("tdjax")
 Options = dict[str, Any]
 
 
@@ -88,7 +90,10 @@ class Table:
         key, is_auto = key_of(place), place.lowering.method == AUTO
         options = self.of_all.get(key) or (self.of_auto.get(key) if is_auto else None)
         if options is not None:
+            _log.debug("%s: in a table, %s", place.name, options)
             return run_with(options, place, run)
+        if is_auto:
+            _log.debug("%s: not in this table, %s", place.name, key)
         return self.run_unknown(key, place, run)
 
     def run_unknown(self, key: str, place: Place, run: Callable[[Lowering], T]) -> T:
