@@ -56,10 +56,11 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         f"Python {about['python']}; {versions}.",
         "",
-        "Ratios are of medians to the first row of each case; quartiles in brackets. "
-        "All candidates of a case ran in turn, on the same numbers, and agree. *Again* "
-        "is the first once more: its ratio is the noise, which stands beside the "
-        "targets too.",
+        "A ratio is the median time divided by that of the first row of the case. "
+        "Candidates were timed in turn on the same inputs; their results agree. "
+        "*Again* is the first candidate once more: its ratio is the noise. *Temporary* "
+        "is memory without arguments and results. *Of roofline* may exceed 1 where "
+        "data stay in the caches.",
         "",
         *promises(results["rows"]),
         "",
@@ -69,7 +70,9 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     for suite in dict.fromkeys(row["suite"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["suite"] == suite]
-        lines += ["", f"## {suite}", "", *_rows(rows, results.get("ceilings", {}))]
+        table = _rows(rows, results.get("ceilings", {}))
+        folded = ["<details>", f"<summary>{len(rows)} rows</summary>", "", *table]
+        lines += ["", f"## {suite}", "", *folded, "", "</details>"]
     return "\n".join(lines) + "\n"
 
 

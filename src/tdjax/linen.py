@@ -347,8 +347,8 @@ def autotune(
     and then the model is measured as it was given and tuned. See docs/tuning.md.
 
     Args:
-      module: a `TimeDistributed`, a layer to wrap in one, or a model with any number of
-        `TimeDistributed` inside, nested or in `nn.scan` too.
+      module: a `TimeDistributed`, a model with any number of them inside, or a layer
+        for one step, to be wrapped in one.
       variables: its variables, from `init` or from training.
       *args: the inputs of a call.
       rngs, mutable: as in `apply`.
@@ -358,7 +358,7 @@ def autotune(
 
     Returns:
       A `tdjax.Tuning`; `.tuned` is the module with the best options. Of a model it is
-      the same model, of a subclass whose methods run with the options of `.places`.
+      one of a subclass that uses the options of `.places`, for the measured shapes.
 
     Raises:
       TypeError: if an argument is of the wrong kind.

@@ -324,8 +324,8 @@ def autotune(
     and then the model is measured as it was given and tuned. See docs/tuning.md.
 
     Args:
-      module: a `TimeDistributed`, a layer to wrap in one, or a model with any number of
-        `TimeDistributed` inside.
+      module: a `TimeDistributed`, a model with any number of them inside, or a layer
+        for one step, to be wrapped in one.
       *args: the inputs of a call.
       argnums, budget, memory_limit, tolerance, candidates, compiler_options, cache: as
         in `tdjax.autotune`; `argnums` counts `module` as 0.
@@ -333,8 +333,8 @@ def autotune(
 
     Returns:
       A `tdjax.Tuning`; `.tuned` is a `TimeDistributed` with the best options around
-      the same layer. Of a model it is one with the same variables, of a subclass whose
-      methods run with the options of `.places`.
+      the same layer. Of a model it is one with the same variables, of a subclass that
+      uses the options of `.places`, for the measured shapes.
 
     Raises:
       TypeError: if an argument is of the wrong kind.

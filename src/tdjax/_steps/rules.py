@@ -1,6 +1,6 @@
 """What `method="auto"` does where no table has the place: one rule that was measured.
 
-On a CPU, eight blocks in straight-line code take 0.55 to 0.95 of the time of all steps
+On a CPU, eight blocks in straight-line code take 0.5 to 0.95 of the time of all steps
 at once for convolutions over images, in the forward pass and with the gradient: their
 activations stay in the caches. Small convolutions gain nothing, and code of many
 operations would compile for long. Everything else is `"vmap"`.

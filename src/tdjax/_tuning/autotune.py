@@ -63,11 +63,13 @@ def autotune(
     Args:
       fun: a function of one step, or what `time_distributed` returned. The options of
         the latter are kept, and its lowering is one of the candidates.
-      *args: the arguments of a call, real data if you can.
-      in_axes, out_axes, capacity: as in `time_distributed`; only for a function of one
-        step.
+      *args: the arguments of a call over time, such as params and x `(batch, time,
+        features)`: arrays and numbers, real data if you can.
+      in_axes, out_axes, capacity: as in `time_distributed`; only if `fun` is a function
+        of one step.
       argnums: None to time the call alone; or the positions of the arguments to
-        differentiate by, as in `jax.grad`, to time call and gradient together.
+        differentiate by, as in `jax.grad`, to time call and gradient together. The
+        gradient is of all results, with random cotangents.
       budget: seconds for everything. A compilation that has begun is finished; none is
         started that is unlikely to finish in time.
       memory_limit: bytes of temporary memory that the compiled program may use, by
@@ -76,29 +78,37 @@ def autotune(
         value of the result. By default 1e-10 for float64, 2e-4 for float32 on a CPU and
         3e-2 elsewhere; for bfloat16 (3e-2) and float16 (5e-3) at least twice the
         reference's own deviation from float32.
-      candidates: the options to try instead of the default list, as mappings. The
-        reference is measured too.
+      candidates: the options to try instead of the default list, as mappings, such as
+        `[{"chunk_size": 4}, {"method": "fold"}]`. The reference, and the lowering of
+        what `time_distributed` returned, are measured too.
       compiler_options: dicts of options of the compiler, as `jax.jit` takes them. The
-        fastest lowerings and the default are tried with each.
+        two fastest lowerings and the default are tried with each.
       cache: a folder that keeps results, for any number of functions and processes. An
         unfinished search goes on at the next call.
-      **kwargs: keyword arguments of the call, such as `mask`.
+      **kwargs: keyword arguments of the call, such as `mask`. One of a name above is
+        bound with `functools.partial`.
 
     Returns:
       A `Tuning`: `.tuned` is `time_distributed(fun)` with the best options, `.options`
-      are these options, `.show()` prints all candidates.
+      are these options, `.compiler_options` those for `jax.jit`, `.show()` prints all
+      candidates.
 
     Raises:
-      TypeError: if an argument is of the wrong kind.
-      ValueError: if a number is out of range, an option is given twice, `cache` is not
-        a folder, or no lowering fits `memory_limit`.
+      TypeError: if an argument is of the wrong kind, or inside of `jit`.
+      ValueError: if a number is out of range, an option is given twice, `argnums`
+        points at no float, there are no steps, `cache` is not a folder, no lowering
+        fits the memory or all may crash, a given `"fold"` is another function than
+        `"vmap"`, or `jax_disable_jit` is on.
+      Exception: what `fun` raises under `"vmap"`.
+
+    Warns:
+      UserWarning: if a file of the cache is damaged or can't be written.
 
     Example:
       >>> import jax, jax.numpy as jnp, tdjax
       >>> params = tdjax.init_dense(jax.random.key(0), 3, 5)
-      >>> x = jnp.ones((2, 4, 3))
-      >>> head = tdjax.time_distributed(tdjax.dense, in_axes=(None, 1))
-      >>> result = tdjax.autotune(head, params, x, budget=1)
+      >>> x, options = jnp.ones((2, 4, 3)), {"argnums": 0, "budget": 1}
+      >>> result = tdjax.autotune(tdjax.dense, params, x, in_axes=(None, 1), **options)
       >>> result.tuned(params, x).shape
       (2, 4, 5)
     """

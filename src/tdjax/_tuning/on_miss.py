@@ -34,13 +34,14 @@ def tuning(
     gradient: bool = True,
     memory_limit: int | None = None,
 ) -> Iterator[None]:
-    """Lets `method="auto"` find its options in a file, or tune and add them.
+    """Looks up the options of `method="auto"` in a file, and tunes what is missing.
 
     While a function is traced (under `jax.jit`, say), each call with `method="auto"`
     is looked up by its layer, shapes and device. What the file does not have is tuned
     there and then, on random arrays of the traced shapes, and written to the file at
-    once. So the first trace takes long, later ones take what is known. Several
-    processes and threads can share a file.
+    once. So the first trace takes long, later ones take what is known; what is not
+    finished goes on in the next process. Several processes and threads can share a
+    file. The arrays of one call need memory beside what your program holds.
 
     Args:
       path: a file as `Tuning.to_json` writes it; it need not exist. Give training and
@@ -51,7 +52,11 @@ def tuning(
 
     Raises:
       TypeError: if an argument is of the wrong kind.
-      ValueError: if `budget` is not positive, or the file holds something else.
+      ValueError: if `budget` is not positive, the file holds something else, or it is a
+        folder.
+
+    Warns:
+      UserWarning: if a place can't be tuned by itself, or the file can't be written.
 
     Example:
       >>> import jax, jax.numpy as jnp, os, tdjax, tempfile

@@ -17,21 +17,26 @@ T = TypeVar("T")
 class Tuning(Generic[T]):
     """The result of `autotune`: of a function or layer, or of a whole model.
 
-    As a context, it is what `method="auto"` looks its options up in:
+    As a context manager, it is what `method="auto"` looks its options up in:
 
         with result:
             y = model.apply(variables, x)
 
-    A place is known by the layer and its attributes, the shapes and dtypes of the
-    inputs and the device. `a | b` has the places of both, and b's where both have one.
+    A place, a call of a layer over time, is known by the layer and its attributes (a
+    function: its name), the keywords, the shapes and dtypes of the inputs, the
+    collections that it may write to, and the kind of device. `a | b` has the places of
+    both, and b's where both have one.
 
     Attributes:
       tuned: the function, module or model with the chosen options; None if the result
-        was loaded by `from_json` or merged.
+        was loaded by `from_json` or merged, and in `places`.
       candidates: every lowering that was considered, with its `options`, `verdict`,
-        `run_seconds`, `spread`, `ratio`, `ratio_spread`, `best_ratio`, `rounds`,
-        `compile_seconds`, `temporary_bytes` and `deviation`. Of a whole model: as it
-        was given, and tuned.
+        `run_seconds` and `spread` (median and quartiles of a call), `ratio` and
+        `ratio_spread` (median and quartiles, as a multiple of the default's time of the
+        same moment), `rounds` (how many ratios), `best_ratio` (of the best times),
+        `compile_seconds`, `temporary_bytes` (without arguments and results) and
+        `deviation` (relative to the largest value). Of a whole model: as it was given,
+        and tuned; empty if no place is better than as it was given.
       about: what was measured and where: device, versions, shapes, arguments.
       from_cache: whether the measurements were read from the cache, not made.
       finished: whether all candidates were tried and timed. If not, time ran out or the
@@ -43,7 +48,8 @@ class Tuning(Generic[T]):
       best: the candidate that was chosen.
       options: its `method`, `chunk_size`, `unroll` and `remat`, as a dict of keyword
         arguments for `time_distributed` or a `TimeDistributed`. Of a whole model or a
-        merged result, such a dict for each place, by name.
+        merged result, such a dict for each place, by name; none if the model is better
+        as it was given.
       compiler_options: those of the best, to give `jax.jit`; empty without
         `compiler_options=` of `autotune`.
 
@@ -55,6 +61,9 @@ class Tuning(Generic[T]):
       >>> sorted(options)
       ['chunk_size', 'method', 'remat', 'unroll']
       >>> tuned = tdjax.time_distributed(jnp.sin, **options)
+      >>> with result | tdjax.Tuning.from_json(saved):
+      ...     tdjax.time_distributed(jnp.sin, method="auto")(jnp.ones((2, 4, 3))).shape
+      (2, 4, 3)
     """
 
     tuned: T
@@ -131,7 +140,10 @@ class Tuning(Generic[T]):
         return {} if was_tried and self.best.lowering != TUNED else self.places
 
     def show(self) -> None:
-        """Prints a table of all candidates; of a whole model, one for each place."""
+        """Prints a table of all candidates; of a whole model, one for each place.
+
+        `rich.print(result)` does the same; docs/tuning.md explains the columns.
+        """
         from rich.console import Console
 
         Console().print(self)
@@ -182,10 +194,16 @@ class Tuning(Generic[T]):
 
     @classmethod
     def from_json(cls, text: str) -> "Tuning[Any]":
-        """Reads what `to_json` wrote; `tuned` is None.
+        """Reads what `to_json` wrote.
+
+        Args:
+          text: JSON; of a file, what is in it.
+
+        Returns:
+          A `Tuning` whose `tuned` is None.
 
         Raises:
-          ValueError: if `text` is not what `to_json` writes.
+          ValueError: if `text` is not what `to_json` of this version writes.
         """
         try:
             return cls._from_json(json.loads(text, parse_constant=_refuse_constant))
