@@ -168,6 +168,7 @@ def _store(folder, number):
         cache.store(folder, stored({"entry": i}))
 
 
+@pytest.mark.slow
 def test_processes_share_a_folder_and_lose_nothing(tmp_path):
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=_store, args=(tmp_path, i)) for i in range(3)]

@@ -12,7 +12,7 @@ from flax import nnx
 from flax.errors import InvalidRngError
 
 import tdjax
-from helpers import assert_trees_close, normal, printed
+from helpers import assert_trees_close, normal, printed, slow_but
 from tdjax._tuning import model as _model
 from tdjax._tuning.table import key_of
 
@@ -101,7 +101,7 @@ def gradients(model, variables):
     return jax.grad(lambda v: jnp.sum(jnp.sin(model.apply(v, X))))(variables)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but([0, 4], MODELS))
 def test_a_linen_model_comes_back_tuned_with_the_same_parameters(name, key):
     model, names = MODELS[name]
     variables = model.init(key, X)
@@ -346,6 +346,7 @@ class TwoWays(nn.Module):
         return wrap(nn.Dense(4), name="blocks", chunk_size=2)(x)
 
 
+@pytest.mark.slow
 def test_a_candidate_is_measured_as_it_is_beside_a_place_of_the_same_layer(key):
     variables = TwoWays().init(key, X)
     result = tdjax.linen.autotune(TwoWays(), variables, X, **QUICK)
@@ -356,6 +357,7 @@ def test_a_candidate_is_measured_as_it_is_beside_a_place_of_the_same_layer(key):
     assert memory(result.places["whole"]) == memory(alone)
 
 
+@pytest.mark.slow
 def test_options_of_the_compiler_are_tried_with_the_whole(key):
     variables = Setup().init(key, X)
     options = [{"xla_cpu_enable_fast_math": True}]
