@@ -159,7 +159,7 @@ def test_without_time_for_rounds_the_search_is_unfinished(clock):
     # One run of each fits, as the clock of the budget is the real one.
     _, result = tune([2], budget=0.25)
     assert not result.finished
-    assert measured[2] <= 2
+    assert measured[2] <= 3
     assert "unfinished" in repr(result)
 
 

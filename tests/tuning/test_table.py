@@ -15,6 +15,7 @@ from flax import nnx
 import tdjax
 from helpers import assert_trees_close, normal, printed
 from tdjax._steps.lowering import Lowering
+from tdjax._steps.places import value_text
 from tdjax._tuning import on_miss
 from tdjax._tuning.candidates import TUNED, Candidate
 from tdjax._tuning.table import in_effect, key_of
@@ -252,16 +253,46 @@ def test_what_was_shown_of_inference_is_not_said_of_training(key):
 def test_a_model_that_is_better_as_it_was_has_no_table():
     chosen = Candidate(Lowering("fold"), verdict="measured", run_seconds=1.0, ratio=1.0)
     found = tdjax.Tuning(None, [chosen], {}, name="dense", key="a key")
-    model = Candidate(Lowering(), is_default=True, verdict="measured", ratio=1.0)
-    tuned = Candidate(TUNED, verdict="other numbers than the reference")
-    places = {"dense": found}
-    refused = tdjax.Tuning(None, [model, tuned], {}, places=places)
+    refused = refused_model({"dense": found})
+    tuned = refused.candidates[1]
     assert refused.options_by_key() == {}
     assert (refused | refused).options_by_key() == {}
     unchanged = tdjax.Tuning(None, [], {"argnums": []}, name="Model", places={})
     assert "Model: stays as it was given" in printed(unchanged)
     tuned.verdict, tuned.ratio = "measured", 0.5
     assert refused.options_by_key() == found.options_by_key()
+
+
+def test_a_table_has_no_options_of_the_compiler(tmp_path):
+    fields = {"run_seconds": 1.0, "ratio": 1.0}
+    default = Candidate(Lowering(), is_default=True, verdict="behind", **fields)
+    fields["ratio"] = 0.5
+    fast = Candidate(
+        Lowering("fold"), compiler_options={"a": 1}, verdict="measured", **fields
+    )
+    found = tdjax.Tuning(None, [default, fast], {}, key="a key")
+    assert found.options["method"] == "fold"
+    assert found.options_by_key() == {"a key": default.options}
+    unfinished = tdjax.Tuning(None, [default, fast], {}, finished=False, key="a key")
+    path = tmp_path / "table.json"
+    for one in (unfinished, refused_model({"dense": unfinished})):
+        path.write_text(one.to_json())
+        with tdjax.tuning(path):
+            pass
+
+
+def refused_model(places):
+    model = Candidate(
+        Lowering(), is_default=True, verdict="measured", ratio=1.0, run_seconds=1.0
+    )
+    tuned = Candidate(TUNED, verdict="other numbers than the reference")
+    return tdjax.Tuning(None, [model, tuned], {}, places=places)
+
+
+def test_settings_of_numpy_are_part_of_a_key():
+    texts = [value_text(np.array(x), {}) for x in (["a", "b"], 1.5, None)]
+    assert texts == ["<U1[2]", "float32[]", "object[]"]
+    assert value_text(np.str_("relu"), {}) == "<U4[]"
 
 
 def test_layers_take_their_options_from_a_table(key, monkeypatch):

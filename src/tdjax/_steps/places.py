@@ -4,6 +4,7 @@ A call with `method="auto"` asks the resolver in effect for its lowering. While 
 is tuned, or runs with the options that were found for it, every call does.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -137,7 +138,8 @@ def value_text(value: Any, kinds: dict[type, Callable[[Any], str]]) -> str:
     if isinstance(value, tuple | list):
         return f"({', '.join(map(one, value))})"
     if isinstance(value, np.ndarray | np.generic):
-        value = jax.typeof(value)  # What it is in a program: float32, not float64.
+        with contextlib.suppress(TypeError, ValueError):  # Strings, say.
+            value = jax.typeof(value)  # What it is in a program: float32, not float64.
     if is_array(value):
         return f"{value.dtype}{[*value.shape]}"
     if isinstance(value, str | bytes | int | float | complex | None):

@@ -170,7 +170,8 @@ def choose(candidates: Iterable[Candidate]) -> Candidate:
     memory = lambda candidate: candidate.temporary_bytes or 0
     best = min((c for c in measured if _is_as_good(c, fastest)), key=memory)
     default = next((c for c in measured if c.is_default), best)
-    is_smaller = memory(best) < _LESS_MEMORY * memory(default)
+    # Single measurements don't show that one is as fast.
+    is_smaller = memory(best) < _LESS_MEMORY * memory(default) and best.ratio_spread
     keeps = not (_is_faster(best, default) or is_smaller)
     return default if keeps else best
 

@@ -35,7 +35,7 @@ from tdjax._tuning.report import progress_bar
 from tdjax._tuning.result import Tuning
 from tdjax._tuning.search import Limits, measure_all
 from tdjax._tuning.settings import Settings
-from tdjax._tuning.table import Options, Table, in_effect, key_of
+from tdjax._tuning.table import Options, Table, anywhere, in_effect, key_of
 
 T = TypeVar("T")
 
@@ -160,7 +160,8 @@ def record_gradient(model: Model, argnums: list[int]) -> dict[str, list[bool]]:
 
     def note(place: Place) -> None:
         is_reached = lambda arg: any(map(_is_reached, jax.tree.leaves(arg)))
-        now, key = [is_reached(arg) for arg in place.args], key_of(place)
+        now = [is_reached(arg) for arg in place.args]
+        key = anywhere(key_of(place))  # The device of tracers is not known.
         reached[key] = [*map(operator.or_, now, reached.get(key, now))]
 
     with _noting(note):
@@ -237,7 +238,7 @@ def _find(model: Model, argnums: list[int]) -> tuple[dict[str, Any], dict[str, s
 
     def of(key: str, place: Place) -> list[int] | None:
         # A rule for a derivative may have other places; then all are taken for reached.
-        own = reached.get(key, [True] * len(place.args))
+        own = reached.get(anywhere(key), [True] * len(place.args))
         return _positions(place, by_variables, own) if argnums else None
 
     places = {key: (found[i], of(key, found[i])) for key, i in chosen.items()}

@@ -90,7 +90,7 @@ class _OnMiss(Table):
         super().__init__(known.options_by_key(), outer=outer)
         self._file, self._known = file.absolute(), known
         # What another process has not finished is gone on with here.
-        unfinished = [p for p in known.places.values() if not p.finished]
+        unfinished = [place for place in known.all_places() if not place.finished]
         self._earlier = {
             p.key: p for p in unfinished if (self._file, p.key) not in _tuned_here
         }

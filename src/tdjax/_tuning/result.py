@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import re
 from typing import Any, Generic, TypeVar, cast
 
@@ -102,11 +103,18 @@ class Tuning(Generic[T]):
 
     def options_by_key(self) -> dict[str, Options]:
         """The options of all places, by what a context looks up."""
-        return {place.key: place._without_compiler_options() for place in self._all()}
+        return {
+            place.key: place._without_compiler_options() for place in self.all_places()
+        }
 
     def _without_compiler_options(self) -> Options:
         """The best options where the compiler has none: a table gives it none."""
-        return choose(c for c in self.candidates if not c.compiler_options).options
+        plain = [c for c in self.candidates if not c.compiler_options]
+        if any(candidate.measured for candidate in plain):
+            return choose(plain).options
+        # All of them were dropped beside the options.
+        ran = [c for c in plain if c.ratio is not None and not c.is_left]
+        return min(ran, key=lambda c: c.ratio or math.inf, default=plain[0]).options
 
     def __enter__(self) -> "Tuning[T]":
         enter(self.options_by_key())
@@ -118,7 +126,9 @@ class Tuning(Generic[T]):
     def __or__(self, other: "Tuning[Any]") -> "Tuning[None]":
         if not isinstance(other, Tuning):
             return NotImplemented
-        by_key = {place.key: place for place in (*self._all(), *other._all())}
+        by_key = {
+            place.key: place for place in (*self.all_places(), *other.all_places())
+        }
         places: dict[str, Tuning[Any]] = {}
         for place in by_key.values():
             name = base = re.sub(r" \(\d+\)$", "", place.name)
@@ -130,7 +140,7 @@ class Tuning(Generic[T]):
         finished = all(place.finished for place in places.values())
         return Tuning(None, [], {}, finished=finished, places=places)
 
-    def _all(self) -> "list[Tuning[Any]]":
+    def all_places(self) -> "list[Tuning[Any]]":
         """Itself, or its places."""
         return [self] if self.key else [*self._places().values()]
 

@@ -39,8 +39,8 @@ _SHORTEST_MEASUREMENT = 5e-3  # seconds
 # takes less than this part of the time left.
 _SHORT_RUN, _SHORT_PART = 0.1, 0.003
 # In the runs before the rounds the default comes after so many others. What is behind
-# by less than this has another run.
-_OTHERS_BETWEEN, _SECOND_CHANCE = 4, 1.15
+# by less than this has another run; a short one costs little, and is easily disturbed.
+_OTHERS_BETWEEN, _SECOND_CHANCE, _SECOND_CHANCE_IF_SHORT = 4, 1.15, 2.0
 
 
 @dataclasses.dataclass(eq=False)
@@ -78,7 +78,7 @@ class Race:
         self.enough = enough
         self.everyone = [*contenders]
         self.yardstick = contenders[0]
-        self._random = random.Random(0)
+        self._random, self._is_cut = random.Random(0), False
 
     def run(self) -> bool:
         """Whether it is decided; if not, time has run out."""
@@ -92,9 +92,10 @@ class Race:
         if not self._run_each_alone():
             self._run_again()
             return False
+        self._keep_what_there_is_time_for()
         for done in range(1, _MOST_ROUNDS + 1):
             if len(self.contenders) == 1:
-                return True
+                return not self._is_cut
             if self._round_seconds() > self.left():
                 return False
             self._round()
@@ -104,8 +105,8 @@ class Race:
                 continue
             is_late = is_steady and start - self.left() > self.enough
             if is_late or self._is_decided():
-                return True
-        return True
+                break
+        return not self._is_cut
 
     def _run_each_alone(self) -> bool:
         """One undisturbed measurement of each, which chooses the yardstick.
@@ -115,22 +116,38 @@ class Race:
         defaults = [c for c in self.contenders if c.candidate.is_default]
         control = next(iter(defaults), self.contenders[0])
         ratios = dict[Contender, float]()
+        self.contenders.sort(key=lambda c: c.alone)  # Time may run out.
         noise = self._ratios_to(control, self.contenders, ratios)
         if len(ratios) < len(self.contenders):
             return False
         behind = _BEHIND * noise * min(ratios.values())
-        is_close = lambda c: behind < ratios[c] < _SECOND_CHANCE * noise * behind
+
+        def is_close(c: Contender) -> bool:
+            is_short = c.alone < _SHORT_RUN
+            chance = _SECOND_CHANCE_IF_SHORT if is_short else _SECOND_CHANCE
+            return behind < ratios[c] < chance * noise * behind
+
         self._ratios_to(control, [*filter(is_close, self.contenders)], ratios)
         self._drop(lambda c: ratios[c] > behind)
+        self.contenders.sort(key=ratios.__getitem__)
         fastest = min(self.contenders, key=ratios.__getitem__)
         self.yardstick = control if control in self.contenders else fastest
         return True
+
+    def _keep_what_there_is_time_for(self) -> None:
+        """Drops the slowest, until there is time for enough rounds of the others."""
+        others = [c for c in self.contenders if c is not self.yardstick]
+        while len(others) > 1 and _ENOUGH_ROUNDS * self._round_seconds() > self.left():
+            slowest = others.pop()
+            self._drop(lambda c, slowest=slowest: c is slowest)
+            self._is_cut = True
 
     def _run_again(self) -> None:
         """Runs the default and the fastest: nothing is compiled beside them now."""
         defaults = [c for c in self.contenders if c.candidate.is_default]
         fastest = min(self.contenders, key=lambda c: c.alone)
-        for contender in {*defaults, fastest}:
+        # In the same order in every process.
+        for contender in dict.fromkeys([*defaults, fastest]):
             contender.alone = self._time(contender)
 
     def _ratios_to(
@@ -213,7 +230,10 @@ class Race:
         best = self._typical(self._leader())
         if rounds <= len(_BEHIND_IN_ROUNDS):
             behind = _BEHIND_IN_ROUNDS[rounds - 1] * self._noise()
-            self._drop_others(lambda c: min(c.ratios) > behind * best)
+            # One short measurement is easily disturbed.
+            is_sure = lambda c: rounds > 1 or c.alone >= _SHORT_RUN
+            is_slow = lambda c: is_sure(c) and min(c.ratios) > behind * best
+            self._drop_others(is_slow)
         if rounds >= _ENOUGH_ROUNDS:
             self._drop_others(
                 lambda c: _quartiles(c.ratios)[0] > _A_LITTLE_BEHIND * best

@@ -22,6 +22,7 @@ from tdjax._tuning.identity import Identity
 from tdjax._tuning.independence import find_mixing
 
 T = TypeVar("T")
+_DEVICE = ', "device": '
 _log = logging.getLogger("tdjax")
 Options = dict[str, Any]
 
@@ -44,6 +45,11 @@ def key_of(place: Place) -> str:
         "device": device_kind((place.args, place.kwargs)),
     }
     return json.dumps(fields)
+
+
+def anywhere(key: str) -> str:
+    """A key without its last field, the device."""
+    return key.rpartition(_DEVICE)[0]
 
 
 def plain_if_auto(lowering: Lowering) -> Lowering:
@@ -70,7 +76,8 @@ class Table:
 
     Attributes:
       of_auto: the options of places with `method="auto"`, by `key_of`.
-      of_all: the options of places with whatever options, in a tuned model.
+      of_all: the options of places with whatever options, in a tuned model, on
+        whatever device it runs.
     """
 
     def __init__(
@@ -79,7 +86,8 @@ class Table:
         of_all: Mapping[str, Options] | None = None,
         outer: places.Resolver | None = None,
     ):
-        self.of_auto, self.of_all, self.outer = dict(of_auto), dict(of_all or {}), outer
+        self.of_auto, self.outer = dict(of_auto), outer
+        self.of_all = {anywhere(key): o for key, o in (of_all or {}).items()}
         self._content = str(self.of_auto), str(self.of_all), outer
 
     @property
@@ -88,7 +96,8 @@ class Table:
 
     def run(self, place: Place, run: Callable[[Lowering], T]) -> T:
         key, is_auto = key_of(place), place.lowering.method == AUTO
-        options = self.of_all.get(key) or (self.of_auto.get(key) if is_auto else None)
+        options = self.of_all.get(anywhere(key))
+        options = options or (self.of_auto.get(key) if is_auto else None)
         if options is not None:
             _log.debug("%s: in a table, %s", place.name, options)
             return run_with(options, place, run)
