@@ -226,7 +226,11 @@ def variables_by_itself(layer: nn.Module) -> dict[str, Any]:
         value = getattr(layer, field.name, None)
         if field.name in _OF_SCOPES:
             continue
-        for path, inner in jax.tree_util.tree_flatten_with_path(value)[0]:
+        try:
+            leaves = jax.tree_util.tree_flatten_with_path(value)[0]
+        except (TypeError, ValueError):
+            continue  # A dict whose keys can't be sorted: no pytree of layers.
+        for path, inner in leaves:
             scope = inner.scope if isinstance(inner, nn.Module) else None
             if scope is None or scope.path[: len(own.path)] == own.path:
                 continue

@@ -204,7 +204,7 @@ class TimeDistributed(nn.Module):
             return Program(of, (variables,))
 
         # A layer may do something else where it can write: training is another place.
-        written = [name for name in variables if in_filter(scope.mutable, name)]
+        written = sorted(n for n in variables if in_filter(scope.mutable, n))
         depends = lambda: (sorted(scope.rngs), str(jax.tree.structure(variables)))
         place = self._place_of(method, args, kwargs, lowering, program, written)
         name = ".".join(scope.path) or place.name
@@ -389,7 +389,7 @@ def autotune(
     def tune_layer():
         of = lambda lowering: functools.partial(make(lowering).apply, **options)
         given = make_lowering(over_time), lambda: Program(of, (variables,))
-        written = [name for name in variables if in_filter(mutable, name)]
+        written = sorted(name for name in variables if in_filter(mutable, name))
         place = over_time._place_of("__call__", args, kwargs, *given, written)
         return tune(place, make, settings)
 

@@ -372,6 +372,28 @@ def test_a_file_that_was_deleted_is_made_again(tmp_path):
         path.unlink()
 
 
+def test_what_was_finished_meanwhile_is_kept(tmp_path):
+    make = lambda finished, chunk: tdjax.Tuning(
+        None,
+        [Candidate(Lowering(chunk_size=chunk), verdict="measured", run_seconds=1.0, ratio=1.0)],
+        {}, finished=finished, name="dense", key="a key",
+    )  # fmt: skip
+    path = tmp_path / "table.json"
+    for finished, chunk in ((True, 2), (False, 3), (True, 4)):
+        assert on_miss._add(path, make(finished, chunk), make(finished, chunk))
+        kept = tdjax.Tuning.from_json(path.read_text()).options_by_key()["a key"]
+        assert kept["chunk_size"] == (2 if chunk == 3 else chunk)
+
+
+def test_a_file_that_cannot_be_written_is_the_same_program(tmp_path, monkeypatch):
+    monkeypatch.setattr(on_miss, "_add", lambda *args: False)
+    run, traces = jax.jit(lambda p, x: traces.append(1) or auto()(p, x)), []
+    for _ in range(2):
+        with tdjax.tuning(tmp_path / "table.json", **SHORT):
+            run(PARAMS, X)
+    assert len(traces) == 1
+
+
 def test_an_unfinished_place_is_gone_on_with_in_the_next_process(tmp_path, monkeypatch):
     path, run = tmp_path / "table.json", lambda: jax.jit(lambda: auto()(PARAMS, X))()
     with tdjax.tuning(path, budget=0.01):

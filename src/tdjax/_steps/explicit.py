@@ -69,7 +69,7 @@ def run_as_types_say(
     if split is None:
         return run(args)
     # The gradient of a convolution in a loop fails later than here.
-    loops = lowering.chunk_size is not None
+    loops = getattr(lowering, "chosen", lowering).chunk_size is not None
     if _is_refused(run, args) or (loops and _has_convolution(step, inputs)):
         return _run_with_compiler(run, args, split, specs_of)
     return run(args)

@@ -134,8 +134,7 @@ def check_shapes(call, inputs: Inputs, out_axes, results) -> None:
     """
     step = lambda mapped: call([*map(first_step, mapped, inputs.mapped_axes)])
     with_time = functools.partial(_with_time, time_size(inputs))
-    with in_effect(None):  # Of shapes that never run, nothing is tuned.
-        shapes = shapes_of(step, inputs.mapped)
+    shapes = shapes_of(step, inputs.mapped)
     if shapes is None:
         return
     wanted = map_results(with_time, shapes, out_axes)
@@ -155,7 +154,9 @@ def shapes_of(fun, mapped) -> Any:
 
     None if that can't be done: `fun` reads parameters or state from outside of it.
     """
-    with watch_fold(None):  # A fold inside of `fun` is not the one that is watched.
+    # A fold inside of `fun` is not the one that is watched, and nothing is tuned for
+    # shapes that never run.
+    with watch_fold(None), in_effect(None):
         return _shapes_of(fun, mapped)
 
 

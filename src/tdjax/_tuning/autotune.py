@@ -22,7 +22,7 @@ from tdjax._tuning import cache
 from tdjax._tuning.candidates import Candidate, choose, list_candidates
 from tdjax._tuning.going_on import merge, take_over, to_go_on_with
 from tdjax._tuning.key import describe_measurements
-from tdjax._tuning.processes import agreed_text, is_first, together
+from tdjax._tuning.processes import agreed_text, in_all, is_first, together
 from tdjax._tuning.programs import with_gradient
 from tdjax._tuning.report import progress_bar
 from tdjax._tuning.result import Tuning
@@ -213,8 +213,9 @@ def tune(
         raise
     folder, key = settings.folder(), key_of(place)
     found = cache.load(folder, about) if folder and is_first() else None
-    is_same = earlier is not None and earlier.about == about
-    stored = _of_first_process(found) or (earlier if is_same else None)
+    stored = _of_first_process(found)
+    if earlier is not None and in_all(earlier.about == about):
+        stored = stored or earlier
     compared_with = stored and find_reference(stored.candidates)
     if stored and compared_with:
         of = dataclasses.replace(base, **compared_with.options)

@@ -95,7 +95,8 @@ class _OnMiss(Table):
             p.key: p for p in unfinished if (self._file, p.key) not in _tuned_here
         }
         for key in self._earlier:
-            del self.of_auto[key]
+            self.of_auto.pop(key, None)
+        self._in_file = dict(self.of_auto)
         self._settings, self._gradient = settings, gradient
         self._failed, self._number = set[str](), next(_numbers)
         limits = settings.budget, settings.memory_limit, gradient
@@ -110,6 +111,9 @@ class _OnMiss(Table):
             result = self._tune(place, self._earlier.get(key))
         except Exception as error:
             # The call may still work: it is not run on other arrays, outside of all.
+            if key in self._earlier:
+                self.of_auto |= self._earlier[key].options_by_key()
+                return self.run(place, run)
             self._failed.add(key)
             line = (str(error).splitlines() or [""])[0]
             warnings.warn(
@@ -122,8 +126,8 @@ class _OnMiss(Table):
         self.of_auto[key] = result.options
         self._known = self._known | result
         _tuned_here.add((self._file, key))
-        if is_first():
-            _add(self._file, self._known)
+        if not is_first() or _add(self._file, result, self._known):
+            self._in_file[key] = result.options
         return run_with(result.options, place, run)
 
     def _tune(self, place: Place, earlier: Tuning | None) -> Tuning:
@@ -141,7 +145,7 @@ class _OnMiss(Table):
         if not isinstance(other, _OnMiss) or self._same != other._same:
             return False
         before, after = sorted((self, other), key=lambda table: table._number)
-        return before.of_auto.items() <= after.of_auto.items()
+        return before._in_file.items() <= after.of_auto.items()
 
     def __hash__(self) -> int:
         return hash(self._same)
@@ -177,16 +181,24 @@ def _read(file: Path) -> Tuning:
         ) from error
 
 
-def _add(file: Path, known: Tuning) -> None:
-    """Writes what is known, and what others have written meanwhile."""
+def _add(file: Path, result: Tuning, known: Tuning) -> bool:
+    """Adds a result to what others have written meanwhile; whether that went well.
+
+    `known` is for a file that is not there.
+    """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with locked(file.parent):
             written = Tuning.from_json(read_text(file)) if file.exists() else known
-            write_atomically(file, (written | known).to_json())
+            same = [p for p in written.all_places() if p.key == result.key]
+            if result.finished or not any(place.finished for place in same):
+                written = written | result
+            write_atomically(file, written.to_json())
+        return True
     except (OSError, ValueError) as error:
         warnings.warn(
             f"The file {str(file)!r} can't be written: {error}.",
             UserWarning,
             stacklevel=2,
         )
+        return False
