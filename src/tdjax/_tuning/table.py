@@ -86,7 +86,8 @@ class Table:
         of_all: Mapping[str, Options] | None = None,
         outer: places.Resolver | None = None,
     ):
-        self.of_auto, self.outer = dict(of_auto), outer
+        self.of_auto: dict[str, Options] = dict(of_auto)
+        self.outer = outer
         self.of_all = {anywhere(key): o for key, o in (of_all or {}).items()}
         self._content = str(self.of_auto), str(self.of_all), outer
 
