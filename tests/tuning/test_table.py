@@ -541,8 +541,9 @@ def _add(path, number):
     known = tdjax.Tuning(None, [], {})
     for i in range(20):
         name = f"place {i} of {number}"
-        known = known | tdjax.Tuning(None, [measured], {}, name=name, key=name)
-        on_miss._add(path, known)
+        result = tdjax.Tuning(None, [measured], {}, name=name, key=name)
+        known = known | result
+        on_miss._add(path, result, known)
 
 
 def test_processes_share_a_file_and_lose_nothing(tmp_path):
