@@ -39,6 +39,14 @@ def require_variables(variables: Any) -> None:
         )
 
 
+def written_collections(variables: Mapping[str, Any], mutable: Any) -> list[str]:
+    """The collections that a call may write to.
+
+    A layer may do something else where it can write: training is another place.
+    """
+    return sorted(name for name in variables if in_filter(mutable, name))
+
+
 def adopt(layer: nn.Module, scope: Scope) -> nn.Module:
     """Binds `layer` to `scope`; a layer that modules share is bound only once."""
     if layer.parent is None:

@@ -10,7 +10,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import Scope
-from flax.core.scope import in_filter
 from flax.errors import CallCompactUnboundModuleError
 from flax.linen.dtypes import promote_dtype
 from jax.sharding import PartitionSpec
@@ -42,6 +41,7 @@ from tdjax._linen_scopes import (
     require_variables,
     thaw,
     variables_by_itself,
+    written_collections,
 )
 from tdjax._steps.mesh import check_sharding
 from tdjax._steps.places import Place, Program, resolver_for
@@ -203,8 +203,7 @@ class TimeDistributed(nn.Module):
             of = lambda lowering: functools.partial(make(lowering).apply, **options)
             return Program(of, (variables,))
 
-        # A layer may do something else where it can write: training is another place.
-        written = sorted(n for n in variables if in_filter(scope.mutable, n))
+        written = written_collections(variables, scope.mutable)
         depends = lambda: (sorted(scope.rngs), str(jax.tree.structure(variables)))
         place = self._place_of(method, args, kwargs, lowering, program, written)
         name = ".".join(scope.path) or place.name
@@ -389,7 +388,7 @@ def autotune(
     def tune_layer():
         of = lambda lowering: functools.partial(make(lowering).apply, **options)
         given = make_lowering(over_time), lambda: Program(of, (variables,))
-        written = sorted(name for name in variables if in_filter(mutable, name))
+        written = written_collections(variables, mutable)
         place = over_time._place_of("__call__", args, kwargs, *given, written)
         return tune(place, make, settings)
 

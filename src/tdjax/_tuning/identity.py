@@ -3,7 +3,7 @@
 A proof holds for a program. To find out the program costs as much as to prove something
 of it again, so it is remembered by what makes the program: the functions, classes and
 settings that a layer and its arguments lead to, through attributes, closures and the
-names in their code. A class that is defined anew, in a notebook say, is another object.
+names in their code. A class that a notebook defines a second time is another object.
 """
 
 import functools
