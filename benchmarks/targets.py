@@ -185,9 +185,9 @@ def _picks(rows: list[Row], searches: tuple[str, ...], target: float) -> str:
     """Of searches, the pick's time beside that of the fastest."""
     ratios = []
     for case in _cases(rows, ("tuner",)):
-        best = min(row["seconds"] for row in case.values())
+        best = min(row["ratio"] for row in case.values())
         for search in searches:
-            chosen = [r["seconds"] for r in case.values() if search in r["chosen"]]
+            chosen = [r["ratio"] for r in case.values() if search in r["chosen"]]
             ratios += [min(chosen) / best] if chosen else []
     return _spread(ratios, target) if ratios else ""
 
@@ -195,8 +195,7 @@ def _picks(rows: list[Row], searches: tuple[str, ...], target: float) -> str:
 def _picks_and_default(rows: list[Row]) -> str:
     ratios = []
     for case in _cases(rows, ("tuner",)):
-        default = next(iter(case.values()))["seconds"]
-        ratios += [r["seconds"] / default for r in case.values() if r["chosen"]]
+        ratios += [r["ratio"] for r in case.values() if r["chosen"]]
     return _spread(ratios, 1.03) if ratios else ""
 
 
