@@ -111,9 +111,7 @@ def tuned(*picks):
     return [
         {**row, "chosen": row["candidate"] == "pick"}
         for place, pick in enumerate(picks)
-        for row in rows(
-            "tuner", "seconds", {"vmap": 1.0, "pick": pick}, case=str(place)
-        )
+        for row in rows("tuner", "ratio", {"vmap": 1.0, "pick": pick}, case=str(place))
     ]
 
 
@@ -165,8 +163,8 @@ def kerases(first, later):
         (traded(1.5, 1e6), "The conv net's gradient with chunks takes 0.25 of the memory and 1.50 times the time"),
         (fused(0.6, 0.1), "The fused loss takes 0.60 of Optax' time and 0.10 of its memory"),
         (fused(1.6, None), "The fused loss takes 1.60 times Optax' time"),
-        (tuned(0.5, 1.05), "The tuner's pick is within 1.1 times the fastest choice in 4 of 4 cases, at worst 1.05 times"),
-        (tuned(0.5, 2.0), "The tuner's pick is within 1.1 times the fastest choice in 2 of 4 cases, at worst 2.00 times"),
+        (tuned(0.5, 1.05), "4 of 4 picks of the tuner are within 1.1 times the fastest choice, at worst 1.05 times"),
+        (tuned(0.5, 2.0), "2 of 4 picks of the tuner are within 1.1 times the fastest choice, at worst 2.00 times"),
         (rows("operations", "ratio", {"XLA": 1.0, "PyTorch": 0.4}), "PyTorch's operations take 0.40 of XLA's time"),
         (rows("operations", "ratio", {"XLA": 1.0, "PyTorch": 1.4}), "PyTorch's operations take 1.40 times XLA's time"),
         (called(150e-6, 30e-6), "tdjax adds 50 µs to the call of an NNX layer, which takes 100 alone; after nnx.split it all takes 30 µs"),

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -211,27 +212,17 @@ def tune(
         if base.method == "fold":
             error.add_note(_OTHER_FUNCTION)
         raise
-    folder, key = settings.folder(), key_of(place)
-    found = cache.load(folder, about) if folder and is_first() else None
-    stored = _of_first_process(found)
-    if earlier is not None and in_all(earlier.about == about):
-        stored = stored or earlier
-    compared_with = stored and find_reference(stored.candidates)
-    if stored and compared_with:
-        of = dataclasses.replace(base, **compared_with.options)
-        best = dataclasses.replace(base, **stored.options)
-        known = dataclasses.replace(stored.best, lowering=best)
-        if not agree(of, known, program_of, args, limits):
-            stored = None
-        elif stored.finished:
-            given = {"tuned": make(best), "from_cache": True}
-            return dataclasses.replace(stored, **given, name=place.name, key=key)
+    folder, names = settings.folder(), {"name": place.name, "key": key_of(place)}
+    stored = _recall(folder, about, earlier)
+    if stored and not _still_agrees(stored, base, program_of, args, limits):
+        stored = None
+    if stored and stored.finished:
+        given = {"tuned": make(dataclasses.replace(base, **stored.options)), **names}
+        return dataclasses.replace(stored, **given, from_cache=True)
     finished = _measure(candidates, stored, program_of, args, limits, settings)
     _refuse_another_function(base, candidates)
     tuned = make(choose(candidates).lowering)
-    tuning = Tuning(
-        tuned, candidates, about, finished=finished, name=place.name, key=key
-    )
+    tuning = Tuning(tuned, candidates, about, finished=finished, **names)
     if folder and is_first():
         cache.store(folder, tuning)
     return tuning
@@ -247,6 +238,30 @@ def _as_given(fun: Callable) -> Callable:
             return fun(*args, **kwargs)
 
     return call
+
+
+def _recall(
+    folder: Path | None, about: dict[str, Any], earlier: Tuning | None
+) -> Tuning | None:
+    """What is known of the same measurements: from the cache, or an earlier search."""
+    found = cache.load(folder, about) if folder and is_first() else None
+    found = _of_first_process(found)
+    if earlier is not None and in_all(earlier.about == about):
+        return found or earlier
+    return found
+
+
+def _still_agrees(
+    stored: Tuning, base: Lowering, program_of: Callable, args: tuple, limits: Limits
+) -> bool:
+    """Whether what was chosen gives the results of the reference, on these inputs."""
+    reference = find_reference(stored.candidates)
+    if reference is None:
+        return not stored.finished
+    of = dataclasses.replace(base, **reference.options)
+    chosen = dataclasses.replace(base, **stored.options)
+    known = dataclasses.replace(stored.best, lowering=chosen)
+    return agree(of, known, program_of, args, limits)
 
 
 def _of_first_process(found: Tuning | None) -> Tuning | None:
