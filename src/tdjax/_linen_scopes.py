@@ -40,11 +40,18 @@ def require_variables(variables: Any) -> None:
 
 
 def written_collections(variables: Mapping[str, Any], mutable: Any) -> list[str]:
-    """The collections that a call may write to.
+    """The collections that a call may write to, and make.
 
     A layer may do something else where it can write: training is another place.
     """
-    return sorted(name for name in variables if in_filter(mutable, name))
+    there = {name for name in variables if in_filter(mutable, name)}
+    if isinstance(mutable, bool):
+        return [*sorted(there), *["all others"] * mutable]
+    if isinstance(mutable, DenyList):
+        left_out = written_collections({}, mutable.deny)
+        return [*sorted(there), f"all but {left_out}"]
+    named = [mutable] if isinstance(mutable, str) else mutable
+    return sorted({*there, *named})
 
 
 def adopt(layer: nn.Module, scope: Scope) -> nn.Module:
@@ -215,9 +222,12 @@ def module_text(module: nn.Module) -> str:
     """A module and its attributes, the same in every process."""
     texts = []
     for field in dataclasses.fields(module):
-        value = getattr(module, field.name, None)
-        if field.name not in _OF_SCOPES and value is not field.default:
-            texts.append(f"{field.name}={value_text(value, _KINDS)}")
+        if field.name in _OF_SCOPES:
+            continue
+        text = value_text(getattr(module, field.name, None), _KINDS)
+        # By its text: unpickled, a default is another object.
+        if text != value_text(field.default, _KINDS):
+            texts.append(f"{field.name}={text}")
     return f"{type_text(type(module))}({', '.join(texts)})"
 
 

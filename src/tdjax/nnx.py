@@ -351,7 +351,7 @@ def autotune(
     require_layer("module", module, nnx.Module, "tdjax.nnx")
     limits = budget, memory_limit, tolerance
     settings = Settings(argnums, *limits, candidates, cache, compiler_options)
-    is_wrapped = isinstance(module, TimeDistributed)
+    is_wrapped = type(module) is TimeDistributed  # A subclass may do more.
     over_time = module if is_wrapped else TimeDistributed(module)
     refuse_lowering(type(over_time.layer).__call__, kwargs)
     graphdef, state = nnx.split(untuned(module))

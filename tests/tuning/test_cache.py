@@ -250,13 +250,15 @@ def test_fold_from_the_cache_is_shown_to_be_right_again(tmp_path, monkeypatch):
 
 
 def test_a_result_whose_reference_needed_chunks_is_found_again(tmp_path, monkeypatch):
-    memory_really = search.temporary_bytes
+    finish_really = search._finish
 
-    def temporary_bytes(candidate, program):
-        assert memory_really(candidate, program) >= 0
-        return 100 * (candidate.lowering.chunk_size or 10**6)
+    def finish(trial, state):
+        size = 100 * (trial.candidate.lowering.chunk_size or 10**6)
+        with monkeypatch.context() as patch:
+            patch.setattr(search, "temporary_bytes", lambda program: size)
+            finish_really(trial, state)
 
-    monkeypatch.setattr(search, "temporary_bytes", temporary_bytes)
+    monkeypatch.setattr(search, "_finish", finish)
     options = {"memory_limit": 1000, "cache": tmp_path, **QUICK}
     for found in (False, True):
         result = tdjax.autotune(jnp.sin, X, **options)

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import tdjax
 from tdjax._tuning.identity import Identity
+from tdjax._tuning.table import _shown
 
 
 def module_of(source):
@@ -80,13 +82,28 @@ def test_values_in_closures_and_defaults_count_and_arrays_do_not():
         return lambda x, n=number: x * n if flag else x + array
 
     array = jnp.ones(3)
-    code = make(True, array)
-    assert Identity(code) == Identity(code)
-    assert Identity(make(True, array).__code__) is not None
-    again = functools.partial(make(True, array))
-    assert Identity(again) == Identity(again)
-    code.__defaults__ = (2,)
-    assert Identity(code) != Identity(again)
+    code = Identity(make(True, array))
+    assert code == Identity(make(True, array + 1))
+    assert code != Identity(make(False, array))
+    assert code != Identity(make(True, array, number=2))
+
+
+def test_what_jax_returns_is_told_apart_by_what_is_in_it():
+    make = lambda act: lambda x: act(x)
+    of_tanh = Identity(make(jax.vmap(jnp.tanh)))
+    assert of_tanh == Identity(make(jax.vmap(jnp.tanh)))
+    assert of_tanh != Identity(make(jax.vmap(jnp.cumsum)))
+    assert of_tanh != Identity(make(jax.vmap(jnp.tanh, in_axes=1)))
+
+
+def test_layers_over_time_are_the_same_before_and_after_a_proof():
+    over_time = tdjax.time_distributed(
+        tdjax.time_distributed(jnp.tanh, method="auto"), method="auto"
+    )
+    before = Identity(over_time)
+    _shown["a key"] = before, None
+    assert before == Identity(over_time)
+    del _shown["a key"]
 
 
 def test_circles_end():
@@ -137,6 +154,14 @@ def import_and_call(x):
     return imported_for_a_test.helper(x)
 
 
+def with_attribute(mix):
+    def fun(x):
+        return norm(x, mix=fun.mix)
+
+    fun.mix = mix
+    return fun
+
+
 def helper_of(mix):
     return norm if mix else module_of
 
@@ -166,6 +191,8 @@ def settings_of(mix):
         "derivative": with_derivative(helper),
         "module in a module": user.user,
         "import in a function": importing(helper),
+        "partial that JAX wraps": jax.checkpoint(functools.partial(norm, mix=mix)),
+        "attribute of a function": with_attribute(mix),
         "order": functools.partial(norm, *[jnp.sin, jnp.cos][:: 1 if mix else -1]),
         "which one twice": functools.partial(norm, *(norm, module_of, helper_of(mix))),
     }

@@ -192,6 +192,19 @@ def test_an_nnx_model_comes_back_tuned_with_the_same_variables():
     )
 
 
+class Scaled(tdjax.nnx.TimeDistributed):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+def test_a_subclass_of_the_wrapper_keeps_what_it_does():
+    layer = Scaled(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+    result = tdjax.nnx.autotune(layer, X, **QUICK)
+    assert isinstance(result.tuned, Scaled)
+    assert result.options
+    assert_trees_close(result.tuned(X), layer(X))
+
+
 def test_only_what_a_gradient_reaches_is_differentiated(key):
     model = Compact()
     variables = model.init(key, X)
@@ -261,9 +274,8 @@ def test_what_a_place_needs_from_its_surroundings_is_a_row(key):
     model, ids = Shared(), jnp.ones((2, 3), int)
     variables = model.init(key, ids)
     result = tdjax.linen.autotune(model, variables, ids, **QUICK)
-    if result.failures:
-        assert list(result.failures) == ["head"]
-        assert "not tuned" in printed(result)
+    assert list(result.failures) == ["head"]
+    assert "head: not tuned" in printed(result)
     assert_trees_close(result.tuned.apply(variables, ids), model.apply(variables, ids))
 
 
@@ -358,6 +370,20 @@ def test_a_candidate_is_measured_as_it_is_beside_a_place_of_the_same_layer(key):
 
 
 @pytest.mark.slow
+def test_ctrl_c_before_the_whole_was_timed_loses_no_place(key, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_model, "measure_all", interrupted)
+    model = Setup()
+    variables = model.init(key, X)
+    result = tdjax.linen.autotune(model, variables, X, **QUICK)
+    assert len(result.places) == 2
+    assert not result.finished
+    assert "Setup: interrupted before the whole was compared" in printed(result)
+    assert_trees_close(result.tuned.apply(variables, X), model.apply(variables, X))
+
+
 def test_options_of_the_compiler_are_tried_with_the_whole(key):
     variables = Setup().init(key, X)
     options = [{"xla_cpu_enable_fast_math": True}]

@@ -2,6 +2,8 @@
 
 import pytest
 
+import tdjax
+from helpers import printed
 from tdjax._steps.lowering import Lowering
 from tdjax._tuning import report
 from tdjax._tuning.candidates import Candidate
@@ -59,6 +61,18 @@ def test_the_table_has_the_chosen_first_then_others_by_time_then_the_refused():
     late.verdict = "not tried"
     stopped = report.rich_table([best, late], best, "title", finished=False)
     assert stopped.caption.startswith("Interrupted: 1 more were not tried")
+
+
+def test_brackets_are_shown_as_they_are():
+    best = Candidate(Lowering(), is_default=True, verdict="measured")
+    failed = Candidate(Lowering("fold"), verdict="failed: E: f32[n,8] in [/a/path]")
+    text = printed(report.rich_table([best, failed], best, "layers[0]"))
+    assert "layers[0]" in text
+    assert "f32[n,8] in [/a/path]" in text
+    failures = {"layers[1]": "E: [/a/path]"}
+    assert "layers[1]: not tuned: E: [/a/path]" in printed(
+        tdjax.Tuning(None, [], {}, failures=failures)
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,31 @@
 """Tables of options as contexts, and files that grow while a function is traced."""
 
+import dataclasses
+import enum
+import functools
 import json
 import multiprocessing
+import pickle
 import threading
 import warnings
+from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.core import DenyList
+from jax.sharding import PartitionSpec
 
 import tdjax
 from helpers import assert_trees_close, normal, printed
+from tdjax._linen_scopes import module_text, written_collections
 from tdjax._steps.lowering import Lowering
 from tdjax._steps.places import value_text
-from tdjax._tuning import on_miss
+from tdjax._tuning import on_miss, table
 from tdjax._tuning.candidates import TUNED, Candidate
 from tdjax._tuning.table import in_effect, key_of
 from tuning.tuned_dense import QUICK, X
@@ -100,7 +109,6 @@ def test_a_compiled_function_is_compiled_again_where_a_table_is_in_effect(found)
 def test_contexts_nest_and_the_inner_one_comes_first(found, monkeypatch):
     other = tdjax.autotune(auto(lambda p, x: jnp.tanh(x)), PARAMS, X, **QUICK)
     chunks = {"method": "vmap", "chunk_size": 2, "unroll": 1, "remat": False}
-    fold = program(lambda p, x: auto()(p, x), PARAMS, X)
     with found:
         fold = program(auto(), PARAMS, X)
         with other:
@@ -165,7 +173,7 @@ def test_fold_in_a_table_is_shown_to_be_right_again(found):
     dense.__qualname__ = "dense"
     with (
         found,
-        pytest.warns(UserWarning, match="dense has method='fold' .* reduce_sum"),
+        pytest.warns(UserWarning, match="dense may depend on .* reduce_sum"),
     ):
         y = auto(dense)(PARAMS, X)
     assert_trees_close(y, tdjax.time_distributed(dense, in_axes=(None, 1))(PARAMS, X))
@@ -187,9 +195,7 @@ def test_what_is_not_shown_leaves_nothing_behind(key):
     run = lambda model: model.apply(
         variables, X, rngs={"dropout": key}, mutable=mutable
     )
-    place = models[0]._place_of(
-        "__call__", (X,), {}, Lowering("auto"), None, ["batch_stats"]
-    )
+    place = models[0]._place_of("__call__", (X,), {}, Lowering("auto"), None, mutable)
     refused = pytest.warns(UserWarning, match="rest of the batch")
     with in_effect({key_of(place): FOLD}), refused:
         got = run(models[0])
@@ -287,6 +293,113 @@ def refused_model(places):
     )
     tuned = Candidate(TUNED, verdict="other numbers than the reference")
     return tdjax.Tuning(None, [model, tuned], {}, places=places)
+
+
+class Sowing(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        self.sow("losses", "load", x.mean(0))
+        return nn.Dense(3)(x)
+
+
+def test_a_collection_that_is_made_is_another_call(key):
+    model = tdjax.linen.TimeDistributed(Sowing(), method="auto")
+    variables = {"params": model.init(key, X)["params"]}
+    making = {"mutable": ["losses"]}
+    keys = [
+        tdjax.linen.autotune(model, variables, X, **QUICK, **options).key
+        for options in ({}, making)
+    ]
+    plain = tdjax.linen.TimeDistributed(Sowing())
+    with in_effect(dict.fromkeys(keys, FOLD)):
+        y = model.apply(variables, X)
+        with pytest.warns(UserWarning, match="may depend on the rest of the batch"):
+            made = model.apply(variables, X, **making)
+    assert_trees_close(y, plain.apply(variables, X))
+    assert_trees_close(made, plain.apply(variables, X, **making))
+
+
+def test_filters_of_collections_are_part_of_a_key():
+    there = {"params": {}, "batch_stats": {}}
+    filters = [False, True, "seen", ["seen", "losses"], {"losses"}, DenyList("params")]
+    texts = [str(written_collections(there, each)) for each in filters]
+    assert len({*texts}) == len(filters)
+    assert written_collections(there, {"seen"}) == written_collections(there, "seen")
+
+
+def test_another_method_than_a_given_fold_is_shown_to_be_right_too():
+    mixing = lambda params, x: tdjax.dense(params, x - x.mean(0))
+    given = tdjax.time_distributed(mixing, in_axes=(None, 1), method="fold")
+    options = FOLD | {"method": "vmap"}
+    refused = pytest.warns(UserWarning, match="write 'vmap', and tune it again")
+    with in_effect({}, {key_of(given.place((PARAMS, X), {})): options}), refused:
+        y = given(PARAMS, X)
+    assert_trees_close(y, given(PARAMS, X))
+
+
+def test_what_was_shown_of_nested_layers_is_remembered(monkeypatch, key):
+    inner = tdjax.linen.TimeDistributed(nn.Dense(3), method="auto")
+    model = tdjax.linen.TimeDistributed(inner, method="auto")
+    x = normal(1, 2, 3, 4, 5)
+    variables = model.init(key, x)
+    place_key = tdjax.linen.autotune(model, variables, x, **QUICK).key
+    proofs, prove = [], table._why_not_folded
+    monkeypatch.setattr(
+        table, "_why_not_folded", lambda *args: proofs.append(1) or prove(*args)
+    )
+    monkeypatch.setattr(table, "_shown", {})
+    with in_effect({place_key: FOLD}):
+        model.apply(variables, x)
+        model.apply(variables, x)
+    assert len(proofs) == 1
+
+
+@dataclasses.dataclass
+class Config:
+    train: bool
+    inner: Any = None
+
+
+@flax.struct.dataclass
+class Batch:
+    x: Any
+
+
+class Size(enum.Enum):
+    SMALL = 1
+    LARGE = 2
+
+
+def test_values_of_all_kinds_have_texts_without_addresses():
+    conv = functools.partial(nn.Conv, kernel_size=(3, 3))
+    values = [
+        conv, functools.partial(nn.Conv, kernel_size=(1, 1)), Config(True),
+        Config(False), Batch(jnp.ones(3)), Batch(jnp.ones(4)), Size.SMALL, Size.LARGE,
+        PartitionSpec("data"), PartitionSpec("data", None), nn.Dense(3), nn.Dense(4),
+        jax.tree_util.Partial(jnp.sin, 1.0), jax.tree_util.Partial(jnp.sin, X),
+    ]  # fmt: skip
+    texts = [value_text(value, {}) for value in values]
+    assert len({*texts}) == len(values)
+    assert not any("0x" in text for text in texts)
+    circle = Config(True)
+    circle.inner = circle
+    assert value_text(circle, {}) == "Config{inner: Config, train: True}"
+
+
+def test_shardings_are_part_of_a_key():
+    with jax.set_mesh(jax.make_mesh((1,), ("data",))):
+        keys = {
+            key_of(auto(sharding=PartitionSpec(*axes)).place((PARAMS, X), {}))
+            for axes in ((), ("data",), (None, "data"))
+        }
+    assert len(keys) == 3
+
+
+def test_an_unpickled_layer_has_the_same_text():
+    layer = nn.LayerNorm(epsilon=1e-5)
+    for each in (nn.LayerNorm(), layer, nn.Conv(3, (3, 3))):
+        assert module_text(pickle.loads(pickle.dumps(each))) == module_text(each)
+    assert module_text(layer) != module_text(nn.LayerNorm())
 
 
 def test_settings_of_numpy_are_part_of_a_key():
@@ -409,6 +522,21 @@ def test_an_unfinished_place_is_gone_on_with_in_the_next_process(tmp_path, monke
     with tdjax.tuning(path, budget=0.01):
         run()
     assert tried() > before
+
+
+def test_ctrl_c_ends_the_program_and_keeps_what_is_known(tmp_path, monkeypatch):
+    path, tune = tmp_path / "table.json", on_miss.tune
+
+    def interrupted(place, make, settings, earlier):
+        settings.interrupted.set()
+        return tune(place, make, settings, earlier)
+
+    monkeypatch.setattr(on_miss, "tune", interrupted)
+    with tdjax.tuning(path, budget=1):
+        with pytest.raises(KeyboardInterrupt):
+            jax.jit(auto())(PARAMS, X)
+        jax.jit(auto())(PARAMS, X)
+    assert tdjax.Tuning.from_json(path.read_text()).places
 
 
 def test_numbers_of_numpy_have_the_key_of_what_they_become():

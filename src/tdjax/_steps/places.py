@@ -5,6 +5,8 @@ is tuned, or runs with the options that were found for it, every call does.
 """
 
 import contextlib
+import dataclasses
+import enum
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -122,15 +124,19 @@ def type_text(thing: Any) -> str:
     return kind.__qualname__
 
 
-def value_text(value: Any, kinds: dict[type, Callable[[Any], str]]) -> str:
+def value_text(
+    value: Any, kinds: dict[type, Callable[[Any], str]], inside: tuple = ()
+) -> str:
     """A value without its address: arrays by their types, functions by their names.
 
-    `kinds` are the texts of values of other kinds.
+    `kinds` are the texts of values of other kinds; `inside` is what the value is in.
     """
     of_kind = next((f for kind, f in kinds.items() if isinstance(value, kind)), None)
     if of_kind is not None:
         return of_kind(value)
-    one = functools.partial(value_text, kinds=kinds)
+    if any(value is outer for outer in inside):
+        return type_text(value)
+    one = functools.partial(value_text, kinds=kinds, inside=(*inside, value))
     if isinstance(value, Mapping):
         # JAX sorts the keys of dicts, and so loses their order.
         items = sorted((str(name), one(x)) for name, x in value.items())
@@ -144,4 +150,15 @@ def value_text(value: Any, kinds: dict[type, Callable[[Any], str]]) -> str:
         return f"{value.dtype}{[*value.shape]}"
     if isinstance(value, str | bytes | int | float | complex | None):
         return repr(value)
+    if isinstance(value, functools.partial):
+        return f"partial{one((value.func, value.args, value.keywords))}"
+    if isinstance(value, enum.Enum | PartitionSpec):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [field.name for field in dataclasses.fields(value) if field.repr]
+        given = {name: getattr(value, name, None) for name in fields}
+        return f"{type_text(value)}{one(given)}"
+    if not jax.tree_util.all_leaves([value]):
+        children = jax.tree.leaves(value, is_leaf=lambda x: x is not value)
+        return f"{type_text(value)}{one(children)}"
     return function_text(value) if callable(value) else type_text(value)

@@ -32,7 +32,7 @@ def load(folder: Path, about: dict[str, Any]) -> Tuning | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        _warn(path, f"is ignored: {error}")
+        _warn(path, f"is ignored: {error}", stacklevel=6)
         return None
 
 
@@ -43,7 +43,7 @@ def store(folder: Path, tuning: Tuning) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, tuning.to_json())
     except OSError as error:
-        _warn(path, f"can't be written: {error}")
+        _warn(path, f"can't be written: {error}", stacklevel=5)
 
 
 def _entry(folder: Path, about: dict[str, Any]) -> Path:
@@ -89,7 +89,7 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)  # It unlocks too.
 
 
-def _warn(path: Path, problem: str) -> None:
+def _warn(path: Path, problem: str, stacklevel: int) -> None:
+    """Points at the user's call of `autotune`, so many calls from here."""
     message = f"The cache entry {str(path)!r} {problem}."
-    # The user called `autotune`, this `tune`, and this `load` or `store`.
-    warnings.warn(message, UserWarning, stacklevel=5)
+    warnings.warn(message, UserWarning, stacklevel=stacklevel)

@@ -16,7 +16,9 @@ import jax
 import numpy as np
 
 # What these hold does not change while a program runs.
-_FIXED = {"flax", "jax", "jaxlib", "numpy", "optax", *sys.stdlib_module_names}
+_FIXED = {
+    "flax", "jax", "jaxlib", "numpy", "optax", "tdjax", *sys.stdlib_module_names
+}  # fmt: skip
 # Of instances of these, the class counts, and the rules of derivatives.
 _OF_ARRAYS = {"jax", "jaxlib", "numpy"}
 _DERIVATIVES = ("jvp", "fwd", "bwd")
@@ -80,11 +82,12 @@ class Identity:
             if not _has_attributes(thing):  # A slice, say.
                 self._parts.append(repr(thing))
             return _of_instance(thing)  # Of a new one, only what it holds counts.
+        if isinstance(thing, type):
+            self._parts.append(thing)
+            return () if _is_fixed(thing.__module__) else _of_class(thing)
         # A function that the same line makes again has the same code.
-        self._parts.append(thing if isinstance(thing, type) else thing.__code__)
-        if _is_fixed(thing.__module__):
-            return ()
-        return _of_class(thing) if isinstance(thing, type) else _of_function(thing)
+        self._parts.append(thing.__code__)
+        return _of_function(thing)
 
 
 def _is_same(one: Any, other: Any) -> bool:
@@ -135,12 +138,15 @@ def _of_class(kind: type) -> Iterator[Any]:
 
 
 def _of_function(fun: types.FunctionType) -> Iterator[Any]:
+    # All that `jax.vmap` returns has the same code, and the module of what it maps.
     for cell in fun.__closure__ or ():
         try:
             yield cell.cell_contents
         except ValueError:  # Not filled yet.
             continue
-    yield from (fun.__defaults__, fun.__kwdefaults__)
+    yield from (fun.__defaults__, fun.__kwdefaults__, vars(fun))
+    if _is_fixed(fun.__module__):
+        return
     names = sorted({*_names(fun.__code__)})
     # A function may import what it uses.
     imported = {name: sys.modules[name] for name in names if name in sys.modules}

@@ -207,8 +207,14 @@ def tune_model(model: Model, settings: Settings) -> Tuning:
         candidates = [Candidate(Lowering(), is_default=True)]
         candidates += [Candidate(TUNED)] if changes else []
         run = functools.partial(_measure_whole, model, argnums, candidates, changes)
-        finished &= run(limits, settings)
-        if choose(candidates).lowering != TUNED:
+        try:
+            finished &= run(limits, settings)
+        except KeyboardInterrupt:
+            # Nothing was timed; the places that were tuned are not lost.
+            if not changes or jax.process_count() > 1:
+                raise
+            finished, candidates = False, []
+        if candidates and choose(candidates).lowering != TUNED:
             changes = {}
     return Tuning(
         model.make(changes),

@@ -128,6 +128,10 @@ class _OnMiss(Table):
         _tuned_here.add((self._file, key))
         if not is_first() or _add(self._file, result, self._known):
             self._in_file[key] = result.options
+        if self._settings.interrupted.is_set():
+            # What was known is kept; the program that is being traced ends.
+            self._settings.interrupted.clear()
+            raise KeyboardInterrupt
         return run_with(result.options, place, run)
 
     def _tune(self, place: Place, earlier: Tuning | None) -> Tuning:

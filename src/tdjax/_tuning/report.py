@@ -36,13 +36,16 @@ def rich_table(
     Ratios are to the default's time of the same moment, with half the distance of their
     quartiles. Of a model, the candidates are it as it was given and tuned.
     """
+    from rich.markup import escape
     from rich.table import Table
 
     order = lambda c: (c is not best, not c.measured, c.ratio or 1e9)
     tried = sorted((c for c in candidates if not c.is_left), key=order)
     options = _numbered(str(c.compiler_options) for c in tried if c.compiler_options)
     reasons = _numbered(c.verdict for c in tried if ": " in c.verdict)
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table = Table(
+        title=escape(title), title_justify="left", box=None, padding=(0, 1, 0, 0)
+    )
     for name in ("model",) if is_model else ("method", "chunk", "unroll", "remat"):
         table.add_column(name, no_wrap=True)
     for name in (*["options"] * bool(options), *_MEASURES):
@@ -60,12 +63,13 @@ def rich_table(
         what = _of_model(candidate) if is_model else _of_lowering(candidate)
         number = options.get(str(candidate.compiler_options), "")
         what += [str(number)] * bool(options)
-        table.add_row(*what, *_measures(candidate), verdict, style=style)
+        row = *what, *_measures(candidate), escape(verdict)
+        table.add_row(*row, style=style)
     notes = [f"options {number}: {text}" for text, number in options.items()]
     notes += [f"({number}) {text}" for text, number in reasons.items()]
     if not finished:
         notes.append(_unfinished(candidates))
-    table.caption = "\n".join(notes) or None
+    table.caption = escape("\n".join(notes)) or None
     return table
 
 

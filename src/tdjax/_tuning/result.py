@@ -160,15 +160,21 @@ class Tuning(Generic[T]):
 
     def __rich__(self):
         from rich.console import Group
+        from rich.markup import escape
 
         if self.key:
             return self._table()
         tables = [place.__rich__() for place in self.places.values()]
         failures = [f"{name}: not tuned: {why}" for name, why in self.failures.items()]
         own = [self._table()] if self.candidates else []
-        if self.about and not own and self.finished:
-            own = [f"{self.name}: stays as it was given; no place is better otherwise."]
-        return Group(*tables, *failures, *own)
+        if self.about and not own:
+            are_better = any(not p.best.is_default for p in self.places.values())
+            if are_better:
+                own = [f"{self.name}: interrupted before the whole was compared."]
+            elif self.finished:
+                own = [f"{self.name}: stays as it was given; no place is better."]
+            own = [*map(escape, own)]
+        return Group(*tables, *map(escape, failures), *own)
 
     def _table(self):
         what = "forward" if self.about["argnums"] == [] else "forward and gradient"

@@ -261,7 +261,7 @@ def _finish(trial: _Trial, search: _Search) -> None:
     if not in_all(not may_crash(program)):
         candidate.verdict = MAY_CRASH
         return
-    used = candidate.temporary_bytes = temporary_bytes(candidate, program)
+    used = candidate.temporary_bytes = temporary_bytes(program)
     limit = search.limits.memory_limit
     if not in_all(used is None or limit is None or used <= limit):
         candidate.verdict = "over the memory limit"
@@ -287,9 +287,8 @@ def _finish(trial: _Trial, search: _Search) -> None:
         search.contenders.append(Contender(candidate, program, seconds))
 
 
-def temporary_bytes(candidate: Candidate, program: Any) -> int | None:
-    """The memory of a candidate's program, if XLA knows it."""
-    del candidate
+def temporary_bytes(program: Any) -> int | None:
+    """The memory of a program, if XLA knows it."""
     memory = program.memory_analysis()
     return None if memory is None else int(memory.temp_size_in_bytes)
 

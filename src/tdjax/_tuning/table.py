@@ -15,6 +15,7 @@ from tdjax._steps import places
 from tdjax._steps.axes import partition
 from tdjax._steps.fold import watch_fold
 from tdjax._steps.lowering import AUTO, Lowering, OnPlatform
+from tdjax._steps.mesh import devices_of_time
 from tdjax._steps.places import Place, value_text
 from tdjax._tuning.candidates import OPTIONS, change
 from tdjax._tuning.clock import device_of
@@ -32,14 +33,16 @@ def key_of(place: Place) -> str:
 
     Whether the call is differentiated is not known while it is traced.
     """
-    lowering = plain_if_auto(place.lowering)
+    lowering, sharding = plain_if_auto(place.lowering), place.sharding
+    if sharding is not None:  # A chunk is one of the steps of a device.
+        sharding = f"{sharding}, time over {devices_of_time(sharding)}"
     names = "axis_name", "spmd_axis_name", "capacity"
     fields = {
         "call": place.text(),
         "args": value_text(place.args, {}),
         "keywords": value_text(place.kwargs, {}),
         "axes": f"{place.in_axes} -> {place.out_axes}",
-        "fixed": value_text([*place.fixed, place.sharding], {}),
+        "fixed": value_text([*place.fixed, sharding], {}),
         "named": [str(getattr(lowering, name)) for name in names],
         "given": {name: getattr(lowering, name) for name in OPTIONS},
         "device": device_kind((place.args, place.kwargs)),
@@ -140,34 +143,41 @@ def run_with(
 
     With `platform`, only where the program is compiled for it.
 
-    A table knows layers and functions by their names, and they may have changed. What
-    was shown in this process holds as long as the code is the same.
+    The same holds where `"fold"` was given, and others are as good only if it is. A
+    table knows layers and functions by their names, and they may have changed. What was
+    shown in this process holds as long as the code is the same.
     """
     plain = plain_if_auto(place.lowering)
     lowering = change(plain, **options)
     chosen = lowering
     if platform is not None:
         chosen = OnPlatform(**vars(place.lowering), platform=platform, chosen=lowering)
-    if lowering.method != "fold" or plain.method == "fold":
-        return run(chosen)
-    if lowering.chunk_size == 1:  # The same program under every method.
+    if _examples_together(lowering) == _examples_together(plain):
         return run(chosen)
     code = place.called, place.args, place.kwargs, place.depends()
     key, identity = key_of(place), Identity(code)
     known, reason = _shown.get(key, (None, None))
     if known != identity:
-        reason = _why_not_folded(place, lowering)
+        folded = lowering if lowering.method == "fold" else plain
+        reason = _why_not_folded(place, folded)
         _shown[key] = identity, reason
     if reason is None:
         return run(chosen)
     warnings.warn(
-        f"{place.name} has method='fold' in the tuning in effect, and may depend on "
-        f"the rest of the batch: {reason}. It is called as without a tuning. Tune it "
-        "again.",
+        f"{place.name} may depend on the rest of the batch under method='fold': "
+        f"{reason}. The tuning in effect is left out, and it is called as it was "
+        "written. If it was written with 'fold', write 'vmap', and tune it again.",
         UserWarning,
         stacklevel=2,
     )
     return run(plain)
+
+
+def _examples_together(lowering: Lowering) -> Any:
+    """Which examples one call has: a step's own, or those of the steps of a block."""
+    # A block of one step is the same program under every method.
+    folds = lowering.method == "fold" and lowering.chunk_size != 1
+    return lowering.chunk_size if folds else "of one step"
 
 
 def _why_not_folded(place: Place, lowering: Lowering) -> str | None:
