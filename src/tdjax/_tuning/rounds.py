@@ -38,6 +38,10 @@ _SHORTEST_MEASUREMENT = 5e-3  # seconds
 # A run that is shorter than this, in seconds, is repeated before the rounds, if it
 # takes less than this part of the time left.
 _SHORT_RUN, _SHORT_PART = 0.1, 0.003
+# So many of the fastest are to have enough rounds, if these take at most this part of
+# the time that is left for the race: a few that are compared well are better than many
+# that were measured once.
+_FINALISTS, _FOR_ROUNDS = 4, 0.5
 # In the runs before the rounds the default comes after so many others. What is behind
 # by less than this has another run; a short one costs little, and is easily disturbed.
 _OTHERS_BETWEEN, _SECOND_CHANCE, _SECOND_CHANCE_IF_SHORT = 4, 1.15, 2.0
@@ -89,6 +93,7 @@ class Race:
                 again = [self._time(contender) for _ in range(2)]
                 contender.alone = min(contender.alone, *again)
         self._drop(is_far_behind)
+        self._keep_what_can_run_alone()
         if not self._run_each_alone():
             self._run_again()
             return False
@@ -96,7 +101,7 @@ class Race:
         for done in range(1, _MOST_ROUNDS + 1):
             if len(self.contenders) == 1:
                 return not self._is_cut
-            if self._round_seconds() > self.left():
+            if self._round_seconds(self.contenders) > self.left():
                 return False
             self._round()
             self._drop_the_slow(done)
@@ -134,13 +139,34 @@ class Race:
         self.yardstick = control if control in self.contenders else fastest
         return True
 
+    def _keep_what_can_run_alone(self) -> None:
+        """Drops the slowest, as far as they are known, to leave time for the rounds."""
+        is_default = lambda c: c.candidate.is_default
+        defaults = [*filter(is_default, self.contenders)]
+        others = sorted(self.contenders, key=lambda c: (is_default(c), c.alone))
+        others = others[: len(others) - len(defaults)]
+        rounds = _ENOUGH_ROUNDS * self._round_seconds(others[:_FINALISTS] + defaults)
+        left = self.left()
+        for_runs = left - min(rounds, _FOR_ROUNDS * left)
+        one = (
+            sum(c.alone for c in defaults) / _OTHERS_BETWEEN
+        )  # Of the default, for each.
+        while len(others) > 1 and sum(c.alone + one for c in others) > for_runs:
+            self._cut(others.pop())
+
+    def _cut(self, slowest: Contender) -> None:
+        """Drops one for lack of time: the search is not finished."""
+        self._drop(lambda c: c is slowest)
+        self._is_cut = True
+
     def _keep_what_there_is_time_for(self) -> None:
         """Drops the slowest, until there is time for enough rounds of the others."""
         others = [c for c in self.contenders if c is not self.yardstick]
-        while len(others) > 1 and _ENOUGH_ROUNDS * self._round_seconds() > self.left():
-            slowest = others.pop()
-            self._drop(lambda c, slowest=slowest: c is slowest)
-            self._is_cut = True
+        too_long = lambda: (
+            _ENOUGH_ROUNDS * self._round_seconds(self.contenders) > self.left()
+        )
+        while len(others) > 1 and too_long():
+            self._cut(others.pop())
 
     def _run_again(self) -> None:
         """Runs the default and the fastest: nothing is compiled beside them now."""
@@ -175,10 +201,10 @@ class Race:
     def _fastest(self) -> float:
         return min(c.alone for c in self.contenders)
 
-    def _round_seconds(self) -> float:
+    def _round_seconds(self, contenders: list[Contender]) -> float:
         one = lambda c: _calls(c.alone) * c.alone
-        between = len(self.contenders) // 2
-        return sum(map(one, self.contenders)) + between * one(self.yardstick)
+        between = len(contenders) // 2
+        return sum(map(one, contenders)) + between * one(self.yardstick)
 
     def _round(self) -> None:
         others = [c for c in self.contenders if c is not self.yardstick]

@@ -27,7 +27,7 @@ from tdjax._tuning.programs import Lowered, compile_lowered, lower, may_crash
 from tdjax._tuning.rounds import MAY_BE_CHANCE, Contender, Race
 
 # The part of the budget that may be spent before the candidates are timed in turn.
-_FOR_TRIALS = 0.7
+_FOR_TRIALS = 0.5
 # More threads than this only take memory: a compilation uses several itself.
 _MOST_THREADS = 4
 # A first run that is shorter than this, in seconds, may be mostly one of warming up.
