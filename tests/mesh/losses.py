@@ -210,15 +210,15 @@ FEW = {
 
 
 def main(kind, which="few"):
-    """`which`: one set of options for a "few" layouts; all layouts with "some" sets of
-    options, or "all", or with those of "types"."""
+    """`which`: one set of options for a "few" layouts, or for those of "few types"; all
+    layouts with "some" sets of options, or "all", or with those of "types"."""
     mesh = jax.make_mesh((4, 2), ("data", "seq"), axis_types=(AxisType[kind],) * 2)
     names, rows = [*OPTIONS], []
     with jax.set_mesh(mesh):
-        for i, layout in enumerate(FEW if which == "few" else LAYOUTS):
+        for i, layout in enumerate(FEW if which.startswith("few") else LAYOUTS):
             chosen = names if which == "all" else [names[i % len(names)], "everything"]
-            chosen = [FEW[layout]] if which == "few" else chosen
-            from_types = which == "types"
+            chosen = [FEW[layout]] if which.startswith("few") else chosen
+            from_types = which.endswith("types")
             deviations = {name: run(mesh, layout, name, from_types) for name in chosen}
             operations, shardings = sent(mesh, layout, from_types)
             rows.append(

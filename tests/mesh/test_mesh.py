@@ -109,6 +109,11 @@ def test_the_loss_in_every_layout():
 @pytest.mark.mesh
 @pytest.mark.slow
 def test_the_loss_takes_its_layout_from_the_types():
+    check_losses(run_on_devices("losses.py", "Explicit", "few types"), 4)
+
+
+@pytest.mark.slow
+def test_the_loss_takes_every_layout_from_the_types():
     check_losses(run_on_devices("losses.py", "Explicit", "types"))
 
 

@@ -11,6 +11,7 @@ import pytest
 from keras import layers
 
 import tdjax.keras
+from helpers import slow_but
 from keras_zoo import ZOO, inputs
 
 RATE = 0.1
@@ -109,7 +110,10 @@ def test_outputs_gradients_and_statistics_agree(name):
     assert_close([found[id(v)] for v, _ in pairs], [value for _, value in pairs])
 
 
-@pytest.mark.parametrize("name", [name for name in ZOO if not ZOO[name].noisy])
+QUIET = [name for name in ZOO if not ZOO[name].noisy]
+
+
+@pytest.mark.parametrize("name", slow_but(range(2, len(QUIET), 4), QUIET))
 def test_a_training_step_moves_all_three_alike(name):
     theirs, ours = (copy_of(name, model) for model in models(name))
     x = inputs(ZOO[name])

@@ -172,3 +172,20 @@ def test_a_checkpoint_of_the_users_around_a_convolution_stays():
         assert block.params["policy"] is policy
         assert block.params["prevent_cse"] is False
         assert str(block.params["jaxpr"]).count("conv_general_dilated") == 1
+
+
+def test_profiles_show_the_names_of_layers_in_compiled_loops():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = nn.Sequential([nn.Conv(4, (3, 3), name="edges"), nn.relu])
+            return tdjax.linen.TimeDistributed(layer, chunk_size=1)(x)
+
+    model, x = Model(), normal(0, 2, 4, 6, 6, 2)
+    variables = model.init(jax.random.key(0), x)
+    program = jax.jit(jax.grad(loss(model.apply))).lower(variables, x).compile()
+    names = [
+        n for n in re.findall(r'op_name="([^"]*)"', program.as_text()) if "edges" in n
+    ]
+    assert any("transpose" in name for name in names)
+    assert any("conv_general_dilated" in name for name in names)

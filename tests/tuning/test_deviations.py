@@ -49,6 +49,19 @@ def test_noise_that_double_precision_draws_otherwise_excuses_nothing():
     assert not tolerances(noisy, x).agrees(other)[1]
 
 
+def test_what_overflows_in_half_precision_excuses_nothing():
+    def overflows(x):
+        return (
+            jnp.sum(x, dtype=jnp.float16) * x
+        )  # Infinite; with more digits it is not.
+
+    x = jnp.full(100, 1000.0, jnp.float16)
+    allowed = tolerances(overflows, x)
+    assert allowed.agrees(overflows(x))[1]
+    assert not allowed.agrees(x)[1]
+    assert not allowed.agrees(-overflows(x))[1]
+
+
 def test_a_function_of_one_dtype_is_compared_as_usual():
     def strict(x):
         assert x.dtype == jnp.float32

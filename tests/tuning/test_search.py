@@ -163,6 +163,30 @@ def test_without_time_for_rounds_the_search_is_unfinished(clock):
     assert "unfinished" in repr(result)
 
 
+def test_where_time_is_short_a_few_are_compared_well(monkeypatch):
+    now = [0.0]
+
+    def timed(seconds, args, calls=1):
+        now[0] += calls * seconds
+        return seconds, None
+
+    monkeypatch.setattr(rounds, "timed", timed)
+    times = [3.0, *(1.0 + 0.1 * i for i in range(20))]
+    contenders = [
+        rounds.Contender(
+            Candidate(Lowering(chunk_size=i), is_default=i == 0), each, each
+        )
+        for i, each in enumerate(times)
+    ]
+    race = rounds.Race(contenders, (), lambda: 40.0 - now[0], 0.0)
+    assert not race.run()
+    assert now[0] <= 40
+    enough = [i for i, c in enumerate(contenders) if len(c.ratios) >= 5]
+    assert enough[:2] == [1, 2]
+    assert contenders[20].candidate.verdict == "behind"
+    assert contenders[20].ratios == []
+
+
 def test_ctrl_c_gives_what_is_known(clock):
     seconds, _ = clock
 

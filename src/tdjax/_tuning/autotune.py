@@ -212,7 +212,8 @@ def tune(
         if base.method == "fold":
             error.add_note(_OTHER_FUNCTION)
         raise
-    folder, names = settings.folder(), {"name": place.name, "key": key_of(place)}
+    folder = settings.folder()
+    names: dict[str, Any] = {"name": place.name, "key": key_of(place)}
     stored = _recall(folder, about, earlier)
     if stored and not _still_agrees(stored, base, program_of, args, limits):
         stored = None

@@ -140,18 +140,16 @@ class Race:
         return True
 
     def _keep_what_can_run_alone(self) -> None:
-        """Drops the slowest, as far as they are known, to leave time for the rounds."""
-        is_default = lambda c: c.candidate.is_default
-        defaults = [*filter(is_default, self.contenders)]
-        others = sorted(self.contenders, key=lambda c: (is_default(c), c.alone))
-        others = others[: len(others) - len(defaults)]
+        """Drops the slowest, as far as is known, to leave time for the rounds."""
+        defaults = [c for c in self.contenders if c.candidate.is_default]
+        others = [c for c in self.contenders if c not in defaults]
+        others.sort(key=lambda c: c.alone)
         rounds = _ENOUGH_ROUNDS * self._round_seconds(others[:_FINALISTS] + defaults)
         left = self.left()
         for_runs = left - min(rounds, _FOR_ROUNDS * left)
-        one = (
-            sum(c.alone for c in defaults) / _OTHERS_BETWEEN
-        )  # Of the default, for each.
-        while len(others) > 1 and sum(c.alone + one for c in others) > for_runs:
+        # The default runs again after so many others.
+        default = sum(c.alone for c in defaults) / _OTHERS_BETWEEN
+        while len(others) > 1 and sum(c.alone + default for c in others) > for_runs:
             self._cut(others.pop())
 
     def _cut(self, slowest: Contender) -> None:
@@ -162,10 +160,8 @@ class Race:
     def _keep_what_there_is_time_for(self) -> None:
         """Drops the slowest, until there is time for enough rounds of the others."""
         others = [c for c in self.contenders if c is not self.yardstick]
-        too_long = lambda: (
-            _ENOUGH_ROUNDS * self._round_seconds(self.contenders) > self.left()
-        )
-        while len(others) > 1 and too_long():
+        rounds = lambda: _ENOUGH_ROUNDS * self._round_seconds(self.contenders)
+        while len(others) > 1 and rounds() > self.left():
             self._cut(others.pop())
 
     def _run_again(self) -> None:
