@@ -174,14 +174,14 @@ def test_where_time_is_short_a_few_are_compared_well(monkeypatch):
     times = [3.0, *(1.0 + 0.1 * i for i in range(20))]
     contenders = [
         rounds.Contender(
-            Candidate(Lowering(chunk_size=i), is_default=i == 0), each, each
+            Candidate(Lowering(chunk_size=i + 1), is_default=i == 0), each, each
         )
         for i, each in enumerate(times)
     ]
-    race = rounds.Race(contenders, (), lambda: 40.0 - now[0], 0.0)
+    race = rounds.Race(contenders, (), lambda: 50.0 - now[0], 0.0)
     assert not race.run()
-    assert now[0] <= 40
-    enough = [i for i, c in enumerate(contenders) if len(c.ratios) >= 5]
+    assert now[0] <= 50
+    enough = [i for i, c in enumerate(contenders) if len(c.ratios) >= 4]
     assert enough[:2] == [1, 2]
     assert contenders[20].candidate.verdict == "behind"
     assert contenders[20].ratios == []

@@ -147,9 +147,14 @@ class Race:
         rounds = _ENOUGH_ROUNDS * self._round_seconds(others[:_FINALISTS] + defaults)
         left = self.left()
         for_runs = left - min(rounds, _FOR_ROUNDS * left)
-        # The default runs again after so many others.
-        default = sum(c.alone for c in defaults) / _OTHERS_BETWEEN
-        while len(others) > 1 and sum(c.alone + default for c in others) > for_runs:
+        default = sum(c.alone for c in defaults)
+
+        def runs() -> float:
+            # Of the default: its own, one before, one for second chances, and between.
+            between = len(others) / _OTHERS_BETWEEN
+            return sum(c.alone for c in others) + (3 + between) * default
+
+        while len(others) > 1 and runs() > for_runs:
             self._cut(others.pop())
 
     def _cut(self, slowest: Contender) -> None:
