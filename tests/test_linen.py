@@ -792,8 +792,9 @@ def test_statistics_under_a_mask_that_the_layer_does_not_get_are_warned_of(key, 
         UserWarning, match=r"writes statistics .*mean.*mask=mask\[:, None\]"
     ):
         run(mask)
-    with pytest.warns(UserWarning, match="writes statistics"):
+    with pytest.warns(UserWarning, match="writes statistics") as warned:
         jax.jit(run)(mask)
+    assert [each.filename for each in warned] == [__file__]  # The user's line.
     run(jnp.ones((B, T), bool).at[:, 1].set(False))  # Whole steps: no stand-ins count.
     spectral = TimeDistributed(nn.SpectralNorm(nn.Dense(2)))
     kept = spectral.init(key, x, update_stats=False)

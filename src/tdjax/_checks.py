@@ -1,6 +1,8 @@
 """Checks of arguments, and what their errors share."""
 
 import inspect
+import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +19,23 @@ def describe(value: Any) -> str:
         return f"{type(value).__name__} ({text:.80})"
     dtype = "float0" if value.dtype == jax.dtypes.float0 else value.dtype
     return f"{dtype}[{','.join(str(size) for size in value.shape)}]"
+
+
+# Between the user's line and a warning are functions of these.
+_NOT_THE_USERS = {
+    "tdjax", "jax", "flax", "keras", "jaxtyping", "beartype", "contextlib", "functools"
+}  # fmt: skip
+
+
+def warn(message: str) -> None:
+    """A `UserWarning` that shows the user's line."""
+    frame, level = sys._getframe(1), 2
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "").partition(".")[0]
+        if module not in _NOT_THE_USERS:
+            break
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def is_array(value: Any) -> bool:

@@ -713,7 +713,8 @@ def test_a_file_that_cannot_be_written_is_a_warning(tmp_path):
     path = tmp_path / "file" / "t.json"
     with (
         tdjax.tuning(path, **SHORT),
-        pytest.warns(UserWarning, match="can't be written"),
+        pytest.warns(UserWarning, match="can't be written") as warned,
     ):
         y = auto()(PARAMS, X)
+    assert [each.filename for each in warned] == [__file__]  # The user's line.
     assert_trees_close(y, tdjax.dense(PARAMS, X))

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from tdjax._checks import describe, leaves_by_path
+from tdjax._checks import describe, leaves_by_path, warn
 from tdjax._keras import rules as rules  # registers every rule
 from tdjax._keras.file import load
 from tdjax._keras.registry import Variables, convert_layer
@@ -209,10 +208,9 @@ def _warn_of_training(model: Any) -> None:
         if node.arguments.kwargs.get("training")
     }
     if names:
-        warnings.warn(
+        warn(
             "The Flax module trains all layers or none, by `train`; in the Keras model "
             f"these were called with training=True: {', '.join(sorted(names))}.",
-            stacklevel=3,
         )
 
 
@@ -229,8 +227,7 @@ def _warn_of_penalties(model: Any, tree: Variables) -> None:
         if getattr(layer, "activity_regularizer", None) is not None
     ]
     if penalties:
-        warnings.warn(
+        warn(
             "The Flax module leaves out what Keras adds to the loss or does to weights "
             f"in training: {', '.join(penalties)}.",
-            stacklevel=3,
         )

@@ -9,7 +9,6 @@ is kept, and *new* ones, such as sown values, which are stacked over time.
 
 import functools
 import re
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tdjax._checks import describe, is_array, is_concrete, leaves_by_path
+from tdjax._checks import describe, is_array, is_concrete, leaves_by_path, warn
 from tdjax._masks import masked_mean
 from tdjax._mesh import unsplit
 from tdjax._steps.axes import (
@@ -211,14 +210,12 @@ def _warn_of_stand_ins(variables, before, changed, mask) -> None:
     floats = [k for k, x in written.items() if jnp.issubdtype(x.dtype, jnp.floating)]
     floats = [name.removeprefix("[0][0]") for name in floats if is_moment.search(name)]
     if floats:
-        warnings.warn(
+        warn(
             f"With mask=, the layer writes statistics ({', '.join(floats[:2])}) over "
             "copies of valid examples in place of the masked ones. Wrap a module that "
             "takes the mask of its step, def __call__(self, x, mask), and calls "
             "BatchNorm with mask=mask[:, None] (images: mask[:, None, None, None]); "
             "then call the wrapper with (x, mask, mask=mask).",
-            UserWarning,
-            stacklevel=3,
         )
 
 

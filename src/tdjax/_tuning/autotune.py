@@ -182,6 +182,8 @@ def tune(
     program, base = place.program(), plain_if_auto(place.lowering)
     require_arrays("variables", program.variables)
     require_arrays("args", place.args)
+    if not place.args:
+        raise ValueError("args must hold the inputs of a call, got none.")
     timesteps = time_size(flatten_inputs(place.args, place.in_axes))
     if timesteps < 1:
         raise ValueError("args must have steps to measure, got 0 steps.")
@@ -277,7 +279,7 @@ def require_arrays(name: str, tree: Any) -> None:
         if isinstance(x, Tracer | jax.ShapeDtypeStruct):
             raise TypeError(
                 "autotune runs the function, so its arguments must be arrays, outside "
-                f"of jit, got {describe(x)}."
+                f"of jit, got {describe(x)}, which is traced and has no values."
             )
         dtype = x.dtype if is_array(x) else np.result_type(type(x))
         kinds = np.bool_, np.number, jax.dtypes.extended
@@ -374,8 +376,9 @@ def require_measured(candidates: list[Candidate], limits: Limits) -> None:
 _OTHER_FUNCTION = (
     "What is given with method='fold' must be the same function under method='vmap', "
     "with which autotune compares every lowering. BatchNorm and Dropout in training "
-    "are not: their statistics and their noise are others. Tune for inference "
-    "(train=False, model.eval()), or give the layer with method='vmap'."
+    "are not: their statistics and their noise are those of all steps. Then there is "
+    "nothing to choose: keep 'fold' as it is. Or give the layer with method='vmap', if "
+    "its steps may have their own."
 )
 
 
@@ -387,4 +390,4 @@ def _refuse_another_function(base: Lowering, candidates: list[Candidate]) -> Non
     for candidate in candidates:
         is_given = candidate.lowering == in_one_block
         if is_given and candidate.verdict.startswith("other"):
-            raise ValueError(f"{_OTHER_FUNCTION} Got {candidate.verdict}.")
+            raise ValueError(f"{_OTHER_FUNCTION} Measured: {candidate.verdict}.")

@@ -9,11 +9,11 @@ import hashlib
 import json
 import os
 import threading
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tdjax._checks import warn
 from tdjax._tuning.result import Tuning
 
 LARGEST_ENTRY = 2**28  # bytes
@@ -32,7 +32,7 @@ def load(folder: Path, about: dict[str, Any]) -> Tuning | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        _warn(path, f"is ignored: {error}", stacklevel=6)
+        warn(f"The cache entry {str(path)!r} is ignored: {error}.")
         return None
 
 
@@ -43,7 +43,7 @@ def store(folder: Path, tuning: Tuning) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, tuning.to_json())
     except OSError as error:
-        _warn(path, f"can't be written: {error}", stacklevel=5)
+        warn(f"The cache entry {str(path)!r} can't be written: {error}.")
 
 
 def _entry(folder: Path, about: dict[str, Any]) -> Path:
@@ -87,9 +87,3 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)  # It unlocks too.
-
-
-def _warn(path: Path, problem: str, stacklevel: int) -> None:
-    """Points at the user's call of `autotune`, so many calls from here."""
-    message = f"The cache entry {str(path)!r} {problem}."
-    warnings.warn(message, UserWarning, stacklevel=stacklevel)

@@ -223,7 +223,7 @@ def list_candidates(
     if given is None:
         lowerings = _default_lowerings(base, timesteps, with_remat)
     else:
-        lowerings = [change(base, **_checked(options)) for options in given]
+        lowerings = [_changed(base, i, each) for i, each in enumerate(_listed(given))]
     # Compared by their text: True == 1, and means another thing.
     lowerings = {repr(x): x for x in (change(base), base, *lowerings)}.values()
     blocks = lambda size: math.ceil(timesteps / (size or timesteps))
@@ -259,6 +259,23 @@ def _is_possible(base: Lowering, options: dict[str, Any]) -> bool:
     if options["method"] != "vmap":
         return base.axis_name is None and base.spmd_axis_name is None
     return "chunk_size" not in options or base.axis_name is None
+
+
+def _listed(given: Any) -> Any:
+    """The user's `candidates`."""
+    if isinstance(given, Mapping):
+        raise TypeError(
+            f"candidates must be a list of mappings, got {given!r}. Write [{{...}}]."
+        )
+    return given
+
+
+def _changed(base: Lowering, i: int, options: Any) -> Lowering:
+    try:
+        return change(base, **_checked(options))
+    except (TypeError, ValueError) as error:
+        error.add_note(f"It is candidates[{i}].")
+        raise
 
 
 def _checked(options: Any) -> Mapping[str, Any]:

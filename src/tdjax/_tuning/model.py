@@ -103,7 +103,9 @@ def tune_model_or_layer(
     except _NoPlacesError as error:
         failure = error.__cause__
     try:
-        return tune_layer()
+        tuning = tune_layer()
+        # What is returned is the module in a wrapper: the table says so.
+        return dataclasses.replace(tuning, name=f"TimeDistributed({tuning.name})")
     except Exception as error:
         if failure is not None:
             line = (str(failure).splitlines() or [""])[0]

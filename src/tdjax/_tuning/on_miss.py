@@ -4,14 +4,13 @@ import contextlib
 import dataclasses
 import itertools
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import jax.core
 
-from tdjax._checks import describe
+from tdjax._checks import describe, warn
 from tdjax._steps import places
 from tdjax._steps.lowering import Lowering
 from tdjax._steps.places import Place
@@ -116,11 +115,9 @@ class _OnMiss(Table):
                 return self.run(place, run)
             self._failed.add(key)
             line = (str(error).splitlines() or [""])[0]
-            warnings.warn(
+            warn(
                 f"{place.name} can't be tuned by itself, and is called as without a "
                 f"table: {type(error).__name__}: {line}",
-                UserWarning,
-                stacklevel=2,
             )
             return super().run_unknown(key, place, run)
         self.of_auto[key] = result.options
@@ -200,9 +197,7 @@ def _add(file: Path, result: Tuning, known: Tuning) -> bool:
             write_atomically(file, written.to_json())
         return True
     except (OSError, ValueError) as error:
-        warnings.warn(
+        warn(
             f"The file {str(file)!r} can't be written: {error}.",
-            UserWarning,
-            stacklevel=2,
         )
         return False

@@ -56,7 +56,8 @@ def rich_table(
         if candidate.is_default and not is_model:
             is_plain = candidate.measured and candidate is not best
             verdict = "default" if is_plain else f"default, {verdict}"
-        if candidate.measured and candidate.ratio_spread is None and not finished:
+        is_single = candidate.measured and candidate.ratio_spread is None
+        if is_single and (is_model or not finished):
             once = "measured once"
             verdict = once if verdict == "measured" else f"{verdict}, {once}"
         style = "bold" if candidate is best else "" if candidate.measured else "dim"

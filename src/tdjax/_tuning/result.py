@@ -136,7 +136,7 @@ class Tuning(Generic[T]):
                 if name not in places:
                     break
                 name = f"{base} ({number})"
-            places[name] = place
+            places[name] = dataclasses.replace(place, name=name)
         finished = all(place.finished for place in places.values())
         return Tuning(None, [], {}, finished=finished, places=places)
 
@@ -180,8 +180,10 @@ class Tuning(Generic[T]):
         what = "forward" if self.about["argnums"] == [] else "forward and gradient"
         what = f"{self.name}: {what}" if self.name else what
         title = f"{what} on {self.about['device']}, JAX {self.about['jax']}"
+        # What is left to do in a place is said there.
+        finished = self.finished or any(not p.finished for p in self.places.values())
         is_model = not self.key
-        return rich_table(self.candidates, self.best, title, self.finished, is_model)
+        return rich_table(self.candidates, self.best, title, finished, is_model)
 
     def __repr__(self):
         state = "measured" if self.finished else "measured, unfinished"
@@ -227,9 +229,10 @@ class Tuning(Generic[T]):
             AttributeError, LookupError, RecursionError, TypeError, ValueError
         ) as error:  # fmt: skip
             raise ValueError(
-                f"text must be what Tuning.to_json writes, got {str(text)[:80]!r} "
-                f"({type(error).__name__}: {error}). Of a file, give the text in it: "
-                "pathlib.Path(path).read_text()."
+                "text must be all that Tuning.to_json of this version writes, got "
+                f"{str(text)[:80]!r} ({type(error).__name__}: {error}). Of a file, "
+                "give the text in it: pathlib.Path(path).read_text(). If this is it, "
+                "the file is damaged, or of another version."
             ) from error
 
     @classmethod

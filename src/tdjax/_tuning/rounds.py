@@ -70,6 +70,20 @@ class Contender:
         return min(self.seconds) / min(yardstick.seconds)
 
 
+def round_seconds(contenders: list[Contender], yardstick: Contender) -> float:
+    """How long a round of them takes."""
+    one = lambda c: _calls(c.alone) * c.alone
+    between = len(contenders) // 2
+    return sum(map(one, contenders)) + between * one(yardstick)
+
+
+def race_seconds(contenders: list[Contender]) -> float:
+    """How long a race may take, by first runs: a run of each, and rounds of a few."""
+    fastest = sorted(contenders, key=lambda c: c.alone)[:_FINALISTS]
+    rounds = 2 * _ENOUGH_ROUNDS * round_seconds(fastest, fastest[0]) if fastest else 0.0
+    return 1.5 * sum(c.alone for c in contenders) + rounds
+
+
 class Race:
     """The contenders, the yardstick among them, and those that were dropped.
 
@@ -101,7 +115,7 @@ class Race:
         for done in range(1, _MOST_ROUNDS + 1):
             if len(self.contenders) == 1:
                 return not self._is_cut
-            if self._round_seconds(self.contenders) > self.left():
+            if round_seconds(self.contenders, self.yardstick) > self.left():
                 return False
             self._round()
             self._drop_the_slow(done)
@@ -144,7 +158,9 @@ class Race:
         defaults = [c for c in self.contenders if c.candidate.is_default]
         others = [c for c in self.contenders if c not in defaults]
         others.sort(key=lambda c: c.alone)
-        rounds = _ENOUGH_ROUNDS * self._round_seconds(others[:_FINALISTS] + defaults)
+        rounds = _ENOUGH_ROUNDS * round_seconds(
+            others[:_FINALISTS] + defaults, self.yardstick
+        )
         left = self.left()
         for_runs = left - min(rounds, _FOR_ROUNDS * left)
         default = sum(c.alone for c in defaults)
@@ -165,7 +181,7 @@ class Race:
     def _keep_what_there_is_time_for(self) -> None:
         """Drops the slowest, until there is time for enough rounds of the others."""
         others = [c for c in self.contenders if c is not self.yardstick]
-        rounds = lambda: _ENOUGH_ROUNDS * self._round_seconds(self.contenders)
+        rounds = lambda: _ENOUGH_ROUNDS * round_seconds(self.contenders, self.yardstick)
         while len(others) > 1 and rounds() > self.left():
             self._cut(others.pop())
 
@@ -201,11 +217,6 @@ class Race:
 
     def _fastest(self) -> float:
         return min(c.alone for c in self.contenders)
-
-    def _round_seconds(self, contenders: list[Contender]) -> float:
-        one = lambda c: _calls(c.alone) * c.alone
-        between = len(contenders) // 2
-        return sum(map(one, contenders)) + between * one(self.yardstick)
 
     def _round(self) -> None:
         others = [c for c in self.contenders if c is not self.yardstick]

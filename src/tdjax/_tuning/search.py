@@ -24,10 +24,10 @@ from tdjax._tuning.clock import timed
 from tdjax._tuning.deviations import Tolerances
 from tdjax._tuning.processes import agreed, in_all
 from tdjax._tuning.programs import Lowered, compile_lowered, lower, may_crash
-from tdjax._tuning.rounds import MAY_BE_CHANCE, Contender, Race
+from tdjax._tuning.rounds import MAY_BE_CHANCE, Contender, Race, race_seconds
 
-# The part of the budget that may be spent before the candidates are timed in turn.
-_FOR_TRIALS = 0.5
+# The parts of the budget that are kept for the race, at least and at most.
+_FOR_RACE = 0.1, 0.5
 # More threads than this only take memory: a compilation uses several itself.
 _MOST_THREADS = 4
 # A first run that is shorter than this, in seconds, may be mostly one of warming up.
@@ -46,9 +46,9 @@ class Limits:
     tolerance: int | float | None = None
     start: float = dataclasses.field(default_factory=time.perf_counter)
 
-    def left(self, part: float = 1.0) -> float:
-        """Seconds left of a part of the budget."""
-        return agreed(self.start + part * self.budget - time.perf_counter())
+    def left(self) -> float:
+        """Seconds left of the budget."""
+        return agreed(self.start + self.budget - time.perf_counter())
 
 
 class _Trial(NamedTuple):
@@ -148,8 +148,7 @@ def _try_all(candidates: list[Candidate], search: _Search, report) -> None:
         while waiting and len(started) < search.threads:
             candidate = waiting.popleft()
             is_due = len(search.tried) + len(started) < search.least
-            left = search.limits.left(_FOR_TRIALS)
-            if is_due or _expected(candidate, search) < left:
+            if is_due or _expected(candidate, search) < _left_for_trials(search):
                 started.append(_start(candidate, search))
             else:
                 candidate.verdict = NO_TIME
@@ -169,6 +168,13 @@ def _try_all(candidates: list[Candidate], search: _Search, report) -> None:
         else:
             trial.candidate.verdict = "no reference can be run"
         report(trial.candidate)
+
+
+def _left_for_trials(search: _Search) -> float:
+    """Seconds until the contenders so far must be timed in turn."""
+    least, most = (part * search.limits.budget for part in _FOR_RACE)
+    kept = min(max(race_seconds(search.contenders), least), most)
+    return search.limits.left() - kept
 
 
 def agree(

@@ -4,13 +4,12 @@ import contextlib
 import json
 import logging
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
 
-from tdjax._checks import is_array, is_concrete
+from tdjax._checks import is_array, is_concrete, warn
 from tdjax._steps import places
 from tdjax._steps.axes import partition
 from tdjax._steps.fold import watch_fold
@@ -163,12 +162,10 @@ def run_with(
         _shown[key] = identity, reason
     if reason is None:
         return run(chosen)
-    warnings.warn(
+    warn(
         f"{place.name} may depend on the rest of the batch under method='fold': "
         f"{reason}. The tuning in effect is left out, and it is called as it was "
         "written. If it was written with 'fold', write 'vmap', and tune it again.",
-        UserWarning,
-        stacklevel=2,
     )
     return run(plain)
 
