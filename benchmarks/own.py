@@ -6,6 +6,7 @@ The function takes no arguments and returns what `tdjax.autotune` is called with
 """
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -34,7 +35,12 @@ def load(spec: str) -> Callable[[], Any]:
 
 def rows(spec: str, budget: float) -> list[Row]:
     """Prints the tuner's table, and returns a row for each lowering that was timed."""
-    given = load(spec)()
+    function = load(spec)
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise SystemExit(f"{spec} must take no arguments: {_EXAMPLE}.") from error
+    given = function()
     if not isinstance(given, tuple) or len(given) not in (2, 3):
         raise SystemExit(f"{spec} must return (fun, args[, keywords]): {_EXAMPLE}.")
     fun, args, *rest = given

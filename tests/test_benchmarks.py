@@ -289,6 +289,9 @@ def case():
 
 def wrong():
     return 1
+
+def with_arguments(x):
+    return x
 """
 
 
@@ -302,6 +305,8 @@ def test_a_users_own_function_is_measured(tmp_path, monkeypatch, capsys):
     assert "default" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"must return \(fun, args"):
         own.rows("my_own_case:wrong", budget=1)
+    with pytest.raises(SystemExit, match="must take no arguments"):
+        own.rows("my_own_case:with_arguments", budget=1)
     for spec in ("my_own_case", "my_own_case:none", "no_such_module:case"):
         with pytest.raises(SystemExit, match=r"module:function|can't be found"):
             own.rows(spec, budget=1)

@@ -183,9 +183,10 @@ def test_candidates_can_be_chosen(params):
         ({"budget": float("nan")}, ValueError, "budget must be positive, got nan"),
         ({"tolerance": float("inf")}, ValueError, "tolerance must be finite"),
         ({"tolerance": 10**400}, ValueError, "tolerance must be finite"),
-        ({"argnums": 2}, ValueError, r"argnums .* 2 argument\(s\), got 2"),
-        ({"argnums": "x"}, ValueError, r"argnums must be positions .* got 'x'"),
+        ({"argnums": 2}, ValueError, r"argnums .* 2 argument\(s\), such as 0, got 2"),
+        ({"argnums": "x"}, TypeError, r"argnums must be positions .* got 'x'"),
         ({"candidates": [{"method": "scan"}]}, ValueError, "method must be one of"),
+        ({"candidates": {"chunk_size": 2}}, TypeError, "candidates must be a list of"),
         (
             {"candidates": [{"speed": 1}]},
             TypeError,
@@ -586,3 +587,15 @@ def test_a_layer_that_fails_under_vmap_is_explained():
     with pytest.raises(ValueError, match="capacity=4") as error:
         tdjax.nnx.autotune(model, normal(0, 2, 3, 3), mask, mask=mask, budget=5)
     assert "the same function under method='vmap'" in "".join(error.value.__notes__)
+
+
+def test_forgotten_inputs_are_named(key):
+    layer = nn.Dense(3)
+    variables = layer.init(key, X)
+    wrapped = tdjax.linen.TimeDistributed(layer)
+    with pytest.raises(ValueError, match="args must hold the inputs of a call"):
+        tdjax.linen.autotune(wrapped, variables)
+    with pytest.raises(ValueError, match="args must hold the inputs of a call"):
+        tdjax.nnx.autotune(
+            tdjax.nnx.TimeDistributed(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+        )

@@ -150,16 +150,16 @@ def test_a_little_behind_is_behind_after_enough_rounds(clock):
     seconds.update({None: lambda i: 0.05, 2: lambda i: 0.0535})
     by_size, _ = tune([2])
     assert by_size[2].verdict == "behind"
-    assert measured[2] == 1 + 3 + rounds._ENOUGH_ROUNDS
+    assert measured[2] == 3 + 3 + rounds._ENOUGH_ROUNDS
 
 
 def test_without_time_for_rounds_the_search_is_unfinished(clock):
     seconds, measured = clock
     seconds.update({None: lambda i: 0.1, 2: lambda i: 0.05})
-    # One run of each fits, as the clock of the budget is the real one.
+    # A few runs of each fit, as the clock of the budget is the real one.
     _, result = tune([2], budget=0.25)
     assert not result.finished
-    assert measured[2] <= 3
+    assert measured[2] < 3 + rounds._ENOUGH_ROUNDS
     assert "unfinished" in repr(result)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from tdjax._tuning.candidates import NOT_TRIED, TUNED, Candidate
 from tdjax._tuning.processes import is_first
 
+_GOES_ON = "With cache=, or in a file of tdjax.tuning, the next call goes on."
 _MEASURES = ("time", "ratio", "memory", "compile", "error")
 
 
@@ -91,11 +92,8 @@ def _unfinished(candidates: list[Candidate]) -> str:
     left = sum(c.is_left for c in candidates)
     missing = f"{left} more were not tried" if left else "more rounds are needed"
     if any(c.verdict == NOT_TRIED for c in candidates):
-        return f"Interrupted: {missing}. With cache= the next call goes on."
-    return (
-        f"Not finished: {missing}. A larger budget= gives them time; with cache= "
-        "the next call goes on."
-    )
+        return f"Interrupted: {missing}. {_GOES_ON}"
+    return f"Not finished: {missing}. A larger budget= gives them time. {_GOES_ON}"
 
 
 def _of_model(candidate: Candidate) -> list[str]:

@@ -7,6 +7,7 @@ import math
 import re
 from typing import Any, Generic, TypeVar, cast
 
+from tdjax._checks import describe
 from tdjax._tuning.candidates import TUNED, Candidate, choose
 from tdjax._tuning.report import rich_table
 from tdjax._tuning.table import Options, enter, leave
@@ -221,8 +222,11 @@ class Tuning(Generic[T]):
           A `Tuning` whose `tuned` is None.
 
         Raises:
+          TypeError: if `text` is no text, but a path, say.
           ValueError: if `text` is not what `to_json` of this version writes.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a str of JSON, got {describe(text)}.")
         try:
             return cls._from_json(json.loads(text, parse_constant=_refuse_constant))
         except (

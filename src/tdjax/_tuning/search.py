@@ -30,8 +30,9 @@ from tdjax._tuning.rounds import MAY_BE_CHANCE, Contender, Race, race_seconds
 _FOR_RACE = 0.1, 0.5
 # More threads than this only take memory: a compilation uses several itself.
 _MOST_THREADS = 4
-# A first run that is shorter than this, in seconds, may be mostly one of warming up.
-_WARM_UP = 0.02
+# Runs of less than this in all, in seconds, may be mostly of warming up, and of waiting
+# for the compiler beside them: up to three, the least counts.
+_WARM_UP, _WARM_UP_OF_DEFAULT, _WARM_RUNS = 0.25, 2 * MAY_BE_CHANCE, 3
 MAY_CRASH = "may crash: XLA's CPU fusion of arrays with 7 axes"
 # How many of the fastest lowerings are tried with the options of the compiler.
 _WITH_COMPILER_OPTIONS = 2
@@ -285,12 +286,12 @@ def _finish(trial: _Trial, search: _Search) -> None:
         verdict = f"may depend on the rest of the batch: {reason}"
     candidate.verdict = verdict
     if candidate.measured:
-        seconds = agreed(seconds)
+        runs = [agreed(seconds)]
         # All ratios are to the default's time, so chance must not decide it.
-        is_short = seconds < (MAY_BE_CHANCE if candidate.is_default else _WARM_UP)
-        for _ in range((2 if candidate.is_default else 1) * is_short):
-            seconds = min(seconds, agreed(timed(program, search.args)[0]))
-        search.contenders.append(Contender(candidate, program, seconds))
+        enough = _WARM_UP_OF_DEFAULT if candidate.is_default else _WARM_UP
+        while len(runs) < _WARM_RUNS and sum(runs) < enough:
+            runs.append(agreed(timed(program, search.args)[0]))
+        search.contenders.append(Contender(candidate, program, min(runs)))
 
 
 def temporary_bytes(program: Any) -> int | None:

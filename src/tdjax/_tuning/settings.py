@@ -70,11 +70,12 @@ class Settings:
             raise ValueError("argnums must name an argument; None is for no gradient.")
         for i in argnums:
             is_int = isinstance(i, int) and not isinstance(i, bool)
-            if not is_int or not -len(args) <= i < len(args):
-                raise ValueError(
-                    f"argnums must be positions of the {len(args)} argument(s), got "
-                    f"{self.argnums!r}."
-                )
+            if is_int and -len(args) <= i < len(args):
+                continue
+            raise (ValueError if is_int else TypeError)(
+                f"argnums must be positions of the {len(args)} argument(s), such as 0, "
+                f"got {self.argnums!r}."
+            )
         positions = sorted({i % len(args) for i in argnums})
         for i in positions:
             if not any(map(is_float, jax.tree.leaves(args[i]))):
