@@ -387,7 +387,6 @@ def test_a_candidate_is_measured_as_it_is_beside_a_place_of_the_same_layer(key):
     assert memory(result.places["whole"]) == memory(alone)
 
 
-@pytest.mark.slow
 def test_ctrl_c_before_the_whole_was_timed_loses_no_place(key, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -402,6 +401,7 @@ def test_ctrl_c_before_the_whole_was_timed_loses_no_place(key, monkeypatch):
     assert_trees_close(result.tuned.apply(variables, X), model.apply(variables, X))
 
 
+@pytest.mark.slow
 def test_options_of_the_compiler_are_tried_with_the_whole(key):
     variables = Setup().init(key, X)
     options = [{"xla_cpu_enable_fast_math": True}]
