@@ -217,11 +217,11 @@ def _tuner(rows: list[Row], about: Row) -> Figure:
     figure, (ax,) = new_figure([" "], 1.9 + 0.4 * len(cases))
     points = {kind: [] for kind in ("others", "default", "pick")}
     for place, found in enumerate(cases.values()):
-        best = min(row["ratio"] for row in found)
+        best = min(row["ratio"] for row in found if "behind" not in row)
         for row in found:
             kind = "default" if row is found[0] else "others"
             kind = "pick" if row["chosen"] else kind
-            points[kind].append((row["ratio"] / best, place))
+            points[kind].append((row.get("behind", row["ratio"] / best), place))
     draw_points(ax, points["others"], "o", "0.7", ms=4, label="other choices")
     draw_points(ax, points["default"], "s", TEXT, ms=7, label="the default")
     draw_points(ax, points["pick"], "o", OURS, ms=9, label="the tuner's pick")

@@ -36,7 +36,7 @@ BOTH = ("forward", "gradient")
 # Candidates of the tuner that take longer than this, beside the default, are not timed
 # again. Those that may be the fastest then have more rounds: a few are not enough where
 # one call takes 0.4 seconds, and others disturb it.
-_NEAR, _MAY_BE_FASTEST = 1.25, 1.15
+_NEAR, _MAY_BE_FASTEST = 1.25, 1.2
 _MORE_ROUNDS = Effort(60.0, 25)
 
 
@@ -194,24 +194,38 @@ def _tuner_rows(case, of: str, settings: Settings) -> list[Row]:
     candidates.sort(key=lambda each: each.name != default)
     rows = measure(case, of, candidates, settings.effort)
     if not settings.quick:
-        rows = _finals(case, of, candidates, rows, set(picks.values()))
+        rows = _finals(case, of, candidates, rows, picks)
     used = {"budget": budget, "spent": spent}
     return [
-        {**row, **used, "chosen": _searches(picks, row["candidate"])} for row in rows
+        {"chosen": _searches(picks, row["candidate"]), **row, **used} for row in rows
     ]
 
 
 def _finals(
-    case, of: str, candidates: list[Candidate], rows: list[Row], picks: set[str]
+    case, of: str, candidates: list[Candidate], rows: list[Row], picks: dict[str, str]
 ) -> list[Row]:
-    """More rounds of the default, the picks, and what may be the fastest."""
-    near = _MAY_BE_FASTEST * min(row["ratio"] for row in rows)
-    names = picks | {row["candidate"] for row in rows if row["ratio"] <= near}
+    """More rounds of the default, the picks, and what may be the fastest.
+
+    They are timed twice: alone, and beside what the last search was beside. Ratios of
+    the rounds before can't be compared with theirs: `behind` is the time beside the
+    fastest of those rounds.
+    """
+    fastest = min(row["ratio"] for row in rows)
+    near = _MAY_BE_FASTEST * fastest
+    names = {*picks.values(), *(r["candidate"] for r in rows if r["ratio"] <= near)}
     default, *others = candidates
     finalists = [default, *(each for each in others if each.name in names)]
     finals = measure(case, of, finalists, _MORE_ROUNDS)
+    with busy_processes(2):
+        beside = measure(case, of, finalists, _MORE_ROUNDS)
+    [busy] = BUSY
+    for row in beside:
+        is_pick = row["candidate"] == picks[busy]
+        row |= {"of": f"{of}, {busy}", "chosen": [busy] if is_pick else []}
     measured = {row["candidate"] for row in finals}
-    return [*finals, *(row for row in rows if row["candidate"] not in measured)]
+    rest = [row for row in rows if row["candidate"] not in measured]
+    rest = [{**row, "behind": row["ratio"] / fastest} for row in rest]
+    return [*finals, *rest, *beside]
 
 
 def _is_near(candidate) -> bool:

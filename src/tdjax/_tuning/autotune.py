@@ -17,7 +17,7 @@ from tdjax._steps import places
 from tdjax._steps.axes import flatten_inputs, time_size
 from tdjax._steps.lowering import Lowering
 from tdjax._steps.mesh import devices_of_time
-from tdjax._steps.places import Place
+from tdjax._steps.places import Place, Program
 from tdjax._steps.transform import Distributed, P, R, time_distributed
 from tdjax._tuning import cache
 from tdjax._tuning.candidates import Candidate, choose, list_candidates
@@ -173,20 +173,9 @@ def tune(
 
     `make(lowering)` is what the user gets back; `earlier` is an unfinished search.
     """
-    if jax.config.jax_disable_jit:  # pyright: ignore
-        raise ValueError(
-            "autotune measures compiled programs, and jax_disable_jit is on. Switch it "
-            "off: with jax.disable_jit(False)."
-        )
     limits = Limits(settings.budget, settings.memory_limit, settings.tolerance)
     program, base = place.program(), plain_if_auto(place.lowering)
-    require_arrays("variables", program.variables)
-    require_arrays("args", place.args)
-    if not place.args:
-        raise ValueError("args must hold the inputs of a call, got none.")
-    timesteps = time_size(flatten_inputs(place.args, place.in_axes))
-    if timesteps < 1:
-        raise ValueError("args must have steps to measure, got 0 steps.")
+    timesteps = _check_measurable(place, program)
     args = jax.tree.map(jnp.asarray, (*program.variables, *place.args))
     candidates = list_candidates(
         base,
@@ -229,6 +218,23 @@ def tune(
     if folder and is_first():
         cache.store(folder, tuning)
     return tuning
+
+
+def _check_measurable(place: Place, program: Program) -> int:
+    """The number of steps of a call that can be compiled, run and timed."""
+    if jax.config.jax_disable_jit:  # pyright: ignore
+        raise ValueError(
+            "autotune measures compiled programs, and jax_disable_jit is on. Switch it "
+            "off: with jax.disable_jit(False)."
+        )
+    require_arrays("variables", program.variables)
+    require_arrays("args", place.args)
+    if not place.args:
+        raise ValueError("args must hold the inputs of a call, got none.")
+    timesteps = time_size(flatten_inputs(place.args, place.in_axes))
+    if timesteps < 1:
+        raise ValueError("args must have steps to measure, got 0 steps.")
+    return timesteps
 
 
 def _as_given(fun: Callable) -> Callable:
