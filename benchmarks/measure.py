@@ -170,28 +170,73 @@ def summary(times: list[float], base: float) -> dict:
     return {**ratios, "seconds": median}
 
 
+class Prepared(NamedTuple):
+    """Candidates that are compiled and agree; each may be compiled several times."""
+
+    case: Case
+    of: str
+    programs: dict[str, tuple[Candidate, Program]]
+    calls: dict[str, Callable[[], Any]]
+    deviations: dict[str, float]
+    missing: list[dict]
+
+    def rows(self, effort: Effort) -> list[dict]:
+        """A row for each candidate; ratios are to the first, which is the floor."""
+        seconds: dict[str, list[float]] = {}
+        for name, times in take_turns(self.calls, effort).items():
+            seconds.setdefault(_without_number(name), []).extend(times)
+        base = statistics.median(next(iter(seconds.values())))
+        rows = [self._row(name, times, base) for name, times in seconds.items()]
+        return rows + self.missing
+
+    def _row(self, name: str, times: list[float], base: float) -> dict:
+        program = self.programs[original(name)][1]
+        return {
+            "case": self.case.name,
+            "layer": self.case.layer,
+            "timesteps": self.case.timesteps,
+            "of": self.of,
+            "candidate": name,
+            **summary(times, base),
+            "compile_seconds": program.compile_seconds,
+            "temporary_bytes": program.temporary_bytes,
+            "deviation": self.deviations[original(name)],
+        }
+
+
+def prepare(
+    case: Case, of: str, candidates: Iterable[str | Candidate], copies: int = 1
+) -> Prepared:
+    """Compiles candidates, and checks them against each other.
+
+    With several `copies` each is compiled so often, the control too, and their times
+    are one sample: a program that is compiled again may take 1.3 times as long.
+    """
+    programs, missing = compile_all(case, of, candidates)
+    deviations = check(case, of, programs)
+    calls = {
+        _numbered(0, name): program.call for name, (_, program) in programs.items()
+    }
+    first = next(iter(programs))
+    more = [(i, name) for i in range(1, copies) for name in programs]
+    if copies > 1:
+        more += [(i, first + AGAIN) for i in range(copies)]
+    for i, name in more:
+        candidate = programs[original(name)][0]
+        calls[_numbered(i, name)] = candidate.compile(case, of).call
+    return Prepared(case, of, programs, calls, deviations, missing)
+
+
+def _numbered(i: int, name: str) -> str:
+    return f"{i} {name}"
+
+
+def _without_number(name: str) -> str:
+    return name.partition(" ")[2]
+
+
 def measure(
     case: Case, of: str, candidates: Iterable[str | Candidate], effort: Effort
 ) -> list[dict]:
     """A row for each candidate; ratios are to the first, which is the floor."""
-    programs, missing = compile_all(case, of, candidates)
-    deviations = check(case, of, programs)
-    seconds = take_turns({n: p.call for n, (_, p) in programs.items()}, effort)
-    base = statistics.median(next(iter(seconds.values())))
-    rows = []
-    for name, times in seconds.items():
-        program = programs[original(name)][1]
-        rows.append(
-            {
-                "case": case.name,
-                "layer": case.layer,
-                "timesteps": case.timesteps,
-                "of": of,
-                "candidate": name,
-                **summary(times, base),
-                "compile_seconds": program.compile_seconds,
-                "temporary_bytes": program.temporary_bytes,
-                "deviation": deviations[original(name)],
-            }
-        )
-    return rows + missing
+    return prepare(case, of, candidates).rows(effort)

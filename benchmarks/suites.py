@@ -28,16 +28,16 @@ from benchmarks import (
     whole_models,
 )
 from benchmarks.candidate import Candidate
-from benchmarks.measure import Effort, measure, summary, take_turns
+from benchmarks.measure import Effort, measure, prepare, summary, take_turns
 from benchmarks.targets import ALONE, BUSY
 
 Row = dict[str, Any]
 BOTH = ("forward", "gradient")
 # Candidates of the tuner that take longer than this, beside the default, are not timed
-# again. Those that may be the fastest then have more rounds: a few are not enough where
-# one call takes 0.4 seconds, and others disturb it.
-_NEAR, _MAY_BE_FASTEST = 1.25, 1.2
-_MORE_ROUNDS = Effort(60.0, 25)
+# again. Of the others, the fastest few are compiled and timed once more: a few rounds
+# of one program are not enough, since calls are disturbed and compilations differ.
+_NEAR, _FINALISTS, _COPIES = 1.25, 5, 3
+_MORE_ROUNDS = Effort(30.0, 10)
 
 
 class Task(NamedTuple):
@@ -210,21 +210,21 @@ def _finals(
     the rounds before can't be compared with theirs: `behind` is the time beside the
     fastest of those rounds.
     """
-    fastest = min(row["ratio"] for row in rows)
-    near = _MAY_BE_FASTEST * fastest
-    names = {*picks.values(), *(r["candidate"] for r in rows if r["ratio"] <= near)}
+    by_ratio = sorted(rows, key=lambda row: row["ratio"])
+    names = {*picks.values(), *(row["candidate"] for row in by_ratio[:_FINALISTS])}
     default, *others = candidates
     finalists = [default, *(each for each in others if each.name in names)]
-    finals = measure(case, of, finalists, _MORE_ROUNDS)
+    programs = prepare(case, of, finalists, _COPIES)
+    finals = programs.rows(_MORE_ROUNDS)
     with busy_processes(2):
-        beside = measure(case, of, finalists, _MORE_ROUNDS)
+        beside = programs.rows(_MORE_ROUNDS)
     [busy] = BUSY
     for row in beside:
         is_pick = row["candidate"] == picks[busy]
         row |= {"of": f"{of}, {busy}", "chosen": [busy] if is_pick else []}
     measured = {row["candidate"] for row in finals}
     rest = [row for row in rows if row["candidate"] not in measured]
-    rest = [{**row, "behind": row["ratio"] / fastest} for row in rest]
+    rest = [{**row, "behind": row["ratio"] / by_ratio[0]["ratio"]} for row in rest]
     return [*finals, *rest, *beside]
 
 
