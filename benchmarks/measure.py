@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -209,8 +210,8 @@ def prepare(
 ) -> Prepared:
     """Compiles candidates, and checks them against each other.
 
-    With several `copies` each is compiled so often, the control too, and their times
-    are one sample: a program that is compiled again may take 1.3 times as long.
+    With several `copies` each is compiled that many times, the control too, and their
+    times are one sample: a program that is compiled again may take 1.3 times as long.
     """
     programs, missing = compile_all(case, of, candidates)
     deviations = check(case, of, programs)
@@ -228,11 +229,11 @@ def prepare(
 
 
 def _numbered(i: int, name: str) -> str:
-    return f"{i} {name}"
+    return f"copy {i} of {name}" if i else name
 
 
 def _without_number(name: str) -> str:
-    return name.partition(" ")[2]
+    return re.sub(r"^copy \d+ of ", "", name)
 
 
 def measure(

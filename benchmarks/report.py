@@ -60,7 +60,8 @@ def markdown(results: dict[str, Any]) -> str:
         "Candidates were timed in turn on the same inputs; their results agree. "
         "*Again* is the first candidate once more: its ratio is the noise. *Temporary* "
         "is memory without arguments and results. *Of roofline* may exceed 1 where "
-        "data stay in the caches.",
+        "data stay in the caches. *Behind* is for what was not in the last rounds: its "
+        "time as a multiple of the fastest's of the rounds before.",
         "",
         *promises(results["rows"]),
         "",
@@ -121,10 +122,11 @@ def _rows(rows: list[Row], ceilings: dict[str, float]) -> list[str]:
         "of": lambda row: row["of"],
         "devices": lambda row: str(row.get("devices", "")),
         "candidate": _name,
-        "ratio": lambda row: f"{row['ratio']:.2f}" if "ratio" in row else "",
+        "ratio": lambda row: _number(_same_rounds(row).get("ratio"), "{:.2f}"),
         "quartiles": lambda row: " to ".join(
-            f"{q:.2f}" for q in row.get("quartiles", [])
+            f"{q:.2f}" for q in _same_rounds(row).get("quartiles", [])
         ),
+        "behind": lambda row: _number(row.get("behind"), "{:.2f}"),
         "first call": lambda row: _number(row.get("first_seconds"), "{:.2f} s"),
         "step": lambda row: _number(_step(row), "{:.2f} ms", 1e-3),
         "compile": lambda row: _number(row.get("compile_seconds"), "{:.2f} s"),
@@ -145,6 +147,11 @@ def _rows(rows: list[Row], ceilings: dict[str, float]) -> list[str]:
     ]
     heading = ["Missing:", ""] if missing else []
     return [*_table(keep(columns), map(keep, present)), "", *heading, *missing]
+
+
+def _same_rounds(row: Row) -> Row:
+    """The row, if it was timed beside the first row of its case."""
+    return {} if "behind" in row else row
 
 
 def _name(row: Row) -> str:

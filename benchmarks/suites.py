@@ -28,14 +28,14 @@ from benchmarks import (
     whole_models,
 )
 from benchmarks.candidate import Candidate
-from benchmarks.measure import Effort, measure, prepare, summary, take_turns
+from benchmarks.measure import Effort, is_control, measure, prepare, summary, take_turns
 from benchmarks.targets import ALONE, BUSY
 
 Row = dict[str, Any]
 BOTH = ("forward", "gradient")
 # Candidates of the tuner that take longer than this, beside the default, are not timed
-# again. Of the others, the fastest few are compiled and timed once more: a few rounds
-# of one program are not enough, since calls are disturbed and compilations differ.
+# again. Of the others, the fastest few are compiled three times and timed again: a few
+# rounds of one program are not enough: calls are disturbed and compilations differ.
 _NEAR, _FINALISTS, _COPIES = 1.25, 5, 3
 _MORE_ROUNDS = Effort(30.0, 10)
 
@@ -210,12 +210,16 @@ def _finals(
     the rounds before can't be compared with theirs: `behind` is the time beside the
     fastest of those rounds.
     """
-    by_ratio = sorted(rows, key=lambda row: row["ratio"])
+    others = [row for row in rows if not is_control(row)]
+    by_ratio = sorted(others, key=lambda row: row["ratio"])
     names = {*picks.values(), *(row["candidate"] for row in by_ratio[:_FINALISTS])}
     default, *others = candidates
     finalists = [default, *(each for each in others if each.name in names)]
     programs = prepare(case, of, finalists, _COPIES)
     finals = programs.rows(_MORE_ROUNDS)
+    for row in finals:
+        searches = _searches(picks, row["candidate"])
+        row["chosen"] = [search for search in searches if search in ALONE]
     with busy_processes(2):
         beside = programs.rows(_MORE_ROUNDS)
     [busy] = BUSY
@@ -223,7 +227,7 @@ def _finals(
         is_pick = row["candidate"] == picks[busy]
         row |= {"of": f"{of}, {busy}", "chosen": [busy] if is_pick else []}
     measured = {row["candidate"] for row in finals}
-    rest = [row for row in rows if row["candidate"] not in measured]
+    rest = [row for row in others if row["candidate"] not in measured]
     rest = [{**row, "behind": row["ratio"] / by_ratio[0]["ratio"]} for row in rest]
     return [*finals, *rest, *beside]
 

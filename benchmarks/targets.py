@@ -19,7 +19,8 @@ _DISPATCH = 100e-6
 class Promise(NamedTuple):
     """What is promised, and the figure for it from the rows of some suites.
 
-    `is_of_time` is False for bytes and deviations, which have no noise.
+    `is_of_time` is False for bytes and deviations, which have no noise; `takes` says
+    which rows of the suites it is about.
     """
 
     measure: str
@@ -27,6 +28,7 @@ class Promise(NamedTuple):
     answer: Callable[[list[Row]], str]
     suites: tuple[str, ...]
     is_of_time: bool = True
+    takes: Callable[[Row], bool] = lambda row: True
 
 
 def answers(rows: list[Row]) -> list[tuple[str, str, str, str]]:
@@ -35,6 +37,7 @@ def answers(rows: list[Row]) -> list[tuple[str, str, str, str]]:
     found = []
     for promise in PROMISES:
         chosen = [row for row in rows if row["suite"] in promise.suites]
+        chosen = [row for row in chosen if promise.takes(row)]
         figure = promise.answer([row for row in chosen if not is_control(row)])
         if figure:
             spread = noise(chosen) if promise.is_of_time else ""
@@ -181,24 +184,26 @@ def _budget(rows: list[Row]) -> str:
     return f"at most {max(used):.2f} of the budget" if used else ""
 
 
-def _picks(rows: list[Row], searches: tuple[str, ...], target: float) -> str:
-    """Of searches, the pick's time beside that of the fastest, where they searched."""
+def _is_beside(row: Row) -> bool:
+    """Whether it was timed beside busy processes."""
+    return any(row["of"].endswith(search) for search in BUSY)
+
+
+def _picks(rows: list[Row]) -> str:
+    """The picks' times as multiples of the fastest's in the same rounds."""
     ratios = []
     for case in _cases(rows, ("tuner",)):
         finals = [row for row in case.values() if "behind" not in row]
         best = min(row["ratio"] for row in finals)
-        beside = [search for search in BUSY if finals[0]["of"].endswith(search)]
-        for search in set(searches).intersection(beside or ALONE):
-            chosen = [r["ratio"] for r in finals if search in r["chosen"]]
-            ratios += [min(chosen) / best] if chosen else []
-    return _spread(ratios, target) if ratios else ""
+        ratios += [row["ratio"] / best for row in finals for _ in row["chosen"]]
+    return _spread(ratios, 1.05)
 
 
 def _picks_and_default(rows: list[Row]) -> str:
     ratios = []
     for case in _cases(rows, ("tuner",)):
-        ratios += [r["ratio"] for r in case.values() if r["chosen"]]
-    return _spread(ratios, 1.03) if ratios else ""
+        ratios += [row["ratio"] for row in case.values() for _ in row["chosen"]]
+    return _spread(ratios, 1.03)
 
 
 def _whole_models(rows: list[Row]) -> str:
@@ -409,14 +414,16 @@ PROMISES = [
     Promise(
         "the tuner's pick against the best fixed choice, two searches",
         "at most 1.05 times",
-        lambda rows: _picks(rows, ALONE, 1.05),
+        _picks,
         ("tuner",),
+        takes=lambda row: not _is_beside(row),
     ),
     Promise(
         "the same, searched and run beside two busy processes",
         "at most 1.05 times",
-        lambda rows: _picks(rows, BUSY, 1.05),
+        _picks,
         ("tuner",),
+        takes=_is_beside,
     ),
     Promise(
         "the tuner's pick against the default, all searches",

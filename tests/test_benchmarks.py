@@ -6,7 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmarks import compare, drawing, measure, own, plots, report, targets
+from benchmarks import (
+    cases,
+    compare,
+    drawing,
+    measure,
+    ours,
+    own,
+    plots,
+    report,
+    targets,
+)
 from benchmarks.headlines import headlines
 
 ROOT = Path(__file__).parent.parent
@@ -109,7 +119,7 @@ def fused(time, memory):
 
 def tuned(*picks):
     return [
-        {**row, "chosen": row["candidate"] == "pick"}
+        {**row, "chosen": ["first"] * (row["candidate"] == "pick")}
         for place, pick in enumerate(picks)
         for row in rows("tuner", "ratio", {"vmap": 1.0, "pick": pick}, case=str(place))
     ]
@@ -224,6 +234,47 @@ def test_the_first_of_each_case_is_timed_twice():
     assert list(measure.take_turns(named, measure.Effort(0.01, 3))) == list(named)
 
 
+def test_copies_of_a_program_are_one_sample_and_the_control_has_its_own():
+    case = cases.blocks(quick=True)[0]
+    made = [ours.transform(case, name) for name in ("one", "other")]
+    prepared = measure.prepare(case, "forward", made, copies=2)
+    assert len(prepared.calls) == len({*prepared.calls.values()}) == 6
+    taken = {name: [i + 1.0] * 3 for i, name in enumerate(prepared.calls)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "take_turns", lambda calls, effort: taken)
+        found = prepared.rows(measure.Effort(0.01, 3))
+    assert [row["candidate"] for row in found] == ["one", "other", "one, again"]
+    # The copies come after the first of each: 1 and 3, 2 and 4, 5 and 6.
+    assert [row["seconds"] for row in found] == [2.0, 3.0, 5.5]
+
+
+def test_picks_are_compared_in_the_rounds_and_the_place_of_their_search():
+    busy = "forward, beside two busy processes"
+    of = lambda ratios, of, **more: [
+        {**row, "of": of, "chosen": [], "seconds": row["ratio"], **more}
+        for row in rows("tuner", "ratio", ratios)
+    ]
+    alone = of({"vmap": 1.0, "fold": 0.8, "loop": 0.84}, "forward")
+    alone[2]["chosen"] = ["first", "second"]
+    rest = of({"slow": 0.7}, "forward", behind=1.4)
+    beside = of({"vmap": 1.0, "fold": 0.8, "loop": 0.6}, busy)
+    beside[1]["chosen"] = ["beside two busy processes"]
+    noise = of({"vmap, again": 1.2}, "forward") + of({"vmap, again": 1.5}, busy)
+    found = {what: line for what, *line in targets.answers(
+        [*alone, *rest, *beside, *noise]
+    )}  # fmt: skip
+    _, figure, spread = found[
+        "the tuner's pick against the best fixed choice, two searches"
+    ]
+    assert figure == "geometric mean 1.05, largest 1.05; 2 of 2 within 1.05"
+    assert spread == "1.20 to 1.20"
+    _, figure, spread = found["the same, searched and run beside two busy processes"]
+    assert "largest 1.33" in figure
+    assert spread == "1.50 to 1.50"
+    _, figure, _ = found["the tuner's pick against the default, all searches"]
+    assert "3 of 3 within 1.03" in figure
+
+
 def test_a_trace_has_every_candidate(tmp_path):
     effort = measure.Effort(0.01, 3, tmp_path)
     measure.take_turns({"one of them": lambda: None}, effort)
@@ -245,11 +296,12 @@ def test_the_noise_stands_beside_the_targets():
     assert noise == "1.10 to 3.00"
 
 
-def run_of(path, ratios, memory=100):
-    """A file with a candidate of each name, and these ratios."""
+def run_of(path, ratios, memory=100, once=()):
+    """A file with a candidate of each name, and these ratios; some measured once."""
     about = {"suite": "dense", "case": "one", "of": "forward"}
     found = [
         {**about, "candidate": name, "ratio": ratio, "temporary_bytes": memory}
+        | ({"quartiles": []} if name in once else {})
         for name, ratio in ratios.items()
     ]
     path.write_text(json.dumps({"rows": found}))
@@ -269,6 +321,8 @@ def test_two_runs_are_compared_beyond_their_noise(tmp_path):
     smaller = run_of(tmp_path / "c.json", after, memory=50)
     assert "memory | 100 | 50 | 0.50" in "\n".join(compare.compare(second, smaller))
     assert "Nothing has changed." in compare.compare(second, second)
+    single = run_of(tmp_path / "d.json", after, once=["z"])
+    assert "| z | time" not in "\n".join(compare.compare(first, single))
 
 
 def test_runs_that_cannot_be_compared_say_why(tmp_path):

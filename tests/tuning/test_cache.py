@@ -13,7 +13,7 @@ import pytest
 import tdjax
 from helpers import assert_trees_close
 from tdjax._steps.lowering import Lowering
-from tdjax._tuning import cache, programs, search
+from tdjax._tuning import cache, programs, rounds, search
 from tdjax._tuning.candidates import Candidate
 from tdjax._tuning.result import Tuning
 from tuning.tuned_dense import QUICK, X, tune_dense
@@ -284,6 +284,28 @@ def test_an_unfinished_search_goes_on_at_the_next_call(tmp_path, params):
     assert last.finished
     assert [c.options for c in last.candidates] == [c.options for c in first.candidates]
     assert tune_dense(params, **options, budget=60).from_cache
+
+
+def test_what_was_left_out_for_lack_of_time_is_compared_at_the_next_call(
+    tmp_path, params, monkeypatch
+):
+    keep = rounds.Race._keep_what_can_run_alone
+
+    def cut(self):
+        self._cut(self.contenders[-1])
+        keep(self)
+
+    listing = [{"chunk_size": size} for size in (1, 5)]
+    options = {"cache": tmp_path, "candidates": listing, "budget": 60}
+    with monkeypatch.context() as patch:
+        patch.setattr(rounds.Race, "_keep_what_can_run_alone", cut)
+        first = tune_dense(params, **options)
+    assert not first.finished
+    (left,) = (i for i, c in enumerate(first.candidates) if not c.rounds)
+    assert first.candidates[left].verdict == "measured"
+    again = tune_dense(params, **options)
+    assert again.finished
+    assert again.candidates[left].rounds or again.candidates[left].verdict == "behind"
 
 
 def test_arrays_that_a_function_closes_over_are_part_of_the_key(tmp_path):

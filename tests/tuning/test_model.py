@@ -401,6 +401,28 @@ def test_ctrl_c_before_the_whole_was_timed_loses_no_place(key, monkeypatch):
     assert_trees_close(result.tuned.apply(variables, X), model.apply(variables, X))
 
 
+def test_ctrl_c_in_a_later_place_loses_none_before(key, monkeypatch):
+    tune, calls = _model.tune, []
+
+    def interrupted(place, *args):
+        calls.append(place.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return tune(place, *args)
+
+    monkeypatch.setattr(_model, "tune", interrupted)
+    model = Setup()
+    variables = model.init(key, X)
+    result = tdjax.linen.autotune(model, variables, X, **QUICK)
+    assert list(result.places) == calls[:1]
+    assert not result.finished
+    assert f"{calls[1]}: interrupted before it was measured" in printed(result)
+    calls.clear()
+    calls.append("an earlier one")
+    with pytest.raises(KeyboardInterrupt):
+        tdjax.linen.autotune(model, variables, X, **QUICK)
+
+
 @pytest.mark.slow
 def test_options_of_the_compiler_are_tried_with_the_whole(key):
     variables = Setup().init(key, X)

@@ -183,8 +183,31 @@ def test_where_time_is_short_a_few_are_compared_well(monkeypatch):
     assert now[0] <= 50
     enough = [i for i, c in enumerate(contenders) if len(c.ratios) >= 4]
     assert enough[:2] == [1, 2]
-    assert contenders[20].candidate.verdict == "behind"
+    # The slowest are left for the next call.
+    assert contenders[20].candidate.verdict == "measured"
     assert contenders[20].ratios == []
+
+
+def test_time_is_counted_without_a_default_that_was_dropped(monkeypatch):
+    now = [0.0]
+
+    def timed(seconds, args, calls=1):
+        now[0] += calls * seconds
+        return seconds, None
+
+    monkeypatch.setattr(rounds, "timed", timed)
+    times = [8.0, *(1.0 + 0.01 * i for i in range(6))]
+    contenders = [
+        rounds.Contender(
+            Candidate(Lowering(chunk_size=i + 1), is_default=i == 0), each, each
+        )
+        for i, each in enumerate(times)
+    ]
+    race = rounds.Race(contenders, (), lambda: 80.0 - now[0], 0.0)
+    race.run()
+    assert contenders[0].candidate.verdict == "behind"
+    # All others have their rounds: a round of the default's would cut them.
+    assert all(c.ratios or c is race.yardstick for c in contenders[1:])
 
 
 def test_ctrl_c_gives_what_is_known(clock):

@@ -230,7 +230,10 @@ def _check_measurable(place: Place, program: Program) -> int:
     require_arrays("variables", program.variables)
     require_arrays("args", place.args)
     if not place.args:
-        raise ValueError("args must hold the inputs of a call, got none.")
+        raise ValueError(
+            "args must hold the inputs of a call, got none. Give them behind what is "
+            "tuned: autotune(fun, x), autotune(module, variables, x) of Linen."
+        )
     timesteps = time_size(flatten_inputs(place.args, place.in_axes))
     if timesteps < 1:
         raise ValueError("args must have steps to measure, got 0 steps.")
@@ -284,8 +287,9 @@ def require_arrays(name: str, tree: Any) -> None:
     for path, x in leaves_by_path(tree).items():
         if isinstance(x, Tracer | jax.ShapeDtypeStruct):
             raise TypeError(
-                "autotune runs the function, so its arguments must be arrays, outside "
-                f"of jit, got {describe(x)}, which is traced and has no values."
+                f"autotune runs the function, so {name} must hold arrays, got "
+                f"{describe(x)}, which has no values. Call it outside of jit; of a "
+                "shape alone, give jnp.zeros(x.shape, x.dtype)."
             )
         dtype = x.dtype if is_array(x) else np.result_type(type(x))
         kinds = np.bool_, np.number, jax.dtypes.extended

@@ -32,8 +32,17 @@ def load(folder: Path, about: dict[str, Any]) -> Tuning | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        warn(f"The cache entry {str(path)!r} is ignored: {error}.")
+        warn(f"The cache entry {str(path)!r} is ignored: {reason_of(error)}.")
         return None
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file can't be used; what a text must be is for those who have given one."""
+    if not isinstance(error, ValueError):
+        return str(error)
+    cause = error.__cause__
+    why = f"{type(cause).__name__}: {cause}" if cause else str(error)
+    return f"it is damaged, or of another version ({why})"
 
 
 def store(folder: Path, tuning: Tuning) -> None:

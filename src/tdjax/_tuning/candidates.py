@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tdjax._steps.lowering import AUTO, METHODS, Lowering
@@ -263,10 +263,9 @@ def _is_possible(base: Lowering, options: dict[str, Any]) -> bool:
 
 def _listed(given: Any) -> Any:
     """The user's `candidates`."""
-    if isinstance(given, Mapping):
-        raise TypeError(
-            f"candidates must be a list of mappings, got {given!r}. Write [{{...}}]."
-        )
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        hint = f" Write [{given!r}]." if isinstance(given, Mapping) else ""
+        raise TypeError(f"candidates must be a list of mappings, got {given!r}.{hint}")
     return given
 
 

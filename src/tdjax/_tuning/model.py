@@ -198,6 +198,12 @@ def tune_model(model: Model, settings: Settings) -> Tuning:
             with in_effect({}, _changes(tunings)):
                 given = with_arrays(place)._replace(name=named[key])
                 tunings[key] = tune(given, lambda lowering: None, of_place)
+        except KeyboardInterrupt:
+            # It came before anything of this place was timed.
+            if not tunings or jax.process_count() > 1:
+                raise
+            settings.interrupted.set()
+            failures[named[key]] = "interrupted before it was measured"
         except Exception as error:
             # A layer may need what only its surroundings have; others may still work.
             line = (str(error).splitlines() or [""])[0]

@@ -15,7 +15,7 @@ from tdjax._steps import places
 from tdjax._steps.lowering import Lowering
 from tdjax._steps.places import Place
 from tdjax._tuning.autotune import tune
-from tdjax._tuning.cache import locked, read_text, write_atomically
+from tdjax._tuning.cache import locked, read_text, reason_of, write_atomically
 from tdjax._tuning.model import gradient_of_all, with_arrays
 from tdjax._tuning.processes import agreed_text, is_first
 from tdjax._tuning.result import Tuning
@@ -197,7 +197,5 @@ def _add(file: Path, result: Tuning, known: Tuning) -> bool:
             write_atomically(file, written.to_json())
         return True
     except (OSError, ValueError) as error:
-        warn(
-            f"The file {str(file)!r} can't be written: {error}.",
-        )
+        warn(f"The file {str(file)!r} can't be written: {reason_of(error)}.")
         return False

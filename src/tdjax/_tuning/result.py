@@ -226,7 +226,10 @@ class Tuning(Generic[T]):
           ValueError: if `text` is not what `to_json` of this version writes.
         """
         if not isinstance(text, str):
-            raise TypeError(f"text must be a str of JSON, got {describe(text)}.")
+            raise TypeError(
+                f"text must be a str of JSON, got {describe(text)}. Of a file, give "
+                "the text in it: pathlib.Path(path).read_text()."
+            )
         try:
             return cls._from_json(json.loads(text, parse_constant=_refuse_constant))
         except (

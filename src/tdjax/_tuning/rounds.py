@@ -107,6 +107,7 @@ class Race:
                 again = [self._time(contender) for _ in range(2)]
                 contender.alone = min(contender.alone, *again)
         self._drop(is_far_behind)
+        self.contenders.sort(key=lambda c: c.alone)  # Time may run out.
         self._keep_what_can_run_alone()
         if not self._run_each_alone():
             self._run_again()
@@ -132,10 +133,8 @@ class Race:
 
         The default comes in between, so that a slow moment is seen as one.
         """
-        defaults = [c for c in self.contenders if c.candidate.is_default]
-        control = next(iter(defaults), self.contenders[0])
+        control = self._control()
         ratios = dict[Contender, float]()
-        self.contenders.sort(key=lambda c: c.alone)  # Time may run out.
         noise = self._ratios_to(control, self.contenders, ratios)
         if len(ratios) < len(self.contenders):
             return False
@@ -155,27 +154,29 @@ class Race:
 
     def _keep_what_can_run_alone(self) -> None:
         """Drops the slowest, as far as is known, to leave time for the rounds."""
-        defaults = [c for c in self.contenders if c.candidate.is_default]
-        others = [c for c in self.contenders if c not in defaults]
-        others.sort(key=lambda c: c.alone)
-        rounds = _ENOUGH_ROUNDS * round_seconds(
-            others[:_FINALISTS] + defaults, self.yardstick
-        )
+        control = self._control()
+        others = [c for c in self.contenders if c is not control]
+        finalists = [*others[:_FINALISTS], control]
+        rounds = _ENOUGH_ROUNDS * round_seconds(finalists, control)
         left = self.left()
         for_runs = left - min(rounds, _FOR_ROUNDS * left)
-        default = sum(c.alone for c in defaults)
 
         def runs() -> float:
-            # Of the default: its own, one before, one for second chances, and between.
+            # Of the control: its own, one before, one for second chances, and between.
             between = len(others) / _OTHERS_BETWEEN
-            return sum(c.alone for c in others) + (3 + between) * default
+            return sum(c.alone for c in others) + (3 + between) * control.alone
 
         while len(others) > 1 and runs() > for_runs:
             self._cut(others.pop())
 
+    def _control(self) -> Contender:
+        """What comes in between when all are run alone: the default, if it is there."""
+        defaults = (c for c in self.contenders if c.candidate.is_default)
+        return next(defaults, self.contenders[0])
+
     def _cut(self, slowest: Contender) -> None:
-        """Drops one for lack of time: the search is not finished."""
-        self._drop(lambda c: c is slowest)
+        """Leaves one out for lack of time: the next call goes on with it."""
+        self.contenders = [c for c in self.contenders if c is not slowest]
         self._is_cut = True
 
     def _keep_what_there_is_time_for(self) -> None:

@@ -30,8 +30,8 @@ from tdjax._tuning.rounds import MAY_BE_CHANCE, Contender, Race, race_seconds
 _FOR_RACE = 0.1, 0.5
 # More threads than this only take memory: a compilation uses several itself.
 _MOST_THREADS = 4
-# Runs of less than this in all, in seconds, may be mostly of warming up, and of waiting
-# for the compiler beside them: up to three, the least counts.
+# The first runs of a program may be slow: caches are cold, and others are compiled. Up
+# to three are made, until they take so many seconds in all; the least counts.
 _WARM_UP, _WARM_UP_OF_DEFAULT, _WARM_RUNS = 0.25, 2 * MAY_BE_CHANCE, 3
 MAY_CRASH = "may crash: XLA's CPU fusion of arrays with 7 axes"
 # How many of the fastest lowerings are tried with the options of the compiler.
@@ -289,8 +289,12 @@ def _finish(trial: _Trial, search: _Search) -> None:
         runs = [agreed(seconds)]
         # All ratios are to the default's time, so chance must not decide it.
         enough = _WARM_UP_OF_DEFAULT if candidate.is_default else _WARM_UP
+        del ran, results  # Memory for the next.
         while len(runs) < _WARM_RUNS and sum(runs) < enough:
-            runs.append(agreed(timed(program, search.args)[0]))
+            again = _attempt(lambda: timed(program, search.args)[0], candidate, search)
+            if again is None:
+                return
+            runs.append(agreed(again))
         search.contenders.append(Contender(candidate, program, min(runs)))
 
 
