@@ -221,10 +221,11 @@ def _tuner(rows: list[Row], about: Row) -> Figure:
         for row in found:
             kind = "default" if row is found[0] else "others"
             kind = "pick" if row["chosen"] else kind
-            points[kind].append((row.get("behind", row["ratio"] / best), place))
-    draw_points(ax, points["others"], "o", "0.7", ms=4, label="other choices")
-    draw_points(ax, points["default"], "s", TEXT, ms=7, label="the default")
-    draw_points(ax, points["pick"], "o", OURS, ms=9, label="the tuner's pick")
+            point = row.get("behind", row["ratio"] / best), place
+            points[kind] += [point] * max(1, len(row["chosen"]))
+    draw_points(ax, points["others"], "o", "0.7", ms=4, label="others")
+    draw_points(ax, points["default"], "s", TEXT, ms=7, label="default")
+    draw_points(ax, points["pick"], "o", OURS, ms=9, label="picks")
     name_rows(ax, cases)
     ax.set_xlabel("time, the fastest choice = 1")
     log_scale(ax.xaxis)

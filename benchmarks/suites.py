@@ -210,8 +210,8 @@ def _finals(
     the rounds before can't be compared with theirs: `behind` is the time beside the
     fastest of those rounds.
     """
-    others = [row for row in rows if not is_control(row)]
-    by_ratio = sorted(others, key=lambda row: row["ratio"])
+    rows = [row for row in rows if not is_control(row)]
+    by_ratio = sorted(rows, key=lambda row: row["ratio"])
     names = {*picks.values(), *(row["candidate"] for row in by_ratio[:_FINALISTS])}
     default, *others = candidates
     finalists = [default, *(each for each in others if each.name in names)]
@@ -227,7 +227,7 @@ def _finals(
         is_pick = row["candidate"] == picks[busy]
         row |= {"of": f"{of}, {busy}", "chosen": [busy] if is_pick else []}
     measured = {row["candidate"] for row in finals}
-    rest = [row for row in others if row["candidate"] not in measured]
+    rest = [row for row in rows if row["candidate"] not in measured]
     rest = [{**row, "behind": row["ratio"] / by_ratio[0]["ratio"]} for row in rest]
     return [*finals, *rest, *beside]
 

@@ -226,11 +226,11 @@ def _ratios_of(ours: str, base: str, rows: list[Row], of: str = "") -> str:
 
 
 def _lookups(rows: list[Row]) -> str:
-    times = {row["candidate"]: row["seconds"] for row in rows if row["of"] == "tracing"}
-    if not times:
+    traced = {row["candidate"]: row for row in rows if row["of"] == "tracing"}
+    if not traced:
         return ""
-    layers, more = rows[0].get("layers", 1), times[TABLE] - times[FIXED]
-    return f"{1e3 * more / layers:.2f} ms"
+    more = traced[TABLE]["seconds"] - traced[FIXED]["seconds"]
+    return f"{1e3 * more / traced[TABLE]['layers']:.2f} ms"
 
 
 def _first_predict(rows: list[Row]) -> str:
