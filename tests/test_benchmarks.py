@@ -253,7 +253,7 @@ def test_picks_are_compared_in_the_rounds_and_the_place_of_their_search():
     spent = {"spent": {"first": 1.0}, "budget": 2.0}
     of = lambda ratios, of, **more: [
         {**row, "of": of, "chosen": [], "seconds": row["ratio"], **spent, **more}
-        for row in rows("tuner", "ratio", ratios)
+        for row in rows("tuner", "ratio", ratios)[: len(ratios)]
     ]
     alone = of({"vmap": 1.0, "fold": 0.8, "loop": 0.84}, "forward")
     alone[2]["chosen"] = ["first", "second"]
@@ -261,9 +261,8 @@ def test_picks_are_compared_in_the_rounds_and_the_place_of_their_search():
     beside = of({"vmap": 1.0, "fold": 0.8, "loop": 0.6}, busy)
     beside[1]["chosen"] = ["beside two busy processes"]
     noise = of({"vmap, again": 1.2}, "forward") + of({"vmap, again": 1.5}, busy)
-    found = {what: line for what, *line in targets.answers(
-        [*alone, *rest, *beside, *noise]
-    )}  # fmt: skip
+    lines = targets.answers([*alone, *rest, *beside, *noise])
+    found = {what: line for what, *line in lines}
     _, figure, spread = found[
         "the tuner's pick against the best fixed choice, two searches"
     ]
