@@ -231,6 +231,7 @@ def test_arrays_that_reach_a_place_are_the_models_own(key):
     assert filled.program().variables[0]["params"]["kernel"].shape == (4, 4)
 
 
+@pytest.mark.slow
 def test_state_noise_masks_and_keywords_of_a_model(key):
     class Layer(nn.Module):
         @nn.compact

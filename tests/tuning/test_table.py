@@ -675,6 +675,7 @@ def _add(path, number):
         on_miss._add(path, result, known)
 
 
+@pytest.mark.slow
 def test_processes_share_a_file_and_lose_nothing(tmp_path):
     path, context = tmp_path / "t.json", multiprocessing.get_context("spawn")
     workers = [context.Process(target=_add, args=(path, i)) for i in range(3)]

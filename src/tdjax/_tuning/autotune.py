@@ -9,19 +9,17 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 
-from tdjax._checks import adapter_of, describe, is_array, is_concrete, leaves_by_path
+from tdjax._checks import adapter_of, describe, is_concrete
 from tdjax._steps import places
-from tdjax._steps.axes import flatten_inputs, time_size
 from tdjax._steps.lowering import Lowering
 from tdjax._steps.mesh import devices_of_time
-from tdjax._steps.places import Place, Program
+from tdjax._steps.places import Place
 from tdjax._steps.transform import Distributed, P, R, time_distributed
 from tdjax._tuning import cache
 from tdjax._tuning.candidates import Candidate, choose, list_candidates
 from tdjax._tuning.going_on import merge, take_over, to_go_on_with
+from tdjax._tuning.inputs import check_measurable
 from tdjax._tuning.key import describe_measurements
 from tdjax._tuning.processes import agreed_text, in_all, is_first, together
 from tdjax._tuning.programs import with_gradient
@@ -175,7 +173,7 @@ def tune(
     """
     limits = Limits(settings.budget, settings.memory_limit, settings.tolerance)
     program, base = place.program(), plain_if_auto(place.lowering)
-    timesteps = _check_measurable(place, program)
+    timesteps = check_measurable(place, program)
     args = jax.tree.map(jnp.asarray, (*program.variables, *place.args))
     candidates = list_candidates(
         base,
@@ -220,26 +218,6 @@ def tune(
     return tuning
 
 
-def _check_measurable(place: Place, program: Program) -> int:
-    """The number of steps of a call that can be compiled, run and timed."""
-    if jax.config.jax_disable_jit:  # pyright: ignore
-        raise ValueError(
-            "autotune measures compiled programs, and jax_disable_jit is on. Switch it "
-            "off: with jax.disable_jit(False)."
-        )
-    require_arrays("variables", program.variables)
-    require_arrays("args", place.args)
-    if not place.args:
-        raise ValueError(
-            "args must hold the inputs of a call, got none. Give them behind what is "
-            "tuned: autotune(fun, x), autotune(module, variables, x) of Linen."
-        )
-    timesteps = time_size(flatten_inputs(place.args, place.in_axes))
-    if timesteps < 1:
-        raise ValueError("args must have steps to measure, got 0 steps.")
-    return timesteps
-
-
 def _as_given(fun: Callable) -> Callable:
     """`fun`, a place with a lowering, without a question for another one."""
     if places.in_effect.value is None:
@@ -280,25 +258,6 @@ def _of_first_process(found: Tuning | None) -> Tuning | None:
     """What process 0 found in its cache."""
     text = agreed_text(found and found.to_json())
     return found if is_first() or text is None else Tuning.from_json(text)
-
-
-def require_arrays(name: str, tree: Any) -> None:
-    """Refuses what can't be an argument of a compiled function."""
-    for path, x in leaves_by_path(tree).items():
-        if isinstance(x, Tracer | jax.ShapeDtypeStruct):
-            raise TypeError(
-                f"autotune runs the function, so {name} must hold arrays, got "
-                f"{describe(x)}, which has no values. Call it outside of jit; of a "
-                "shape alone, give jnp.zeros(x.shape, x.dtype)."
-            )
-        dtype = x.dtype if is_array(x) else np.result_type(type(x))
-        kinds = np.bool_, np.number, jax.dtypes.extended
-        if not any(jnp.issubdtype(dtype, kind) for kind in kinds):
-            raise TypeError(
-                f"{name} must hold arrays and numbers, which autotune compiles a "
-                f"program for, got {describe(x)} at {name}{path}. Leave it out: fun "
-                "can close over it, and a module can hold it."
-            )
 
 
 def _with_keywords(program_of: Callable, kwargs: dict[str, Any]) -> tuple[Any, tuple]:

@@ -26,9 +26,10 @@ from tdjax._steps import places
 from tdjax._steps.axes import partition
 from tdjax._steps.lowering import Lowering
 from tdjax._steps.places import Place, Program
-from tdjax._tuning.autotune import require_arrays, require_measured, tune
+from tdjax._tuning.autotune import require_measured, tune
 from tdjax._tuning.candidates import TUNED, Candidate, choose
 from tdjax._tuning.deviations import is_float
+from tdjax._tuning.inputs import require_arrays
 from tdjax._tuning.key import describe_machine
 from tdjax._tuning.programs import with_gradient
 from tdjax._tuning.report import progress_bar
