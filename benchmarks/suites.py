@@ -193,12 +193,12 @@ def _tuner_rows(case, of: str, settings: Settings) -> list[Row]:
     # The default is what others are measured by.
     candidates.sort(key=lambda each: each.name != default)
     rows = measure(case, of, candidates, settings.effort)
-    if not settings.quick:
+    if settings.quick:
+        rows = _chosen(rows, picks, (*ALONE, *BUSY))
+    else:
         rows = _finals(case, of, candidates, rows, picks)
     used = {"budget": budget, "spent": spent}
-    return [
-        {"chosen": _searches(picks, row["candidate"]), **row, **used} for row in rows
-    ]
+    return [{**row, **used} for row in rows]
 
 
 def _finals(
@@ -216,19 +216,14 @@ def _finals(
     default, *others = candidates
     finalists = [default, *(each for each in others if each.name in names)]
     programs = prepare(case, of, finalists, _COPIES)
-    finals = programs.rows(_MORE_ROUNDS)
-    for row in finals:
-        searches = _searches(picks, row["candidate"])
-        row["chosen"] = [search for search in searches if search in ALONE]
+    finals = _chosen(programs.rows(_MORE_ROUNDS), picks, ALONE)
     with busy_processes(2):
-        beside = programs.rows(_MORE_ROUNDS)
-    [busy] = BUSY
-    for row in beside:
-        is_pick = row["candidate"] == picks[busy]
-        row |= {"of": f"{of}, {busy}", "chosen": [busy] if is_pick else []}
+        beside = _chosen(programs.rows(_MORE_ROUNDS), picks, BUSY)
+    beside = [{**row, "of": f"{of}, {BUSY[0]}"} for row in beside]
     measured = {row["candidate"] for row in finals}
+    fastest = by_ratio[0]["ratio"]
     rest = [row for row in rows if row["candidate"] not in measured]
-    rest = [{**row, "behind": row["ratio"] / by_ratio[0]["ratio"]} for row in rest]
+    rest = [{**row, "chosen": [], "behind": row["ratio"] / fastest} for row in rest]
     return [*finals, *rest, *beside]
 
 
@@ -237,9 +232,12 @@ def _is_near(candidate) -> bool:
     return candidate.measured or (candidate.ratio or math.inf) < _NEAR
 
 
-def _searches(picks: dict[str, str], name: str) -> list[str]:
-    """The searches that chose a candidate."""
-    return [search for search, pick in picks.items() if pick == name]
+def _chosen(
+    rows: list[Row], picks: dict[str, str], searches: tuple[str, ...]
+) -> list[Row]:
+    """The rows, each with those of the searches that chose it."""
+    of = lambda row: [each for each in searches if picks[each] == row["candidate"]]
+    return [{**row, "chosen": of(row)} for row in rows]
 
 
 @contextlib.contextmanager

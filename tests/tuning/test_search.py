@@ -163,22 +163,31 @@ def test_without_time_for_rounds_the_search_is_unfinished(clock):
     assert "unfinished" in repr(result)
 
 
-def test_where_time_is_short_a_few_are_compared_well(monkeypatch):
+@pytest.fixture
+def race_of(monkeypatch):
+    """`race_of(times, budget)`: a race of runs of these times, and what it has used."""
     now = [0.0]
 
     def timed(seconds, args, calls=1):
         now[0] += calls * seconds
         return seconds, None
 
+    def make(times, budget):
+        contenders = [
+            rounds.Contender(
+                Candidate(Lowering(chunk_size=i + 1), is_default=i == 0), each, each
+            )
+            for i, each in enumerate(times)
+        ]
+        return rounds.Race(contenders, (), lambda: budget - now[0], 0.0), now
+
     monkeypatch.setattr(rounds, "timed", timed)
-    times = [3.0, *(1.0 + 0.1 * i for i in range(20))]
-    contenders = [
-        rounds.Contender(
-            Candidate(Lowering(chunk_size=i + 1), is_default=i == 0), each, each
-        )
-        for i, each in enumerate(times)
-    ]
-    race = rounds.Race(contenders, (), lambda: 50.0 - now[0], 0.0)
+    return make
+
+
+def test_where_time_is_short_a_few_are_compared_well(race_of):
+    race, now = race_of([3.0, *(1.0 + 0.1 * i for i in range(20))], 50.0)
+    contenders = race.everyone
     assert not race.run()
     assert now[0] <= 50
     enough = [i for i, c in enumerate(contenders) if len(c.ratios) >= 4]
@@ -188,26 +197,13 @@ def test_where_time_is_short_a_few_are_compared_well(monkeypatch):
     assert contenders[20].ratios == []
 
 
-def test_time_is_counted_without_a_default_that_was_dropped(monkeypatch):
-    now = [0.0]
-
-    def timed(seconds, args, calls=1):
-        now[0] += calls * seconds
-        return seconds, None
-
-    monkeypatch.setattr(rounds, "timed", timed)
-    times = [8.0, *(1.0 + 0.01 * i for i in range(6))]
-    contenders = [
-        rounds.Contender(
-            Candidate(Lowering(chunk_size=i + 1), is_default=i == 0), each, each
-        )
-        for i, each in enumerate(times)
-    ]
-    race = rounds.Race(contenders, (), lambda: 80.0 - now[0], 0.0)
+def test_time_is_counted_without_a_default_that_was_dropped(race_of):
+    race, _ = race_of([8.0, *(1.0 + 0.01 * i for i in range(6))], 80.0)
+    default, *others = race.everyone
     race.run()
-    assert contenders[0].candidate.verdict == "behind"
+    assert default.candidate.verdict == "behind"
     # All others have their rounds: a round of the default's would cut them.
-    assert all(c.ratios or c is race.yardstick for c in contenders[1:])
+    assert all(c.ratios or c is race.yardstick for c in others)
 
 
 def test_ctrl_c_gives_what_is_known(clock):
